@@ -1,0 +1,1 @@
+"""Benchmarks: paired comparisons with peers; results are JSON with versions."""

@@ -1,0 +1,64 @@
+"""refold: folds a trained PyTorch network into the smallest equal one that a runtime can execute."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from refold.backends.base import Target, register_target
+    from refold.compiled import CompiledModel
+    from refold.compiler import compile_for_inference, explain, fold
+    from refold.errors import RefoldError
+    from refold.report import Report
+    from refold.rewrite.pipeline import Pipeline
+    from refold.rewrite.result import Pass, PassResult
+    from refold.rewrite.rule import RewriteRule, rule_from_functions
+
+__version__ = "0.1.0"
+
+# Loaded on first use: `import refold` costs nothing that the caller does not ask for.
+_HOME = {
+    "CompiledModel": "refold.compiled",
+    "Pass": "refold.rewrite.result",
+    "PassResult": "refold.rewrite.result",
+    "Pipeline": "refold.rewrite.pipeline",
+    "RefoldError": "refold.errors",
+    "Report": "refold.report",
+    "RewriteRule": "refold.rewrite.rule",
+    "Target": "refold.backends.base",
+    "compile_for_inference": "refold.compiler",
+    "explain": "refold.compiler",
+    "fold": "refold.compiler",
+    "register_target": "refold.backends.base",
+    "rule_from_functions": "refold.rewrite.rule",
+}
+
+__all__ = [
+    "CompiledModel",
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "RefoldError",
+    "Report",
+    "RewriteRule",
+    "Target",
+    "__version__",
+    "compile_for_inference",
+    "explain",
+    "fold",
+    "register_target",
+    "rule_from_functions",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'refold' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,413 @@
+"""Affine maps over one root tensor: the arithmetic that folds branches of any architecture.
+
+A map over a root ``x``, zero-extended beyond its borders, is
+
+    y[b, o, p] = bias[o] + sum_{i, t} weight[o, i, t] * x[b, i, stride * p + t - origin]
+
+with any number of spatial axes (none: a matrix over the last axis of a tensor). It stores no
+padding on the high side: the output's extent belongs to the node and the input's to the root, so
+strides, crops, asymmetric and 'same' padding are all arithmetic on ``origin``, and a sum aligns
+its terms by it. Dilation is expanded into zero taps. Weights are lazy (computed for survivors
+alone); biases are eager, because border checks need them.
+
+Grouped maps keep their groups while the blocks stay contiguous and in order; otherwise the result
+is dense and the caller's cost model decides whether it is wanted.
+
+Sources: Ding et al., RepVGG (CVPR 2021, section 3.3) for branches, Diverse Branch Block
+(CVPR 2021, section 3.2) for sequences, average pooling and bias padding; here in one form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from refold.algebra.lazy import Lazy
+
+Ints = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """One affine map; see the module docstring for its meaning.
+
+    Attributes:
+        weight: ``[out, in / groups, *kernel]``, float64, lazy.
+        bias: ``[out]``, float64.
+        groups: number of contiguous blocks.
+        stride: per spatial axis.
+        origin: per spatial axis: tap ``t`` of output ``p`` reads ``stride * p + t - origin``.
+        support: per spatial axis, the taps that may be non-zero (known without the numbers).
+    """
+
+    weight: Lazy
+    bias: torch.Tensor
+    groups: int
+    stride: Ints
+    origin: Ints
+    support: tuple[frozenset[int], ...]
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def kernel(self) -> Ints:
+        return self.weight.shape[2:]
+
+    @property
+    def spatial(self) -> int:
+        return len(self.stride)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """True if every output position reads the root at the same position only."""
+        return all(k == 1 for k in self.kernel) and not any(self.origin) and set(self.stride) <= {1}
+
+    @property
+    def dilation(self) -> Ints:
+        """Per axis, the step of the coarsest lattice that holds the support."""
+        return tuple(math.gcd(*(t - min(taps) for t in taps)) or 1 for taps in self.support)
+
+    @property
+    def taps(self) -> Ints:
+        """Per axis, the kernel size that an execution needs (trimmed, on its lattice)."""
+        return tuple(
+            (max(taps) - min(taps)) // step + 1
+            for taps, step in zip(self.support, self.dilation, strict=True)
+        )
+
+    @property
+    def is_diagonal(self) -> bool:
+        """True for a per-channel scale and shift."""
+        return self.is_pointwise and self.weight.shape[1] == 1 and self.out_channels == self.groups
+
+    @property
+    def has_bias(self) -> bool:
+        return bool(self.bias.any())
+
+
+def identity(channels: int, spatial: int) -> AffineMap:
+    """``y = x``."""
+    return diagonal(
+        torch.ones(channels, dtype=torch.float64),
+        torch.zeros(channels, dtype=torch.float64),
+        spatial,
+    )
+
+
+def diagonal(scale: torch.Tensor, shift: torch.Tensor, spatial: int) -> AffineMap:
+    """``y = scale * x + shift`` per channel; ``scale`` and ``shift`` are float64 ``[C]``."""
+    channels = scale.shape[0]
+    weight = Lazy((channels, 1) + (1,) * spatial, lambda: scale.reshape(-1, 1, *(1,) * spatial))
+    ones, zeros = (1,) * spatial, (0,) * spatial
+    return AffineMap(weight, shift, channels, ones, zeros, (frozenset((0,)),) * spatial)
+
+
+def convolution(
+    weight: Lazy, bias: torch.Tensor, groups: int, stride: Ints, padding: Ints, dilation: Ints
+) -> AffineMap:
+    """A convolution with zero padding (``padding`` is the low side's)."""
+    expanded = tuple(d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True))
+    support = tuple(frozenset(range(0, k, d)) for d, k in zip(dilation, expanded, strict=True))
+    if expanded != weight.shape[2:]:
+
+        def dilate(w: torch.Tensor) -> torch.Tensor:
+            out = w.new_zeros(*w.shape[:2], *expanded)
+            out[(slice(None), slice(None), *(slice(None, None, d) for d in dilation))] = w
+            return out
+
+        weight = weight.map((*weight.shape[:2], *expanded), dilate)
+    return AffineMap(weight, bias, groups, stride, padding, support)
+
+
+def matrix(weight: Lazy, bias: torch.Tensor) -> AffineMap:
+    """``y = x @ weight.T + bias`` over the last axis; ``weight`` is ``[out, in]``."""
+    return AffineMap(weight, bias, 1, (), (), ())
+
+
+def average_pool(channels: int, kernel: Ints, stride: Ints, padding: Ints, divisor: int) -> AffineMap:
+    """An average pool whose divisor is the same everywhere."""
+    weight = Lazy(
+        (channels, 1, *kernel),
+        lambda: torch.full((channels, 1, *kernel), 1.0 / divisor, dtype=torch.float64),
+    )
+    bias = torch.zeros(channels, dtype=torch.float64)
+    support = tuple(frozenset(range(k)) for k in kernel)
+    return AffineMap(weight, bias, channels, stride, padding, support)
+
+
+def window(channels: int, start: Ints, step: Ints) -> AffineMap:
+    """``y[p] = x[start + step * p]`` per spatial axis (a crop; ``start < 0`` pads with zeros)."""
+    base = identity(channels, len(start))
+    return replace(base, stride=step, origin=tuple(-s for s in start))
+
+
+def select(base: AffineMap, index: torch.Tensor) -> AffineMap:
+    """Keeps the output channels ``index`` (int64), in that order."""
+    count = int(index.numel())
+    if base.is_diagonal and count == base.out_channels and torch.equal(
+        index, torch.arange(count, device=index.device)
+    ):
+        return base
+    dense = regroup(base, 1)
+    weight = dense.weight.map((count, *dense.weight.shape[1:]), lambda w: w[index])
+    return replace(dense, weight=weight, bias=base.bias[index])
+
+
+def scale(base: AffineMap, factor: float) -> AffineMap:
+    """``factor * y``."""
+    if factor == 1.0:
+        return base
+    weight = base.weight.map(base.weight.shape, lambda w: w * factor)
+    return replace(base, weight=weight, bias=base.bias * factor)
+
+
+def regroup(base: AffineMap, groups: int) -> AffineMap:
+    """The same map written with fewer groups (``groups`` divides ``base.groups``)."""
+    if groups == base.groups:
+        return base
+    assert base.groups % groups == 0, (base.groups, groups)
+    ratio = base.groups // groups
+    out, per_group, kernel = base.out_channels, base.weight.shape[1], base.kernel
+
+    def embed(w: torch.Tensor) -> torch.Tensor:
+        block = w.reshape(groups, ratio, out // base.groups, per_group, *kernel)
+        full = w.new_zeros(groups, ratio, out // base.groups, ratio, per_group, *kernel)
+        index = torch.arange(ratio, device=w.device)
+        full[:, index, :, index] = block.transpose(0, 1)
+        return full.reshape(out, ratio * per_group, *kernel)
+
+    return replace(
+        base, groups=groups, weight=base.weight.map((out, ratio * per_group, *kernel), embed)
+    )
+
+
+def aligned(maps: Sequence[AffineMap]) -> tuple[Ints, Ints]:
+    """The common ``(kernel, origin)`` that holds every map of the sequence."""
+    axes = range(maps[0].spatial)
+    origin = tuple(max(m.origin[a] for m in maps) for a in axes)
+    end = tuple(max(m.kernel[a] - m.origin[a] for m in maps) for a in axes)
+    return tuple(o + e for o, e in zip(origin, end, strict=True)), origin
+
+
+def embed(base: AffineMap, kernel: Ints, origin: Ints) -> AffineMap:
+    """The same map with zero taps added around its kernel."""
+    if kernel == base.kernel and origin == base.origin:
+        return base
+    low = tuple(o - b for o, b in zip(origin, base.origin, strict=True))
+    shape = (*base.weight.shape[:2], *kernel)
+
+    def place(w: torch.Tensor) -> torch.Tensor:
+        out = w.new_zeros(shape)
+        region = tuple(slice(a, a + k) for a, k in zip(low, base.kernel, strict=True))
+        out[(slice(None), slice(None), *region)] = w
+        return out
+
+    support = tuple(frozenset(t + a for t in taps) for taps, a in zip(base.support, low, strict=True))
+    return replace(base, weight=base.weight.map(shape, place), origin=origin, support=support)
+
+
+def add(maps: Sequence[AffineMap]) -> AffineMap:
+    """The sum of maps over one root with equal strides and channel counts."""
+    groups = math.gcd(*(m.groups for m in maps))
+    kernel, origin = aligned(maps)
+    terms = [embed(regroup(m, groups), kernel, origin) for m in maps]
+    bias = torch.stack([m.bias for m in maps]).sum(0)
+
+    def total() -> torch.Tensor:
+        out = terms[0].weight.get().clone()
+        for term in terms[1:]:
+            out += term.weight.get()
+        return out
+
+    weight = Lazy(terms[0].weight.shape, total)
+    return replace(terms[0], weight=weight, bias=bias, support=_union(terms))
+
+
+def concatenate(maps: Sequence[AffineMap]) -> AffineMap:
+    """Maps over one root, their outputs side by side along the channels."""
+    kernel, origin = aligned(maps)
+    terms = [embed(regroup(m, 1), kernel, origin) for m in maps]
+    shape = (sum(t.out_channels for t in terms), *terms[0].weight.shape[1:])
+    weight = Lazy(shape, lambda: torch.cat([t.weight.get() for t in terms]))
+    bias = torch.cat([m.bias for m in maps])
+    return replace(terms[0], weight=weight, bias=bias, support=_union(terms))
+
+
+def _union(terms: Sequence[AffineMap]) -> tuple[frozenset[int], ...]:
+    return tuple(frozenset().union(*axis) for axis in zip(*(t.support for t in terms), strict=True))
+
+
+def repeat_features(base: AffineMap, times: int) -> AffineMap:
+    """The matrix over ``times`` rows laid side by side (row-major reshape ``[-1, times * F]``)."""
+    shape = (base.out_channels * times, base.weight.shape[1])
+    weight = base.weight.map(shape, lambda w: w.repeat(times, 1))
+    return replace(base, weight=weight, bias=base.bias.repeat(times), groups=base.groups * times)
+
+
+def compose(outer: AffineMap, inner: AffineMap) -> AffineMap:
+    """``outer(inner(x))`` as one map, exact away from borders; see :func:`border_reason`."""
+    stride = tuple(a * b for a, b in zip(outer.stride, inner.stride, strict=True))
+    origin = tuple(
+        i * oo + io for i, oo, io in zip(inner.stride, outer.origin, inner.origin, strict=True)
+    )
+    kernel = tuple(
+        i * (ko - 1) + ki
+        for i, ko, ki in zip(inner.stride, outer.kernel, inner.kernel, strict=True)
+    )
+    groups, product, per_group = _block_product(outer, inner)
+    shape = (outer.out_channels, per_group, *kernel)
+
+    def compute() -> torch.Tensor:
+        w_out, w_in = outer.weight.get(), inner.weight.get()
+        if all(k == 1 for k in outer.kernel):
+            return product(w_out.reshape(w_out.shape[:2]), w_in).reshape(shape)
+        out = w_out.new_zeros(shape)
+        for tap in _taps(outer.kernel):
+            part = w_out[(slice(None), slice(None), *tap)]
+            if not part.any():
+                continue
+            region = tuple(
+                slice(s * t, s * t + k)
+                for s, t, k in zip(inner.stride, tap, inner.kernel, strict=True)
+            )
+            out[(slice(None), slice(None), *region)] += product(part, w_in)
+        return out
+
+    bias = outer.bias
+    if inner.has_bias:
+        bias = bias + apply_taps(outer, inner.bias)
+    support = tuple(
+        frozenset(s * a + b for a in so for b in si)
+        for s, so, si in zip(inner.stride, outer.support, inner.support, strict=True)
+    )
+    return AffineMap(Lazy(shape, compute), bias, groups, stride, origin, support)
+
+
+def apply_taps(outer: AffineMap, vector: torch.Tensor) -> torch.Tensor:
+    """``sum_{i, t} weight[o, i, t] * vector[i]``: what a constant input adds to each output."""
+    w = outer.weight.get()
+    w = w.reshape(*w.shape[:2], -1).sum(-1)
+    grouped = w.reshape(outer.groups, -1, w.shape[1])
+    return torch.einsum("goi,gi->go", grouped, vector.reshape(outer.groups, -1)).reshape(-1)
+
+
+def _taps(kernel: Ints) -> list[Ints]:
+    if not kernel:
+        return [()]
+    grid = torch.cartesian_prod(*(torch.arange(k) for k in kernel)).reshape(-1, len(kernel))
+    return [tuple(row) for row in grid.tolist()]
+
+
+def _block_product(outer: AffineMap, inner: AffineMap):  # type: ignore[no-untyped-def]
+    """The product of two block-diagonal channel maps: groups, a function, inputs per group.
+
+    The function takes ``outer[o, m / g_o]`` (one tap) and ``inner[m, i / g_i, *kernel]``.
+    """
+    middle = inner.out_channels
+    g_out, g_in = outer.groups, inner.groups
+    out, in_per, middle_per = outer.out_channels, inner.weight.shape[1], outer.weight.shape[1]
+
+    if inner.groups == middle and in_per == 1 and inner.in_channels == middle:
+
+        def scale_columns(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            columns = b.reshape(g_out, 1, middle_per, *b.shape[2:])
+            rows = a.reshape(g_out, out // g_out, middle_per, *(1,) * (b.dim() - 2))
+            return (rows * columns).reshape(out, middle_per, *b.shape[2:])
+
+        return g_out, scale_columns, middle_per
+
+    if outer.groups == middle and middle_per == 1 and out == middle:
+
+        def scale_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return a.reshape(-1, *(1,) * (b.dim() - 1)) * b
+
+        return g_in, scale_rows, in_per
+
+    groups = math.gcd(g_out, g_in)
+    if g_out == groups or g_in == groups:
+        extra_out, extra_in = g_out // groups, g_in // groups
+
+        def grouped(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            taps = b.shape[2:]
+            if extra_in > 1:  # outer dense over the finer blocks of inner
+                a_ = a.reshape(groups, out // groups, extra_in, -1)
+                b_ = b.reshape(groups, extra_in, a_.shape[3], -1)
+                full = torch.einsum("gonm,gnmx->gonx", a_, b_)
+                full = full.reshape(groups, out // groups, extra_in, in_per, *taps)
+            else:
+                a_ = a.reshape(groups, extra_out, -1, middle_per)
+                b_ = b.reshape(groups, extra_out, middle_per, -1)
+                full = torch.einsum("gnom,gnmx->gnox", a_, b_)
+            return full.reshape(out, extra_in * in_per, *taps)
+
+        return groups, grouped, extra_in * in_per
+
+    def dense(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        o = replace(outer, weight=Lazy.of(a), stride=(), origin=(), support=())
+        i = regroup(inner, groups).weight.shape[1]
+        a_ = regroup(o, groups).weight.get().reshape(groups, out // groups, -1)
+        b_ = regroup(replace(inner, weight=Lazy.of(b)), groups).weight.get()
+        full = torch.einsum("gom,gmx->gox", a_, b_.reshape(groups, a_.shape[2], -1))
+        return full.reshape(out, i, *b.shape[2:])
+
+    return groups, dense, inner.in_channels // groups
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a convolution executes a map: lazy weight on its lattice, low padding, dilation."""
+
+    weight: Lazy
+    padding: Ints
+    dilation: Ints
+
+
+def executions(base: AffineMap, reach: int = 3) -> list[Execution]:
+    """Spellings of a map as one symmetrically padded convolution, smallest kernel first.
+
+    The trimmed kernel on its lattice comes first; the others add zero taps, for where the output's
+    extent needs another padding (crops, asymmetric pads). Which one gives the exact extent depends
+    on sizes, so the caller chooses.
+    """
+    low = tuple(min(taps) for taps in base.support)
+    origin = tuple(o - a for o, a in zip(base.origin, low, strict=True))
+    out: list[Execution] = []
+    if all(o >= 0 for o in origin):
+        out.append(_execution(base, origin, (0,) * base.spatial, base.dilation))
+    ones = (1,) * base.spatial
+    for extra in range(reach + 1):
+        for tail in range(reach + 1):
+            padding = tuple(max(o, 0) + extra for o in origin)
+            if extra or tail or min(origin, default=0) < 0 or base.dilation != ones:
+                out.append(_execution(base, padding, (tail,) * base.spatial, ones))
+    return sorted(out, key=lambda e: e.weight.numel())
+
+
+def _execution(base: AffineMap, padding: Ints, tail: Ints, dilation: Ints) -> Execution:
+    low = tuple(min(taps) for taps in base.support)
+    high = tuple(max(taps) for taps in base.support)
+    before = tuple(p - (o - a) for p, o, a in zip(padding, base.origin, low, strict=True))
+    span = tuple(
+        b + (h - a) + 1 + t for b, h, a, t in zip(before, high, low, tail, strict=True)
+    )
+    kernel = tuple((s - 1) // d + 1 for s, d in zip(span, dilation, strict=True))
+
+    def place(w: torch.Tensor) -> torch.Tensor:
+        full = w.new_zeros(*w.shape[:2], *span)
+        take = tuple(slice(a, h + 1) for a, h in zip(low, high, strict=True))
+        put = tuple(slice(b, b + h - a + 1) for b, h, a in zip(before, high, low, strict=True))
+        every = (slice(None), slice(None))
+        full[(*every, *put)] = w[(*every, *take)]
+        return full[(*every, *(slice(None, None, d) for d in dilation))]
+
+    shape = (*base.weight.shape[:2], *kernel)
+    return Execution(base.weight.map(shape, place), padding, dilation)

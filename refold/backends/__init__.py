@@ -1,0 +1,23 @@
+"""Targets: what a folded program is lowered to. One file each; ``base`` holds the contract."""
+
+from refold.backends.base import (
+    Artifact,
+    Runner,
+    Target,
+    find_target,
+    make_options,
+    register_target,
+    require,
+    target_names,
+)
+
+__all__ = [
+    "Artifact",
+    "Runner",
+    "Target",
+    "find_target",
+    "make_options",
+    "register_target",
+    "require",
+    "target_names",
+]

@@ -1,0 +1,167 @@
+"""The contract between a folded program and the runtimes that execute it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+from torch import fx
+
+from refold.errors import BackendError, MissingDependencyError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from refold.frontends.export import Program
+
+Runner = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """What a target made of a folded program.
+
+    Attributes:
+        content: the target's own object (a graph module, an ONNX model, ...).
+        notes: sentences for the report (what had to be spelled differently, what became static).
+    """
+
+    content: Any
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Target(Protocol):
+    """A runtime that folded programs are lowered to.
+
+    Attributes:
+        name: what users write in ``target=``.
+        suffix: file name suffix of a saved artifact, with the dot.
+        options: frozen dataclass of the target's options; its fields are the accepted keywords.
+    """
+
+    name: str
+    suffix: str
+    options: type
+
+    def available(self) -> str | None:
+        """``None`` if the target can be used here, else the reason and the fix."""
+
+    def lower(self, program: Program, gm: fx.GraphModule, options: Any) -> Artifact:
+        """Lowers the folded graph; ``program`` says what it was traced with."""
+
+    def load(self, artifact: Artifact, options: Any) -> Runner:
+        """Makes the artifact callable over torch tensors, with the model's own signature."""
+
+    def save(self, artifact: Artifact, folder: Path, name: str) -> None:
+        """Writes ``name`` (and files beside it) into an empty folder."""
+
+    def stats(self, artifact: Artifact) -> dict[str, int]:
+        """Counts for the report: ``nodes``, ``bytes``."""
+
+
+_BUILT_IN = {
+    "torch": "refold.backends.torch:TorchTarget",
+    "onnx": "refold.backends.onnx:OnnxTarget",
+    "ort": "refold.backends.onnxruntime:OnnxRuntimeTarget",
+}
+_registered: dict[str, Target] = {}
+
+
+def register_target(target: Target) -> None:
+    """Makes a target known by its name, in this process.
+
+    Packages announce theirs through the entry point group ``refold.targets`` instead
+    (name = the target's name, value = a class without constructor arguments).
+    """
+    _registered[target.name] = target
+
+
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {e.name: e for e in importlib.metadata.entry_points(group="refold.targets")}
+
+
+def target_names() -> list[str]:
+    """The names of all targets, built in first."""
+    return list(dict.fromkeys([*_BUILT_IN, *_entry_points(), *_registered]))
+
+
+def find_target(name: str) -> Target:
+    """The target of that name; raises :class:`UsageError` with the nearest name if there is none."""
+    if name in _registered:
+        return _registered[name]
+    if name in _BUILT_IN:
+        module, _, attribute = _BUILT_IN[name].partition(":")
+        return cast(Target, getattr(importlib.import_module(module), attribute)())
+    entry = _entry_points().get(name)
+    if entry is not None:
+        return cast(Target, entry.load()())
+    raise UsageError(f"unknown target {name!r}{did_you_mean(name, target_names())}")
+
+
+def make_options(target: Target, given: Mapping[str, Any]) -> Any:
+    """Builds the target's options; an unknown one is an error that names the nearest."""
+    known = [f.name for f in dataclasses.fields(target.options)]
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known) if known else " (it has none)"
+            raise UsageError(f"target {target.name!r} has no option {name!r}{hint}")
+    return target.options(**given)
+
+
+def missing(packages: tuple[str, ...], extra: str) -> str | None:
+    """The sentence for packages that are not installed, or ``None``."""
+    absent = [p for p in packages if importlib.util.find_spec(p) is None]
+    if not absent:
+        return None
+    verb = "is" if len(absent) == 1 else "are"
+    return f"{' and '.join(absent)} {verb} not installed: pip install 'refold[{extra}]'"
+
+
+def require(target: Target) -> None:
+    """Raises :class:`MissingDependencyError` if the target cannot be used here."""
+    reason = target.available()
+    if reason:
+        raise MissingDependencyError(f"target {target.name!r} cannot be used here: {reason}")
+
+
+def write_atomically(
+    path: str | os.PathLike[str], writer: Callable[[Path, str], None], *, force: bool = False
+) -> Path:
+    """Lets ``writer(folder, name)`` write into a hidden folder beside ``path``, then moves the files.
+
+    Nothing is left behind when the writer fails, and an existing file is never half overwritten.
+
+    Raises:
+        UsageError: the file exists and ``force`` is false.
+        BackendError: the directory is missing or not writable, or the disk is full.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory: name a file in it")
+    if path.exists() and not force:
+        raise UsageError(
+            f"{path} exists: pass force=True (--force on the command line) to overwrite it"
+        )
+    if not path.parent.is_dir():
+        raise BackendError(f"cannot write {path}: the directory {path.parent} does not exist")
+    folder: Path | None = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        writer(folder, path.name)
+        # The file of that name goes last: whoever sees it finds the files that it refers to.
+        for file in sorted(folder.iterdir(), key=lambda f: f.name == path.name):
+            os.replace(file, path.parent / file.name)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BackendError(f"cannot write {path}: {reason}; nothing was written") from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    return path

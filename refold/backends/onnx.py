@@ -1,0 +1,309 @@
+"""Target ``onnx``: a standard ONNX file, with the origin of every node in its metadata."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.export import Dim
+
+from refold.backends import flat
+from refold.backends.base import Artifact, Runner, missing
+from refold.backends.torch import symbolic_dims
+from refold.errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    from refold.frontends.export import Program
+
+# The exporter turns a request below 18 into 18 without a word.
+_OPSETS = range(18, 24)
+# Protobuf ends at 2 GiB; what is not weights needs room too.
+_EXTERNAL_DATA_BYTES = 1_500_000_000
+_SYMBOL = re.compile(r"(?<!\w)[su]\d+(?!\w)")
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """Options of the ``onnx`` target.
+
+    Attributes:
+        opset: version of the standard operator set, 18 to 23.
+    """
+
+    opset: int = 20
+
+    def __post_init__(self) -> None:
+        if self.opset not in _OPSETS:
+            raise UsageError(
+                f"opset {self.opset} cannot be written: choose {_OPSETS[0]} to {_OPSETS[-1]}"
+            )
+
+
+@dataclass(frozen=True)
+class OnnxContent:
+    """An ONNX model in memory (``onnx_ir.Model``) and how the model's own calls map onto it."""
+
+    model: Any
+    signature: flat.Signature
+
+
+class OnnxTarget:
+    """Writes ONNX; calls of the compiled model run in ONNX Runtime where that is installed."""
+
+    name = "onnx"
+    suffix = ".onnx"
+    options = OnnxOptions
+
+    def available(self) -> str | None:
+        return missing(("onnx", "onnxscript"), "onnx")
+
+    def lower(self, program: Program, gm: fx.GraphModule, options: Any) -> Artifact:
+        return lower(program, gm, options.opset)
+
+    def load(self, artifact: Artifact, options: Any) -> Runner:
+        from refold.backends.onnxruntime import load
+
+        return load(artifact.content)
+
+    def save(self, artifact: Artifact, folder: Path, name: str) -> None:
+        save(artifact.content.model, folder, name)
+
+    def stats(self, artifact: Artifact) -> dict[str, int]:
+        return stats(artifact.content.model)
+
+
+def lower(program: Program, gm: fx.GraphModule, opset: int) -> Artifact:
+    """Exports the folded graph to an ONNX model in memory."""
+    module, signature = flat.flatten(gm, program)
+    inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+    wanted = [symbolic_dims(n) for n in inputs]
+    exported = _re_export(module, signature.tensors(program.args, program.kwargs), wanted)
+    onnx_program = _to_onnx(exported, opset)
+    model = onnx_program.model
+    if model.opset_imports.get("") != opset:
+        raise BackendError(
+            f"asked for opset {opset}, the exporter wrote {model.opset_imports.get('')}"
+        )
+    _annotate(model, onnx_program.exported_program)
+    _name(model, signature)
+    notes = _name_dims(model, program, signature, wanted)
+    padded = keep_pads_before_max_pool(model)
+    if padded:
+        notes.append(
+            f"{padded} zero Pad before MaxPool written with explicit axes: ONNX Runtime would "
+            "otherwise fuse it into a pad with -inf"
+        )
+    return Artifact(OnnxContent(model, signature), tuple(notes))
+
+
+def save(model: Any, folder: Path, name: str) -> None:
+    """Writes the model; large weights go to ``<name>.data`` beside it."""
+    import onnx_ir
+
+    external = f"{name}.data" if weight_bytes(model) > _EXTERNAL_DATA_BYTES else None
+    onnx_ir.save(model, folder / name, external_data=external)
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of all initializers."""
+    values = model.graph.initializers.values()
+    return sum(v.const_value.nbytes for v in values if v.const_value is not None)
+
+
+def stats(model: Any) -> dict[str, int]:
+    """Operator nodes and bytes of weights."""
+    return {"nodes": sum(1 for _ in model.graph), "bytes": weight_bytes(model)}
+
+
+def _re_export(
+    module: fx.GraphModule, tensors: list[torch.Tensor], dims: list[list[int]]
+) -> torch.export.ExportedProgram:
+    shapes = tuple(dict.fromkeys(d, Dim.AUTO) for d in dims)
+    # A failed export can leave its example tensors unusable: it gets fresh copies.
+    with torch.no_grad():
+        args = tuple(t.clone() for t in tensors)
+        return torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+
+
+def _to_onnx(exported: torch.export.ExportedProgram, opset: int) -> Any:
+    with _quiet():
+        try:
+            return torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
+        except torch.onnx.OnnxExporterError as error:
+            raise BackendError(
+                f"the ONNX exporter cannot translate the folded graph: {_root_cause(error)}"
+            ) from error
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the exporter's chatter about optional packages and its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _annotate(model: Any, exported: torch.export.ExportedProgram) -> None:
+    """Replaces the exporter's metadata, which holds source paths, by refold's own."""
+    from refold import __version__
+
+    origins = {n.name: (n.meta.get("custom") or {}).get("refold") for n in exported.graph.nodes}
+    for holder in [model, model.graph, *model.graph.inputs, *model.graph.outputs]:
+        _strip(holder.metadata_props)
+    for function in model.functions.values():
+        _strip(function.metadata_props)
+        for node in function:
+            _strip(node.metadata_props)
+    for node in model.graph:
+        fx_node = re.match(r"%(\w+)", node.metadata_props.get("pkg.torch.onnx.fx_node", ""))
+        _strip(node.metadata_props)
+        for output in node.outputs:
+            _strip(output.metadata_props)
+        origin = origins.get(fx_node.group(1)) if fx_node else None
+        if not origin:
+            continue
+        for key, value in (
+            ("modules", ", ".join(origin["modules"])),
+            ("source", origin.get("source", "")),
+            ("nodes", ", ".join(origin["nodes"])),
+            ("rules", ", ".join(origin["rules"])),
+        ):
+            if value:
+                node.metadata_props[f"refold.{key}"] = value
+    model.metadata_props["refold.version"] = __version__
+
+
+def _strip(properties: Any) -> None:
+    for key in [k for k in properties if k.startswith("pkg.torch.")]:
+        del properties[key]
+
+
+def _name(model: Any, signature: flat.Signature) -> None:
+    graph = model.graph
+    reserved = {*signature.input_names, *signature.output_names}
+    for node in graph:
+        for value in node.outputs:
+            if value.name in reserved:
+                value.name = f"{value.name}_value"
+    for value, name in [
+        *zip(graph.inputs, signature.input_names, strict=True),
+        *zip(graph.outputs, signature.output_names, strict=True),
+    ]:
+        value.name = name
+
+
+def _name_dims(
+    model: Any, program: Program, signature: flat.Signature, wanted: list[list[int]]
+) -> list[str]:
+    """Gives symbolic dimensions telling names; returns notes on those that became static."""
+    specs = [s for s in program.inputs if s.dtype is not None]
+    names: dict[str, str] = {}
+    notes = []
+    for value, spec, dims in zip(model.graph.inputs, specs, wanted, strict=True):
+        for dim in dims:
+            symbol = value.shape[dim]
+            if isinstance(symbol, int):
+                notes.append(f"dimension {dim} of {value.name} became static in ONNX ({symbol})")
+            elif _SYMBOL.fullmatch(str(symbol.value)):
+                chosen = "batch" if dim == spec.batch else str(spec.sizes[dim])
+                telling = chosen if not _SYMBOL.fullmatch(chosen) else f"{value.name}_{dim}"
+                names.setdefault(str(symbol.value), telling)
+    import onnx_ir
+
+    for value in _values(model.graph):
+        if value.shape is None or value.shape.is_static():
+            continue
+        value.shape = onnx_ir.Shape(
+            [
+                d
+                if isinstance(d, int) or d.value is None
+                else _SYMBOL.sub(lambda m: names.get(m.group(), m.group()), str(d.value))
+                for d in value.shape
+            ]
+        )
+    return notes
+
+
+def _values(graph: Any) -> Iterator[Any]:
+    yield from graph.inputs
+    for node in graph:
+        yield from node.outputs
+
+
+def keep_pads_before_max_pool(model: Any) -> int:
+    """Spells constant pads that end in a MaxPool with explicit axes; returns how many.
+
+    ONNX Runtime's level-1 ``Pad_Fusion`` moves a zero Pad into the following MaxPool, whose own
+    padding is -inf: wrong wherever a border window is negative (measured with 1.31). It leaves a
+    Pad with an ``axes`` input alone, and that spelling means the same everywhere.
+    """
+    import numpy as np
+    import onnx_ir
+
+    count = 0
+    for node in list(model.graph):
+        if not is_fusable_pad(node) or not _feeds_max_pool(node):
+            continue
+        pads = onnx_ir.convenience.get_const_tensor(node.inputs[1]).numpy().tolist()
+        rank = len(pads) // 2
+        axes = [a for a in range(rank) if pads[a] or pads[rank + a]] or [rank - 1]
+        kept = [pads[a] for a in axes] + [pads[rank + a] for a in axes]
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        constants = []
+        for role, data in (("pads", kept), ("axes", axes)):
+            name = f"{node.outputs[0].name}_{role}"
+            tensor = onnx_ir.tensor(np.array(data, dtype=np.int64), name=name)
+            constants.append(onnx_ir.Value(name=name, const_value=tensor))
+            model.graph.register_initializer(constants[-1])
+        node.resize_inputs(4)
+        for index, new in enumerate([node.inputs[0], constants[0], value, constants[1]]):
+            node.replace_input_with(index, new)
+        count += 1
+    return count
+
+
+def is_fusable_pad(node: Any) -> bool:
+    """A constant Pad with known pads, no axes, and a value other than -inf."""
+    import onnx_ir
+
+    if node.op_type != "Pad" or node.domain or len(node.inputs) > 3:
+        return False
+    mode = node.attributes.get("mode")
+    if mode is not None and mode.as_string() != "constant":
+        return False
+    if onnx_ir.convenience.get_const_tensor(node.inputs[1]) is None:
+        return False
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        value = onnx_ir.convenience.get_const_tensor(node.inputs[2])
+        return value is None or float(value.numpy()) != -math.inf
+    return True
+
+
+def _feeds_max_pool(node: Any) -> bool:
+    # Identities vanish and neighbouring pads merge before the fusion is tried.
+    users = [user for output in node.outputs for user, _ in output.uses()]
+    return any(
+        u.op_type == "MaxPool" or (u.op_type in ("Identity", "Pad") and _feeds_max_pool(u))
+        for u in users
+    )

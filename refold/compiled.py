@@ -1,0 +1,158 @@
+"""The result of a compilation: a callable with the model's own signature, its report, its weights."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from refold.backends.base import Artifact, Runner, Target, write_atomically
+from refold.errors import UsageError
+from refold.graph import constants, provenance
+from refold.inputs import InputCheck
+from refold.report import Report
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """Everything that one compilation produced."""
+
+    graph_module: fx.GraphModule
+    check: InputCheck
+    target: Target
+    artifact: Artifact
+    runner: Runner
+    report: Report
+    weights: dict[str, dict[str, Any]]
+
+
+class CompiledModel:
+    """A compiled model; call it like the model that it came from.
+
+    Made without example inputs, it compiles at the first call, with what that call brings.
+    """
+
+    def __init__(self, compile_with: Callable[[tuple[Any, ...], dict[str, Any]], Compilation]):
+        self._compile_with = compile_with
+        self._compilation: Compilation | None = None
+        self._lock = threading.Lock()
+
+    def compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compiles with these inputs unless it has been compiled already."""
+        with self._lock:
+            if self._compilation is None:
+                self._compilation = self._compile_with(args, kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._compilation is None:
+            self.compile(args, kwargs)
+        done = self._done
+        args, kwargs = done.check.normalise(args, kwargs)
+        done.check.check(args, kwargs)
+        with torch.no_grad():
+            return done.runner(*args, **kwargs)
+
+    @property
+    def _done(self) -> Compilation:
+        if self._compilation is None:
+            raise UsageError(
+                "not compiled yet: call the model once, or pass example_inputs= when compiling"
+            )
+        return self._compilation
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The rewritten graph: functional ATen calls; parameters are ``get_attr`` nodes."""
+        return self._done.graph_module
+
+    @property
+    def report(self) -> Report:
+        """What was folded, what was declined and why, how far the numbers are from exact."""
+        return self._done.report
+
+    @property
+    def target(self) -> str:
+        """The name of the target."""
+        return self._done.target.name
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Writes the artifact (``.onnx``, ``.pt2``); the file is complete or not there.
+
+        Args:
+            path: file to write; weights too large for one file go beside it.
+            force: overwrite an existing file.
+
+        Raises:
+            UsageError: the file exists and ``force`` is false.
+            BackendError: the directory is missing or not writable, or the disk is full.
+        """
+        done = self._done
+        return write_atomically(
+            path, lambda folder, name: done.target.save(done.artifact, folder, name), force=force
+        )
+
+    def state_dict_map(self) -> dict[str, dict[str, Any]]:
+        """The folded weights by name: ``tensor``, ``shape``, and where each came ``from``.
+
+        ``from`` lists the original state-dict keys, ``modules`` the module paths and ``rules`` the
+        rewrites; an untouched weight comes from its own key, with no rules.
+        """
+        gm = self._done.graph_module
+        tensors = {
+            str(n.target): constants.tensor(n) for n in gm.graph.nodes if n.op == "get_attr"
+        }
+        return {
+            name: {"tensor": tensors[name], "shape": tuple(tensors[name].shape), **origin}
+            for name, origin in self._done.weights.items()
+        }
+
+    def __repr__(self) -> str:
+        if self._compilation is None:
+            return "CompiledModel(not compiled yet: compiles at the first call)"
+        return f"CompiledModel({self.report.model}, target={self.target!r})"
+
+
+def weight_origins(gm: fx.GraphModule, original: fx.GraphModule) -> dict[str, dict[str, Any]]:
+    """For each constant of the folded graph: original keys, module paths, rules."""
+    sources = {n.name: n for n in original.graph.nodes}
+    keys = {str(n.target) for n in original.graph.nodes if n.op == "get_attr"}
+    constant = constants.constant_nodes(original.graph)
+    out: dict[str, dict[str, Any]] = {}
+    for node in gm.graph.nodes:
+        if node.op != "get_attr" or not node.users:
+            continue
+        name = str(node.target)
+        if name in keys:
+            out[name] = {"from": [name], "modules": [provenance.module_path(node)], "rules": []}
+            continue
+        origins = [provenance.of(user) for user in node.users]
+        named = dict.fromkeys(n for o in origins for n in o["nodes"])
+        read: dict[str, None] = {}
+        for source in named:
+            if source in sources:
+                _keys_read(sources[source], constant, read)
+        out[name] = {
+            "from": list(read),
+            "modules": list(dict.fromkeys(m for o in origins for m in o["modules"])),
+            "rules": list(dict.fromkeys(r for o in origins for r in o["rules"])),
+        }
+    return out
+
+
+def _keys_read(node: fx.Node, constant: set[fx.Node], found: dict[str, None]) -> None:
+    """Adds the parameters that a node reads, directly or through constant expressions."""
+    pending, seen = [node], set[fx.Node]()
+    while pending:
+        current = pending.pop()
+        for source in reversed(current.all_input_nodes):
+            if source.op == "get_attr":
+                found[str(source.target)] = None
+            elif source in constant and source not in seen:
+                seen.add(source)
+                pending.append(source)

@@ -1,0 +1,322 @@
+"""Frontend, pipeline, verification, backend, in that order; nothing else happens here."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from refold import numerics
+from refold.backends.base import Target, find_target, make_options, require
+from refold.compiled import Compilation, CompiledModel, weight_origins
+from refold.errors import ExpectationError, UsageError, did_you_mean
+from refold.frontends.export import Program, trace
+from refold.graph import constants, kinds
+from refold.inputs import InputCheck, as_call
+from refold.passes import PIPELINES
+from refold.report import GraphRecord, InputRecord, PassRecord, Report, counts, standing
+from refold.rewrite.pipeline import Pipeline
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    target: Target
+    options: Any
+    pipeline: Pipeline
+    dynamic_shapes: Any = None
+    verify: bool = True
+    expect: Mapping[str, int] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
+    trust: bool = False
+    progress: Progress | None = None
+
+
+def compile_for_inference(
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    target: str = "torch",
+    dynamic_shapes: Any = None,
+    pipeline: str | Pipeline = "default",
+    verify: bool = True,
+    expect: Mapping[str, int] | None = None,
+    exclude: Sequence[str] = (),
+    trust: bool = False,
+    progress: Progress | None = None,
+    **target_options: Any,
+) -> CompiledModel:
+    """Folds a trained model into the smallest equal one and lowers it to a target.
+
+    The model is compiled with eval semantics and is never changed.
+
+    Args:
+        model: an ``nn.Module``, ``ExportedProgram``, FX ``GraphModule``, or a path to a ``.pt2``.
+        example_inputs: a tuple of positional inputs, a dict of keyword inputs, or a single input.
+            Omitted: an exported program brings its own; any other model is compiled at the first
+            call, with what that call brings.
+        target: ``torch``, ``onnx``, ``ort``, or a registered one.
+        dynamic_shapes: as for ``torch.export.export``; by default the batch is dynamic.
+        pipeline: a name (``default``, ``min-nodes``) or a :class:`Pipeline`.
+        verify: compare the results with the unfolded model in float64, before and after lowering.
+        expect: the least number of calls that must go, by kind, e.g. ``{"batch-norm": 53}``.
+        exclude: globs of module paths that no pass touches.
+        trust: load a ``.pt2`` whose own settings ask for pickle.
+        progress: called with the name of each stage as it starts.
+        **target_options: options of the target (``opset=``, ``threads=``).
+
+    Returns:
+        A callable with the model's own signature.
+
+    Raises:
+        UsageError: an unknown target, pipeline, option or module path.
+        FrontendError: the model cannot be traced.
+        VerificationError: the numbers are past the tolerance.
+        ExpectationError: fewer calls went than ``expect`` says.
+        BackendError: the target cannot lower or load the graph.
+    """
+    found = find_target(target)
+    settings = _Settings(
+        target=found,
+        options=make_options(found, target_options),
+        pipeline=_pipeline(pipeline),
+        dynamic_shapes=dynamic_shapes,
+        verify=verify,
+        expect=dict(expect or {}),
+        exclude=_globs(exclude),
+        trust=trust,
+        progress=progress,
+    )
+    require(found)
+    compiled = CompiledModel(lambda args, kwargs: _compile(model, args, kwargs, settings))
+    call = _example(model, example_inputs)
+    if call is not None:
+        compiled.compile(*call)
+    return compiled
+
+
+def fold(model: Any, example_inputs: Any = None, **settings: Any) -> CompiledModel:
+    """Folds without lowering: :func:`compile_for_inference` for PyTorch itself.
+
+    Args:
+        model: as for :func:`compile_for_inference`.
+        example_inputs: as for :func:`compile_for_inference`.
+        **settings: ``dynamic_shapes``, ``pipeline``, ``verify``, ``expect``, ``exclude``, ``trust``.
+    """
+    return compile_for_inference(model, example_inputs, target="torch", **settings)
+
+
+def explain(
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    pipeline: str | Pipeline = "default",
+    exclude: Sequence[str] = (),
+    trust: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """A dry run: what would be folded, and what is declined, where and why.
+
+    Args:
+        model: as for :func:`compile_for_inference`.
+        example_inputs: as for :func:`compile_for_inference`, not optional for an ``nn.Module``.
+        dynamic_shapes: as for :func:`compile_for_inference`.
+        pipeline: as for :func:`compile_for_inference`.
+        exclude: as for :func:`compile_for_inference`.
+        trust: as for :func:`compile_for_inference`.
+        progress: as for :func:`compile_for_inference`.
+    """
+    chosen, globs = _pipeline(pipeline), _globs(exclude)
+    call = _example(model, example_inputs)
+    if call is None:
+        raise UsageError("explain needs example_inputs: a tuple, a dict of keywords, or a tensor")
+    clock = _Clock(progress)
+    with clock("trace"):
+        program = trace(model, *call, dynamic_shapes=dynamic_shapes, trust=trust)
+    folded = _fold(program, chosen, globs, clock)
+    return _report(model, program, folded, chosen, None, clock)
+
+
+class _Clock:
+    """Times the stages, and says when one starts."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        if self._progress is not None:
+            self._progress(stage)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class _Folded:
+    original: fx.GraphModule
+    before: GraphRecord
+    after: GraphRecord
+    passes: tuple[PassRecord, ...]
+
+
+def _compile(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], settings: _Settings
+) -> Compilation:
+    clock = _Clock(settings.progress)
+    with clock("trace"):
+        program = trace(
+            model, args, kwargs, dynamic_shapes=settings.dynamic_shapes, trust=settings.trust
+        )
+    check = InputCheck.of(program, model)
+    folded = _fold(program, settings.pipeline, settings.exclude, clock)
+    gm, target = program.graph_module, settings.target
+    report = _report(model, program, folded, settings.pipeline, target.name, clock)
+    _expect(settings.expect, report)
+    if settings.verify:
+        with clock("verify"):
+            result = numerics.verify(folded.original, gm, program, folded_gm=gm)
+        report.numerics = result.to_dict()
+    with clock("lower"), torch.no_grad():
+        artifact = target.lower(program, gm, settings.options)
+        runner = target.load(artifact, settings.options)
+    report.artifact = target.stats(artifact)
+    report.notes = (*report.notes, *artifact.notes)
+    if settings.verify and runner is not gm:
+        with clock("verify artifact"):
+            result = numerics.verify(folded.original, runner, program)
+        report.artifact_numerics = result.to_dict()
+    weights = weight_origins(gm, folded.original)
+    return Compilation(gm, check, target, artifact, runner, report, weights)
+
+
+def _fold(program: Program, pipeline: Pipeline, exclude: tuple[str, ...], clock: _Clock) -> _Folded:
+    gm = program.graph_module
+    original = copy_sharing_tensors(gm)
+    before = _graph_record(gm)
+    with clock("fold"):
+        result = pipeline.run(gm, exclude=exclude)
+        # Folds upon folds stayed pending in float64: each constant is rounded once, here.
+        constants.materialise_all(gm)
+    passes = tuple(
+        PassRecord(
+            run.name,
+            run.seconds,
+            sum(run.before.values()),
+            sum(run.after.values()),
+            tuple(run.result.applied),
+            tuple(run.result.declined),
+        )
+        for run in result.runs
+    )
+    return _Folded(original, before, _graph_record(gm), passes)
+
+
+def copy_sharing_tensors(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph over the same tensors, with the same call convention."""
+    graph = fx.Graph()
+    returned = graph.graph_copy(gm.graph, {})
+    graph.output(returned)
+    graph.set_codegen(gm.graph._codegen)
+    return fx.GraphModule(gm, graph)
+
+
+def _graph_record(gm: fx.GraphModule) -> GraphRecord:
+    # Buffers that no node reads (num_batches_tracked) are not part of the program.
+    read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and n.users}
+    named = [*gm.named_parameters(), *gm.named_buffers()]
+    tensors = [t for name, t in named if name in read]
+    return GraphRecord(
+        counts(kinds.census(gm.graph)),
+        sum(t.numel() for t in tensors),
+        sum(t.numel() * t.element_size() for t in tensors),
+    )
+
+
+def _report(
+    model: Any,
+    program: Program,
+    folded: _Folded,
+    pipeline: Pipeline,
+    target: str | None,
+    clock: _Clock,
+) -> Report:
+    from refold import __version__
+
+    remaining = {n.name for n in program.graph_module.graph.nodes}
+    return Report(
+        model=_model_name(model),
+        target=target,
+        pipeline=pipeline.name,
+        versions={"refold": __version__, "torch": str(torch.__version__)},
+        inputs=tuple(
+            InputRecord(s.name, tuple(s.sizes), str(s.dtype).removeprefix("torch."), s.batch)
+            for s in program.inputs
+            if s.dtype is not None
+        ),
+        before=folded.before,
+        after=folded.after,
+        passes=folded.passes,
+        declined=standing(folded.passes, remaining),
+        specialised=tuple(program.specialised),
+        notes=tuple(program.notes),
+        timings=clock.seconds,
+    )
+
+
+def _expect(expect: Mapping[str, int], report: Report) -> None:
+    missing = []
+    for kind, least in expect.items():
+        before, after = report.before.census.get(kind, 0), report.after.census.get(kind, 0)
+        if before - after < least:
+            hint = "" if before else f"; the model has none{did_you_mean(kind, report.before.census)}"
+            missing.append(
+                f"expected at least {least} {kind} to go, {before - after} of {before} went{hint}"
+            )
+    if not missing:
+        return
+    reasons = [
+        f"  declined {d.module or d.node}: {d.reason}" + (f" ({d.source})" if d.source else "")
+        for d in report.declined
+    ]
+    if len(reasons) > 10:
+        reasons = [*reasons[:10], f"  ... and {len(reasons) - 10} more, see explain"]
+    raise ExpectationError("\n".join(["; ".join(missing), *reasons]))
+
+
+def _pipeline(pipeline: str | Pipeline) -> Pipeline:
+    if isinstance(pipeline, Pipeline):
+        return pipeline
+    if pipeline not in PIPELINES:
+        raise UsageError(f"unknown pipeline {pipeline!r}{did_you_mean(pipeline, PIPELINES)}")
+    return PIPELINES[pipeline]
+
+
+def _globs(exclude: Sequence[str]) -> tuple[str, ...]:
+    return (exclude,) if isinstance(exclude, str) else tuple(exclude)
+
+
+def _example(model: Any, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if example_inputs is not None:
+        return as_call(example_inputs)
+    if isinstance(model, (torch.export.ExportedProgram, str, os.PathLike)):
+        # The frontend takes the inputs that the program was exported with.
+        return (), {}
+    return None
+
+
+def _model_name(model: Any) -> str:
+    if isinstance(model, (str, os.PathLike)):
+        return os.path.basename(os.fspath(model))
+    return type(model).__name__

@@ -1,0 +1,55 @@
+"""Every error refold raises on purpose. Each says what was expected, what came, where, and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RefoldError(Exception):
+    """Base of all errors that refold raises on purpose."""
+
+
+class UsageError(RefoldError, ValueError):
+    """An argument, option, pass or target that does not exist or does not fit."""
+
+
+class FrontendError(RefoldError):
+    """The model could not be brought into the IR."""
+
+
+class VerificationError(RefoldError):
+    """The compiled model's numbers are past the tolerance.
+
+    Attributes:
+        layer: the first node whose value deviates, with its module path, if it could be located.
+    """
+
+    def __init__(self, message: str, layer: str | None = None) -> None:
+        super().__init__(message)
+        self.layer = layer
+
+
+class ExpectationError(RefoldError):
+    """A fold that the caller expected did not happen (``expect=``)."""
+
+
+class VerifierError(RefoldError):
+    """A pass left an invalid graph: a bug in the pass, addressed to its developer."""
+
+
+class BackendError(RefoldError):
+    """A target could not lower or load the folded graph."""
+
+
+class MissingDependencyError(BackendError, ImportError):
+    """An optional package that a target needs is not installed."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns `` (did you mean 'x'?)`` for the nearest known name, else the list of known names."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if near:
+        return f" (did you mean {near[0]!r}?)"
+    return f" (known: {', '.join(names)})" if names else ""

@@ -1,0 +1,1 @@
+"""Frontends: whatever brings a model into the IR."""

@@ -1,0 +1,695 @@
+"""Brings a model into the IR with ``torch.export``: the one door of ``compile_for_inference``.
+
+Whatever comes in, the caller's objects stay as they are: the model is traced through a shallow
+copy that shares its parameters, with eval semantics, on fresh copies of the example tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import types
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from refold.errors import FrontendError
+from refold.frontends import archive
+from refold.graph import constants
+from refold.graph.functionalise import functional_module
+from refold.graph.kinds import op_name
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_OWN = str(Path(__file__).resolve().parents[1]) + os.sep
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One flattened input of the traced program.
+
+    Attributes:
+        name: the graph's placeholder.
+        sizes: one entry a dimension: an int, or the name of a symbol (or an expression of one).
+        dtype: of a tensor; ``None`` for another value.
+        batch: the dynamic batch dimension, if there is one.
+        constant: the value of an input that is not a tensor; the trace has it baked in.
+        device: of a tensor.
+    """
+
+    name: str
+    sizes: tuple[int | str, ...]
+    dtype: torch.dtype | None
+    batch: int | None = None
+    constant: Any = None
+    device: torch.device | None = None
+
+
+@dataclass
+class Program:
+    """A traced, functional program, and what the trace promised.
+
+    Attributes:
+        graph_module: the IR; called with the user's own arguments.
+        args: fresh copies of the positional inputs that it was traced with.
+        kwargs: the same for keyword inputs.
+        example: copies of the inputs (positional, keyword) as the user gave them.
+        inputs: the flattened inputs.
+        specialised: dimensions that were to be dynamic and came out static, as sentences.
+        notes: what the user should know about the trace.
+        ranges: smallest and largest size of each symbol (``None`` for no bound).
+        node_count: calls in the IR as it was traced.
+        exported: the program as ``torch.export`` gave it, before it was made functional.
+    """
+
+    graph_module: fx.GraphModule
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    example: tuple[tuple[Any, ...], dict[str, Any]]
+    inputs: tuple[InputSpec, ...]
+    specialised: tuple[str, ...]
+    notes: tuple[str, ...]
+    ranges: dict[str, tuple[int, int | None]]
+    node_count: int
+    exported: ExportedProgram
+
+
+def trace(
+    model: nn.Module | ExportedProgram | str | Path,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    dynamic_batch: bool = True,
+    trust: bool = False,
+) -> Program:
+    """Traces a model into functional, pre-dispatch ATen.
+
+    Args:
+        model: a module, an exported program, or the path of a ``.pt2``.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
+        dynamic_shapes: as ``torch.export.export`` takes it; decides alone when given.
+        dynamic_batch: let the leading dimension that the inputs share be dynamic.
+        trust: load a ``.pt2`` even if it asks for code to be run.
+
+    Raises:
+        FrontendError: the model cannot be traced; the message names the user's own line.
+    """
+    kwargs = dict(kwargs or {})
+    args = tuple(args)
+    if isinstance(model, (str, Path)):
+        path = Path(model)
+        if path.suffix == ".onnx":
+            raise FrontendError(
+                f"{path}: ONNX as input: not yet. Give the torch module, or a .pt2 of it"
+            )
+        program = archive.load(path, trust=trust)
+        return _from_program(program, args, kwargs, dynamic_shapes, from_file=True)
+    if isinstance(model, ExportedProgram):
+        return _from_program(model, args, kwargs, dynamic_shapes, from_file=False)
+    if not isinstance(model, nn.Module):
+        raise FrontendError(_not_a_module(model))
+    return _from_module(model, args, kwargs, dynamic_shapes, dynamic_batch)
+
+
+def _not_a_module(model: object) -> str:
+    kind = f"{type(model).__module__}.{type(model).__qualname__}".removeprefix("builtins.")
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        name = model.__name__
+        return f"model is the class {name}, not a module: pass an instance, {name}(...)"
+    if isinstance(model, dict):
+        return (
+            "model is a dict (a state_dict?): build the module, call load_state_dict on it, "
+            "and pass the module"
+        )
+    return (
+        f"model is a {kind}; expected a torch.nn.Module, a torch.export.ExportedProgram or the "
+        "path of a .pt2. Wrap a function in a module whose forward calls it"
+    )
+
+
+# --- programs -------------------------------------------------------------------------------------
+
+
+def _from_program(
+    program: ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    *,
+    from_file: bool,
+) -> Program:
+    if dynamic_shapes is not None:
+        raise FrontendError(
+            "dynamic_shapes cannot be given with an exported program: its shapes are fixed "
+            "already. Give them to torch.export.export, or pass the module"
+        )
+    if not args and not kwargs and program.example_inputs:
+        args, kwargs = program.example_inputs[0], dict(program.example_inputs[1])
+    with torch.no_grad():
+        gm, redone = functional_module(program, aliasing_known=not from_file)
+    _check_structure(program, args, kwargs)
+    notes = _graph_notes(gm)
+    if redone:
+        notes.append("in-place writes were resolved by run_decompositions({})")
+    example = fresh((args, kwargs))
+    return _finish(program, gm, fresh(example), example, (), notes, batch=None)
+
+
+def _check_structure(
+    program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    expected = program.call_spec.in_spec
+    spec = pytree.tree_structure((args, kwargs))
+    if expected is not None and (spec.num_leaves != expected.num_leaves):
+        raise FrontendError(
+            f"the exported program takes {expected.num_leaves} inputs, {spec.num_leaves} were "
+            "given; pass example_inputs as it was exported, or none if it carries its own"
+        )
+
+
+# --- modules --------------------------------------------------------------------------------------
+
+
+def _from_module(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    dynamic_batch: bool,
+) -> Program:
+    notes: list[str] = []
+    if model.training or any(m.training for m in model.modules()):
+        notes.append("the model was in training mode; it was traced with eval semantics")
+    example = fresh((args, kwargs))
+    tracer = _Tracer(model)
+    specialised: list[str] = []
+    batch: int | None = None
+    traced = example
+    if dynamic_shapes is not None:
+        program = tracer.export(example, dynamic_shapes)
+        specialised += _static_despite_request(program, dynamic_shapes, example)
+    else:
+        batch = _batch_size(example) if dynamic_batch else None
+        attempt = _dynamic_batch(tracer, example, batch, specialised) if batch is not None else None
+        if attempt is None:
+            program, batch = tracer.export(example, None), None
+        else:
+            program, traced = attempt
+            if batch == 1:
+                notes.append("the example has batch 1; it was traced at batch 2, rows repeated")
+    with torch.no_grad():
+        gm, redone = functional_module(program)
+    if batch is not None:
+        reason = _batch_one_differs(tracer, gm, example, batch)
+        if reason:
+            specialised.append(reason)
+            program, traced, batch = tracer.export(example, None), example, None
+            with torch.no_grad():
+                gm, redone = functional_module(program)
+    if tracer.used_original:
+        notes.append("the model could not be copied and was traced itself")
+    if redone:
+        notes.append("in-place writes were resolved by run_decompositions({})")
+    notes += _graph_notes(gm)
+    return _finish(program, gm, fresh(traced), example, tuple(specialised), notes, batch=batch)
+
+
+def _dynamic_batch(
+    tracer: _Tracer, example: Any, batch: int, specialised: list[str]
+) -> tuple[ExportedProgram, Any] | None:
+    """Exports with a dynamic batch axis; ``None`` (and the reason) where that is not possible."""
+    traced = _repeated(example) if batch == 1 else example
+    inputs = fresh(traced)
+    shapes = ShapesCollection()
+    seen: set[int] = set()
+    for leaf in pytree.tree_leaves(inputs):
+        if _has_batch(leaf, 2 if batch == 1 else batch) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            shapes[leaf] = {0: Dim.AUTO}
+    try:
+        program = tracer.export(inputs, shapes, copies=False)
+    except FrontendError as error:
+        reason = str(error).splitlines()[0]
+        specialised.append(
+            f"the batch dimension is static at {batch}: tracing it failed ({reason})"
+        )
+        return None
+    values = [n.meta["val"] for n in _user_placeholders(program)]
+    leaves = pytree.tree_leaves(traced)
+    fixed = [
+        node
+        for node, value, leaf in zip(_user_placeholders(program), values, leaves, strict=True)
+        if _has_batch(leaf, 2 if batch == 1 else batch) and not _is_symbolic(value.shape[0])
+    ]
+    if not fixed:
+        return program, traced
+    names = ", ".join(n.name for n in fixed)
+    specialised.append(
+        f"the batch dimension is static at {batch}: the model fixes dimension 0 of {names}"
+    )
+    return None if batch == 1 else (program, traced)
+
+
+def _batch_one_differs(tracer: _Tracer, gm: fx.GraphModule, example: Any, batch: int) -> str | None:
+    """Compares the trace with the model at batch 1, which tracing at 2 or more cannot see."""
+    if constants.written(gm.graph) or any(_draws_random(n) for n in gm.graph.nodes):
+        return None
+    one = pytree.tree_map(lambda t: t[:1] if _has_batch(t, batch) else t, example)
+    try:
+        with torch.no_grad():
+            expected = tracer.module(*fresh(one)[0], **fresh(one)[1])
+    except Exception:  # the model itself refuses batch 1: nothing to compare
+        return None
+    try:
+        with torch.no_grad():
+            got = gm(*fresh(one)[0], **fresh(one)[1])
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"the batch dimension is static at {batch}: the trace fails at batch 1 ({first})"
+    ours, theirs = pytree.tree_leaves(got), pytree.tree_leaves(expected)
+    if len(ours) == len(theirs) and all(map(_close, ours, theirs)):
+        return None
+    return f"the batch dimension is static at {batch}: the model takes another path at batch 1"
+
+
+def _close(a: Any, b: Any) -> bool:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return type(a) is type(b)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not (a.is_floating_point() or a.is_complex()):
+        return True  # integers may flip on rounding; floats decide
+    a, b = a.to(torch.complex128), b.to(torch.complex128)
+    finite = b[b.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 1.0
+    return bool(torch.allclose(a, b, rtol=0, atol=2e-2 * scale, equal_nan=True))
+
+
+def _draws_random(node: fx.Node) -> bool:
+    reason = constants.impurity(node) if node.op == "call_function" else None
+    return bool(reason and "random" in reason)
+
+
+class _Tracer:
+    """Exports a shallow eval copy of a module; the module itself only where the copy fails."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.original = model
+        self.used_original = False
+        self.module: nn.Module = eval_copy(model)
+
+    def export(self, inputs: Any, dynamic_shapes: Any, *, copies: bool = True) -> ExportedProgram:
+        args, kwargs = fresh(inputs) if copies else inputs
+        try:
+            with torch.no_grad():
+                return torch.export.export(
+                    self.module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
+                )
+        except Exception as error:
+            if self._may_trace_original(error):
+                self.used_original, self.module = True, self.original
+                return self.export(inputs, dynamic_shapes, copies=copies)
+            raise FrontendError(self._explain(error, args, kwargs)) from error
+
+    def _may_trace_original(self, error: Exception) -> bool:
+        """Whether the copy may be at fault; a model in training mode is never traced itself."""
+        if self.used_original or any(m.training for m in self.original.modules()):
+            return False
+        kinds = {type(e).__name__ for e in _chain(error)}
+        return not any(k.startswith(("GuardOnDataDependent", "DataDependent")) for k in kinds)
+
+    def _explain(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        place = _user_frame(error, self.module)
+        text = _first_lines(error)
+        where = f"\n  at {place}" if place else ""
+        name = type(self.original).__name__
+        given = ", ".join(_describe(leaf) for leaf in pytree.tree_leaves((args, kwargs)))
+        if isinstance(self.original, torch.jit.ScriptModule) or "ScriptModule" in text:
+            fix = "pass the nn.Module that was scripted, not the result of torch.jit.script"
+            return f"{name} cannot be traced: it holds a TorchScript module\n  fix: {fix}"
+        kind = {type(e).__name__ for e in _chain(error)}
+        if any(k.startswith(("GuardOnDataDependent", "DataDependent")) for k in kind) or (
+            "data-dependent" in text
+        ):
+            return (
+                f"{name} cannot be traced: its control flow or its sizes depend on the values of "
+                f"tensors ({text}){where}\n  fix: write the branch with torch.where or torch.cond, "
+                "or keep it outside of the compiled module"
+            )
+        if "pytree" in text or "Unsupported input type" in text or "unsupported output" in text:
+            fix = (
+                "register the type with torch.export.register_dataclass or "
+                "torch.utils._pytree.register_pytree_node"
+            )
+            return f"{name} cannot be traced: {text}{where}\n  fix: {fix}"
+        if "onstraint" in text or "dynamic_shapes" in text:
+            fix = "change dynamic_shapes as the message says, or leave the dimension out"
+            return f"{name} cannot be traced with these dynamic_shapes: {text}{where}\n  fix: {fix}"
+        return (
+            f"{name} raises on the example inputs ({given or 'none'}): "
+            f"{type(error).__name__}: {text}{where}\n  fix: check that "
+            "model(*args, **kwargs) runs on these inputs: their number, shapes and dtypes"
+        )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:400] if lines else type(error).__name__
+
+
+def _user_frame(error: BaseException, module: nn.Module) -> str:
+    """``file:line in function (module 'path')`` of the innermost line that is the user's own."""
+    paths = {id(m): path for path, m in module.named_modules()}
+    best: tuple[int, str] | None = None
+    for current in _chain(error):
+        trace_ = current.__traceback__
+        path = ""
+        while trace_ is not None:
+            frame = trace_.tb_frame
+            file = frame.f_code.co_filename
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and paths.get(id(owner)):
+                path = paths[id(owner)]
+            if not file.startswith((_TORCH, _OWN, "<")):
+                rank = 1 if "site-packages" in file else 2
+                text = f"{file}:{trace_.tb_lineno} in {frame.f_code.co_name}"
+                if (
+                    isinstance(owner, nn.Module)
+                    and id(owner) in paths
+                    and (best is None or rank >= best[0])
+                ) or (best is not None and rank >= best[0]):
+                    best = (rank, text + (f" (module {path!r})" if path else ""))
+            trace_ = trace_.tb_next
+        if best is not None and best[0] == 2:
+            break
+    return best[1] if best else ""
+
+
+def _describe(leaf: Any) -> str:
+    if isinstance(leaf, torch.Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+    return type(leaf).__name__
+
+
+# --- inputs ---------------------------------------------------------------------------------------
+
+
+def fresh(tree: Any) -> Any:
+    """A copy of nested inputs whose tensors are new; one tensor given twice stays one."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) not in copies:
+            copies[id(leaf)] = leaf.detach().clone()
+        return copies[id(leaf)]
+
+    return pytree.tree_map(copy, tree)
+
+
+def _batch_size(example: Any) -> int | None:
+    """The leading size that most tensors share, the first one's where that is undecided."""
+    sizes = [t.shape[0] for t in pytree.tree_leaves(example) if _is_tensor(t) and t.ndim]
+    if not sizes or not sizes[0]:
+        return None
+    counts = Counter(sizes)
+    most = max(counts.values())
+    return int(next(s for s in sizes if counts[s] == most)) or None
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor)
+
+
+def _has_batch(leaf: Any, batch: int) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+
+
+def _repeated(example: Any) -> Any:
+    return pytree.tree_map(lambda t: t.repeat_interleave(2, 0) if _has_batch(t, 1) else t, example)
+
+
+def _is_symbolic(size: Any) -> bool:
+    return isinstance(size, torch.SymInt)
+
+
+def _static_despite_request(program: ExportedProgram, asked: Any, example: Any) -> list[str]:
+    """Sentences about dimensions that the caller asked to be dynamic and that are not."""
+    if isinstance(asked, ShapesCollection):
+        return []
+    wanted: list[Any] = []
+
+    def walk(spec: Any, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            wanted.append(spec)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(spec.get(key) if isinstance(spec, dict) else None, item)
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                walk(spec[i] if isinstance(spec, (list, tuple)) and i < len(spec) else None, item)
+        else:
+            wanted.append(None)
+
+    args, kwargs = example
+    if isinstance(asked, dict):
+        names = [n.name for n in _user_placeholders(program)]
+        if not kwargs and len(asked) == len(args):
+            walk(list(asked.values()), args)
+        else:
+            bound = {**dict(zip(names, args, strict=False)), **kwargs}
+            walk(asked, bound)
+    else:
+        walk([*asked, *([None] * len(kwargs))], [*args, *kwargs.values()])
+    sentences: list[str] = []
+    nodes = _user_placeholders(program)
+    if len(wanted) != len(nodes):
+        return []
+    for node, spec in zip(nodes, wanted, strict=True):
+        items = spec.items() if isinstance(spec, dict) else enumerate(spec or ())
+        for axis, dim in items:
+            static = dim is None or isinstance(dim, int) or dim is Dim.STATIC
+            size = node.meta["val"].shape[axis]
+            if not static and not _is_symbolic(size):
+                sentences.append(
+                    f"dimension {axis} of {node.name} was asked to be dynamic and is static at "
+                    f"{size}: the model fixes it"
+                )
+    return sentences
+
+
+def _user_placeholders(program: ExportedProgram) -> list[fx.Node]:
+    user = set(program.graph_signature.user_inputs)
+    specs = program.graph_signature.input_specs
+    nodes = program.graph.find_nodes(op="placeholder")
+    kind = torch.export.graph_signature.InputKind.USER_INPUT
+    return [n for n, s in zip(nodes, specs, strict=True) if s.kind == kind or n.name in user]
+
+
+# --- the result -----------------------------------------------------------------------------------
+
+
+def _finish(
+    program: ExportedProgram,
+    gm: fx.GraphModule,
+    traced: Any,
+    example: Any,
+    specialised: tuple[str, ...],
+    notes: list[str],
+    *,
+    batch: int | None,
+) -> Program:
+    constants.canonicalise(gm)
+    _own_state(gm)
+    gm.recompile()
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    symbolic_batch = batch is not None or not specialised
+    inputs = tuple(
+        _input_spec(node, leaf, dynamic=symbolic_batch)
+        for node, leaf in zip(placeholders, pytree.tree_leaves(traced), strict=True)
+    )
+    ranges = {str(s): _bounds(r) for s, r in program.range_constraints.items()}
+    return Program(
+        graph_module=gm,
+        args=tuple(traced[0]),
+        kwargs=dict(traced[1]),
+        example=(tuple(example[0]), dict(example[1])),
+        inputs=inputs,
+        specialised=specialised,
+        notes=tuple(notes),
+        ranges=ranges,
+        node_count=sum(n.op == "call_function" for n in gm.graph.nodes),
+        exported=program,
+    )
+
+
+def _input_spec(node: fx.Node, leaf: Any, *, dynamic: bool) -> InputSpec:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return InputSpec(node.name, (), None, None, leaf)
+    sizes = tuple(str(s) if _is_symbolic(s) else int(s) for s in value.shape)
+    batch = 0 if dynamic and sizes and isinstance(sizes[0], str) else None
+    return InputSpec(node.name, sizes, value.dtype, batch, None, value.device)
+
+
+def _bounds(values: Any) -> tuple[int, int | None]:
+    low = int(values.lower) if values.lower.is_Integer else 0
+    return low, (int(values.upper) if values.upper.is_Integer else None)
+
+
+def _own_state(gm: fx.GraphModule) -> None:
+    """Gives the graph copies of the buffers that it writes: the caller's stay as they are."""
+    for node in constants.written(gm.graph):
+        if node.op != "get_attr":
+            continue
+        path, _, name = str(node.target).rpartition(".")
+        owner = gm.get_submodule(path)
+        copy = getattr(owner, name).detach().clone()
+        if name in owner._parameters:
+            copy = nn.Parameter(copy, requires_grad=False)
+        setattr(owner, name, copy)
+
+
+def _graph_notes(gm: fx.GraphModule) -> list[str]:
+    notes: list[str] = []
+    opaque = Counter(
+        str(getattr(n.target, "__name__", n.target))
+        for n in gm.graph.nodes
+        if n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator)
+    )
+    for name, count in opaque.items():
+        notes.append(f"{count} x {name}: its sub-graphs are kept as they are, nothing folds inside")
+    if constants.written(gm.graph):
+        notes.append("the model writes its own state; the compiled model keeps a state of its own")
+    training = sum(_trains(n) for n in gm.graph.nodes)
+    if training:
+        notes.append(f"{training} operators were exported in training mode and stay so")
+    return notes
+
+
+def _trains(node: fx.Node) -> bool:
+    """Dropout that drops, or batch norm with running statistics that it does not use."""
+    if node.op != "call_function":
+        return False
+    name = op_name(node)
+    if name in ("dropout", "feature_dropout", "alpha_dropout"):
+        return len(node.args) > 2 and bool(node.args[2]) and node.args[1] != 0
+    if name == "batch_norm":
+        return bool(node.args[5]) and node.args[3] is not None
+    return name == "_native_batch_norm_legit_functional"
+
+
+# --- the shallow copy -----------------------------------------------------------------------------
+
+
+def eval_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree in eval mode that shares every parameter and buffer.
+
+    Modules that other modules reach through plain attributes, containers, hooks, bound methods or
+    closures are the copies there too. ``train()`` is not called: some modules merge weights in it.
+    """
+    originals = list(model.modules())
+    if any(isinstance(m, torch.jit.ScriptModule) for m in originals):
+        return model
+    memo: dict[int, Any] = {}
+    for module in originals:
+        memo[id(module)] = object.__new__(type(module))
+    keep: list[Any] = []  # ids in the memo must not be reused
+    for module in originals:
+        copy = memo[id(module)]
+        state = {k: _rewired(v, memo, keep, 0) for k, v in vars(module).items()}
+        state["training"] = False
+        copy.__dict__.update(state)
+    copied: nn.Module = memo[id(model)]
+    return copied
+
+
+def _rewired(value: Any, memo: dict[int, Any], keep: list[Any], depth: int) -> Any:
+    """``value`` with modules replaced by their copies; containers are copied, tensors shared."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if depth > 6 or isinstance(value, (torch.Tensor, str, int, float, bytes, type(None))):
+        return value
+    new: Any = value
+    if type(value) in (list, dict, OrderedDict, set):
+        new = type(value)()
+        memo[id(value)] = new
+        keep.append(value)
+        _fill(new, value, functools.partial(_rewired, memo=memo, keep=keep, depth=depth + 1))
+        return new
+    if type(value) is tuple:
+        new = tuple(_rewired(v, memo, keep, depth + 1) for v in value)
+    elif isinstance(value, types.MethodType):
+        owner = _rewired(value.__self__, memo, keep, depth + 1)
+        if owner is not value.__self__:
+            new = types.MethodType(value.__func__, owner)
+    elif isinstance(value, functools.partial):
+        inner = [_rewired(v, memo, keep, depth + 1) for v in (value.func, value.args)]
+        new = functools.partial(
+            inner[0], *inner[1], **_rewired(value.keywords, memo, keep, depth + 1)
+        )
+    elif inspect.isfunction(value) and value.__closure__:
+        new = _rewired_closure(value, memo, keep, depth)
+    if new is not value:
+        memo[id(value)] = new
+        keep.append(value)
+    return new
+
+
+def _fill(new: Any, old: Any, rewire: Callable[[Any], Any]) -> None:
+    if isinstance(new, list):
+        new.extend(rewire(v) for v in old)
+    elif isinstance(new, set):
+        new.update(rewire(v) for v in old)
+    else:
+        new.update((k, rewire(v)) for k, v in old.items())
+
+
+def _rewired_closure(
+    function: types.FunctionType, memo: dict[int, Any], keep: list[Any], depth: int
+) -> types.FunctionType:
+    cells: Iterable[types.CellType] = function.__closure__ or ()
+    contents = [c.cell_contents if _is_set(c) else None for c in cells]
+    if not any(isinstance(c, nn.Module) and id(c) in memo for c in contents):
+        return function
+    new_cells = tuple(
+        types.CellType(memo[id(v)]) if isinstance(v, nn.Module) and id(v) in memo else c
+        for c, v in zip(cells, contents, strict=True)
+    )
+    new = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        new_cells,
+    )
+    new.__kwdefaults__ = function.__kwdefaults__
+    new.__dict__.update(function.__dict__)
+    return new
+
+
+def _is_set(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,248 @@
+"""Models as the command line names them: ``timm:NAME``, ``package.module:callable``, a ``.pt2``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from refold.errors import FrontendError, MissingDependencyError, UsageError, did_you_mean
+
+_DIM = re.compile(r"(?P<size>\d+)|(?P<name>[A-Za-z]\w*)(=(?P<example>\d+))?")
+# Where a dynamic leading dimension comes without a size: 2 is the least that does not specialise.
+_BATCH = 2
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model found by its name.
+
+    Attributes:
+        model: a module in eval mode, or the path of a ``.pt2``.
+        name: what reports call it.
+        input_sizes: the sizes of one example input that the model's maker names, if any.
+    """
+
+    model: nn.Module | Path
+    name: str
+    input_sizes: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class InputText:
+    """One example input as the command line describes it.
+
+    Attributes:
+        sizes: example sizes.
+        dynamic: dimensions that were written as a name.
+        dtype: of the tensor; ``None`` for the model's own.
+        low: smallest integer.
+        high: largest integer.
+    """
+
+    sizes: tuple[int, ...]
+    dynamic: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+    low: int = 0
+    high: int = 1
+
+    def example(self, dtype: torch.dtype) -> torch.Tensor:
+        """A random tensor: normal, or uniform integers from ``low`` to ``high``."""
+        wanted = self.dtype or dtype
+        if wanted is torch.bool:
+            return torch.rand(self.sizes) < 0.5
+        if wanted.is_floating_point:
+            return torch.randn(self.sizes).to(wanted)
+        return torch.randint(self.low, self.high + 1, self.sizes, dtype=wanted)
+
+
+def parse_shape(text: str) -> InputText:
+    """Reads ``1x3x224x224``; a name (``Nx3xH=224xW=224``) makes a dimension dynamic."""
+    sizes, dynamic = [], []
+    for index, part in enumerate(text.split("x")):
+        match = _DIM.fullmatch(part)
+        if match is None:
+            raise UsageError(
+                f"shape {text!r}: {part!r} is neither a size nor a name; write 1x3x224x224, or "
+                "Nx3xH=224xW=224 for dynamic dimensions"
+            )
+        if match["size"] is not None:
+            sizes.append(int(match["size"]))
+            continue
+        dynamic.append(index)
+        if match["example"] is None and index:
+            raise UsageError(
+                f"shape {text!r}: a dynamic dimension needs an example size: {part}=224"
+            )
+        sizes.append(int(match["example"] or _BATCH))
+    if 0 in sizes:
+        raise UsageError(f"shape {text!r}: sizes must be positive")
+    return InputText(tuple(sizes), tuple(dynamic))
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    """Reads ``float16``, ``int64``, ... as PyTorch names them."""
+    known = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
+    if text not in known:
+        raise UsageError(f"unknown dtype {text!r}{did_you_mean(text, known)}")
+    dtype: torch.dtype = getattr(torch, text)
+    return dtype
+
+
+def parse_input(text: str) -> InputText:
+    """Reads ``DTYPE:SHAPE`` or ``DTYPE:SHAPE:LOW..HIGH``, as in ``int64:1x77:0..49407``."""
+    parts = text.split(":")
+    if len(parts) not in (2, 3):
+        raise UsageError(f"input {text!r}: write DTYPE:SHAPE[:LOW..HIGH], as in int64:1x77:0..999")
+    dtype, shape = parse_dtype(parts[0]), parse_shape(parts[1])
+    low, high = 0, 1
+    if len(parts) == 3:
+        bounds = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", parts[2])
+        if bounds is None or int(bounds[1]) > int(bounds[2]):
+            raise UsageError(f"input {text!r}: the range is LOW..HIGH, as in 0..49407")
+        low, high = int(bounds[1]), int(bounds[2])
+    return InputText(shape.sizes, shape.dynamic, dtype, low, high)
+
+
+def load_model(spec: str) -> NamedModel:
+    """Finds or makes the model that ``spec`` names, in eval mode.
+
+    Args:
+        spec: ``timm:NAME`` (random weights: nothing is downloaded), ``package.module:callable``
+            (a module, or a class or function without arguments that makes one), or a file.
+    """
+    if spec.startswith("timm:"):
+        return _from_timm(spec.removeprefix("timm:"))
+    suffix = Path(spec).suffix
+    if suffix in (".pt2", ".onnx"):
+        return NamedModel(Path(spec), Path(spec).name)
+    if suffix in (".pt", ".pth", ".safetensors"):
+        raise UsageError(
+            f"{spec} holds weights without the model: name the model and pass --checkpoint {spec}"
+        )
+    if ":" in spec:
+        return _from_module(spec)
+    raise UsageError(
+        f"cannot tell what model {spec!r} is: write timm:NAME, package.module:callable, or a .pt2 file"
+    )
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Loads a state dict from a file into the model; only tensors are read, no code is run."""
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"checkpoint {file}: no such file")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise MissingDependencyError(
+            "safetensors is not installed: pip install safetensors"
+        ) from None
+    except Exception as error:
+        # Readers of damaged or hostile files raise whatever the damage leads to.
+        raise FrontendError(f"checkpoint {file} cannot be read: {error}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict):
+        raise FrontendError(f"checkpoint {file} holds a {type(state).__name__}, not a state dict")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise FrontendError(f"checkpoint {file} does not fit the model: {error}") from error
+
+
+def randomize_batch_norms(model: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
+    """Gives each batch norm random scales and shifts and statistics taken from ``inputs``.
+
+    A fresh model's batch norms are all but identities: folding them shows nothing. Statistics come
+    from one forward pass, so that activations keep their range, and are then jittered. Returns how
+    many there are.
+    """
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None
+    ]
+    saved = [(m, m.momentum, m.training) for m in norms]
+    with torch.no_grad():
+        for m in norms:
+            if m.affine:
+                sign = torch.where(torch.rand(m.num_features) < 0.1, -1.0, 1.0)
+                m.weight.copy_(sign * (0.5 + torch.rand(m.num_features)))
+                m.bias.copy_(0.2 * torch.randn(m.num_features))
+            m.reset_running_stats()
+            m.momentum = None
+            m.train()
+        try:
+            model(*inputs)
+        finally:
+            for m, momentum, training in saved:
+                m.momentum = momentum
+                m.train(training)
+        for m in norms:
+            assert m.running_var is not None and m.running_mean is not None
+            m.running_var.mul_(0.8 + 0.4 * torch.rand(m.num_features)).clamp_(min=1e-3)
+            m.running_mean.add_(0.1 * m.running_var.sqrt() * torch.randn(m.num_features))
+    return len(norms)
+
+
+def _from_timm(name: str) -> NamedModel:
+    from refold.frontends.torchvision_shim import declare_torchvision_ops
+
+    declare_torchvision_ops()
+    try:
+        import timm
+    except ImportError:
+        raise MissingDependencyError("timm is not installed: pip install 'refold[timm]'") from None
+    if not timm.is_model(name):
+        raise UsageError(f"timm has no model {name!r}{_nearest(name, timm.list_models())}")
+    model = timm.create_model(name, pretrained=False).eval()
+    config = getattr(model, "default_cfg", None) or {}
+    sizes = config.get("input_size")
+    return NamedModel(model, f"timm:{name}", (1, *sizes) if sizes else None)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    # A list of a thousand names is no help.
+    hint = did_you_mean(name, known)
+    return hint if "did you mean" in hint else ""
+
+
+def _from_module(spec: str) -> NamedModel:
+    module_name, _, path = spec.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"model {spec!r}: {error}") from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            names = [n for n in vars(found) if not n.startswith("_")]
+            raise UsageError(f"model {spec!r}: no {part!r} there{_nearest(part, names)}")
+        found = getattr(found, part)
+    if not isinstance(found, nn.Module):
+        if not callable(found):
+            raise UsageError(f"model {spec!r} is a {type(found).__name__}, not a model or callable")
+        try:
+            found = found()
+        except TypeError as error:
+            raise UsageError(f"model {spec!r} must be callable without arguments: {error}") from error
+    if not isinstance(found, nn.Module):
+        raise UsageError(f"model {spec!r} made a {type(found).__name__}, not an nn.Module")
+    return NamedModel(found.eval(), spec)

@@ -1,0 +1,1 @@
+"""Facts about an FX graph that every pass needs."""

@@ -1,0 +1,237 @@
+"""Which values may share storage: what no rewrite may change between inputs, state and outputs."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from refold.graph import constants, nodes
+
+# Operators that can return (a view of) their input although their schema does not say so.
+_UNDECLARED = frozenset({
+    "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "einsum", "meshgrid",
+    "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d", "cartesian_prod",
+})  # fmt: skip
+
+# Operators whose values, not only whose layout, depend on the strides of what they read.
+_READS_STRIDES = frozenset({
+    "as_strided", "as_strided_copy", "as_strided_scatter", "view_as_complex", "sym_stride",
+    "sym_storage_offset", "sym_is_contiguous", "stride", "is_contiguous",
+})  # fmt: skip
+
+_SETTLE_LIMIT = 64
+
+
+@functools.cache
+def _may_pass(target: Any) -> bool:
+    if target is operator.getitem:
+        return True
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    schema = target._schema
+    if schema.name.split("::")[-1] in _UNDECLARED:
+        return True
+    return any(r.alias_info is not None for r in schema.returns)
+
+
+def storage(value: object) -> int | None:
+    """An identity of the storage behind a tensor, or ``None`` where there is none."""
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return None
+    return int(value.untyped_storage()._cdata)
+
+
+def _storages(node: fx.Node) -> set[int]:
+    found = {storage(leaf) for leaf in pytree.tree_leaves(node.meta.get("val"))}
+    return {s for s in found if s is not None}
+
+
+def passes(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose storage the result of ``node`` may share."""
+    if node.op != "call_function":
+        return []
+    inputs = [n for n in node.all_input_nodes if _storages(n)]
+    if not inputs:
+        return []
+    if not _may_pass(node.target):
+        # Composite operators may hand their input through without saying so; the trace saw it.
+        own = _storages(node)
+        return [n for n in inputs if own & _storages(n)]
+    if isinstance(node.target, torch._ops.OpOverload):
+        declared = [
+            nodes.arguments(node)[a.name]
+            for a in node.target._schema.arguments
+            if a.alias_info is not None
+        ]
+        leaves = [v for v in pytree.tree_leaves(declared) if isinstance(v, fx.Node)]
+        if leaves:
+            return leaves
+    return inputs
+
+
+def roots(node: fx.Node) -> set[fx.Node]:
+    """The nodes whose storage ``node`` may share, as far up as possible (at the top: itself)."""
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        sources = passes(current)
+        stack.extend(sources)
+        if not sources:
+            found.add(current)
+    return found
+
+
+def outputs(graph: fx.Graph) -> list[fx.Node]:
+    """The output leaves that are nodes, in order, with repetitions."""
+    leaves = pytree.tree_leaves(graph.output_node().args)
+    return [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+
+
+def reached_outputs(node: fx.Node) -> set[fx.Node]:
+    """The output leaves that may share the storage of ``node``."""
+    found: set[fx.Node] = set()
+    seen = {node}
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if nodes.is_output(current):
+            found.add(current)
+        for user in current.users:
+            if user not in seen and user.op == "call_function" and current in passes(user):
+                seen.add(user)
+                stack.append(user)
+    return found
+
+
+def mutated(graph: fx.Graph) -> set[fx.Node]:
+    """The owners of all storage that the graph writes."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if constants.is_mutation(node):
+            bound = nodes.arguments(node)
+            for argument in node.target._schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    for leaf in pytree.tree_leaves(bound[argument.name]):
+                        if isinstance(leaf, fx.Node):
+                            found |= roots(leaf)
+    return found
+
+
+def new_sharing(old: fx.Node, new: fx.Node) -> str | None:
+    """Why ``new`` may not take the place of ``old``: an output would share storage it did not.
+
+    ``new`` is an existing node, or was just made; ``old`` still has its users.
+    """
+    reached = reached_outputs(old)
+    if not reached:
+        return None
+    own = _storages(old)
+    before = {r for r in roots(old) if own & _storages(r)}
+    others = set(outputs(old.graph)) - reached
+    for root in roots(new) - before:
+        if root.op == "placeholder":
+            return f"an output would share the storage of the input {root.name}"
+        if root.op == "get_attr":
+            return f"an output would share the storage of the constant {root.target}"
+        shared = next((o for o in others if root in roots(o)), None)
+        if shared is not None:
+            return f"two outputs would share the storage of {shared.name}"
+    return None
+
+
+def reads_strides(graph: fx.Graph) -> bool:
+    """True if some call's result depends on the strides of what it reads."""
+    return any(_stride_sensitive(node) for node in graph.nodes if node.op == "call_function")
+
+
+def _stride_sensitive(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is not operator.getitem and bool(node.all_input_nodes) and _takes_tensor(node)
+    if target is torch.ops.aten.view.dtype:
+        return True
+    namespace, _, name = target._schema.name.partition("::")
+    return namespace not in ("aten", "prim") or name in _READS_STRIDES
+
+
+def _takes_tensor(node: fx.Node) -> bool:
+    return any(nodes.is_tensor(n) for n in node.all_input_nodes)
+
+
+def unsettled_strides(old: fx.Node, new: fx.Node) -> str | None:
+    """Why users of ``old`` cannot read ``new`` if its strides differ, or ``None``.
+
+    The users are run on fake values with the new strides, onwards until every stride is again
+    what it was. An output whose strides would change, a call that reads strides, and a view that
+    does not work any more are reasons to decline.
+    """
+    if _same_strides(old.meta.get("val"), new.meta.get("val")):
+        return None
+    shadow: dict[fx.Node, Any] = {old: new.meta["val"]}
+    heap = list(old.users)
+    heapq.heapify(heap)
+    seen = set(heap)
+    visited = 0
+    while heap:
+        user = heapq.heappop(heap)
+        visited += 1
+        if user.op == "output":
+            return "the strides of an output would change"
+        if visited > _SETTLE_LIMIT:
+            return "too many later calls would see other strides"
+        if _stride_sensitive(user) or constants.is_mutation(user):
+            return f"{user.name} depends on the strides that it reads"
+        try:
+            value = run_fake(user, shadow)
+        except Exception as error:  # whatever a view raises is the reason
+            return f"{user.name} does not accept other strides ({str(error).splitlines()[0]})"
+        if not _same_strides(user.meta.get("val"), value):
+            shadow[user] = value
+            for following in user.users:
+                if following not in seen:
+                    seen.add(following)
+                    heapq.heappush(heap, following)
+    return None
+
+
+def _same_strides(a: Any, b: Any) -> bool:
+    left, right = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    if len(left) != len(right):
+        return False
+    for x, y in zip(left, right, strict=True):
+        if isinstance(x, torch.Tensor) != isinstance(y, torch.Tensor):
+            return False
+        if isinstance(x, torch.Tensor):
+            if x.layout is not torch.strided or y.layout is not torch.strided:
+                if x.layout is not y.layout:
+                    return False
+            elif not nodes.same(x.shape, y.shape) or not nodes.same(x.stride(), y.stride()):
+                return False
+        elif not nodes.same(x, y):
+            return False
+    return True
+
+
+def run_fake(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """Runs one call on fake values: those of ``values``, else ``meta["val"]``."""
+    args, kwargs = fx.map_arg(
+        (node.args, node.kwargs), lambda n: values[n] if n in values else n.meta["val"]
+    )
+    mode = nodes.fake_mode(node.graph)
+    with torch.no_grad():
+        if mode is None:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        with mode:
+            return node.target(*args, **kwargs)  # type: ignore[operator]

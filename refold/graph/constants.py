@@ -1,0 +1,239 @@
+"""Constants of a graph: tensors behind ``get_attr`` nodes, what is constant, what is written.
+
+Parameters are the caller's own tensors: nothing here, and no pass, ever writes into one.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from refold.algebra.lazy import Lazy
+from refold.graph import nodes
+
+_IMPURE = {
+    "uniform", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like",
+    "normal", "bernoulli", "multinomial", "poisson", "exponential", "geometric", "cauchy",
+    "log_normal", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
+    "empty_permuted", "rrelu", "random", "alpha_dropout", "feature_dropout", "native_dropout",
+}  # fmt: skip
+
+
+def tensor(node: fx.Node) -> torch.Tensor:
+    """The tensor behind a ``get_attr`` node; a pending constant is computed and rounded now."""
+    if "refold_lazy" in node.meta:
+        materialise(node)
+    owner: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        owner = getattr(owner, part)
+    return owner.detach()
+
+
+def exact(node: object) -> Lazy | None:
+    """A constant operand in float64, unrounded where a pass made it; ``None`` if not constant.
+
+    Reads through layout operations over a constant. An ``expand`` reads as what it expands, so
+    the shape is the operand's up to broadcasting.
+    """
+    if not is_get_attr(node):
+        return _exact_layout(node)
+    assert isinstance(node, fx.Node)
+    if any(is_mutation(user) for user in node.users) or not node.meta["val"].is_floating_point():
+        return None
+    pending: Lazy | None = node.meta.get("refold_exact")
+    return pending if pending is not None else Lazy.of(tensor(node))
+
+
+_VIEWS = {"view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "permute", "transpose", "t"}
+
+
+def _exact_layout(node: object) -> Lazy | None:
+    if not isinstance(node, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    name = node.target._schema.name.split("::")[-1]
+    source = node.args[0] if node.args else None
+    if name in ("expand", "expand_as", "contiguous", "clone", "detach", "alias"):
+        return exact(source)
+    rest = node.args[1:]
+    if name not in _VIEWS or len(node.all_input_nodes) != 1:
+        return None
+    base = exact(source)
+    if base is None or base.shape != tuple(source.meta["val"].shape):  # type: ignore[union-attr]
+        return None
+    target = node.target
+    return base.map(tuple(node.meta["val"].shape), lambda t: target(t, *rest, **node.kwargs))
+
+
+def is_get_attr(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr" and isinstance(
+        node.meta.get("val"), torch.Tensor
+    )
+
+
+def add(
+    gm: fx.GraphModule,
+    name: str,
+    data: torch.Tensor | Lazy,
+    like: torch.Tensor | None = None,
+) -> fx.Node:
+    """Registers a new constant at the graph's insertion point.
+
+    Args:
+        gm: the graph module; its graph is positioned where the node shall stand.
+        name: a telling name, made unique; dots become underscores.
+        data: a tensor, stored as it is, or a float64 :class:`Lazy` that stays pending (a fold upon
+            a fold starts from it, so everything is rounded once) until :func:`materialise`.
+        like: for a lazy constant, a tensor that has the dtype and device to round to.
+    """
+    base = "folded_" + name.replace(".", "_").removeprefix("folded_")
+    unique, count = base, 0
+    while hasattr(gm, unique):
+        count += 1
+        unique = f"{base}_{count}"
+    if isinstance(data, Lazy):
+        assert like is not None
+        stored = torch.empty(data.shape, dtype=like.dtype, device="meta")
+        device = like.device
+    else:
+        stored, device = data.detach(), data.device
+    gm.register_buffer(unique, stored)
+    node = gm.graph.get_attr(unique)
+    node.meta["refold_name"] = name.replace(".", "_").removeprefix("folded_")
+    mode = nodes.fake_mode(gm.graph)
+    with mode or torch.no_grad():
+        node.meta["val"] = torch.empty(stored.shape, dtype=stored.dtype, device=device)
+    if isinstance(data, Lazy):
+        node.meta["refold_lazy"] = device
+        node.meta["refold_exact"] = data
+    return node
+
+
+def materialise(node: fx.Node) -> None:
+    """Computes a pending constant in float64 and rounds it to its dtype, once."""
+    device = node.meta.pop("refold_lazy", None)
+    if device is None:
+        return
+    value: Lazy = node.meta["refold_exact"]
+    gm = node.graph.owning_module
+    dtype = node.meta["val"].dtype
+    setattr(gm, str(node.target), value.get().to(dtype=dtype, device=device).contiguous())
+
+
+def materialise_all(gm: fx.GraphModule, *, release: bool = True) -> None:
+    """Computes every pending constant that is still read; ``release`` forgets how it was made."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if node.users:
+            materialise(node)
+        if release:
+            node.meta.pop("refold_exact", None)
+
+
+def written(graph: fx.Graph) -> set[fx.Node]:
+    """``get_attr`` and placeholder nodes that the graph writes (state, copy-backs)."""
+    out: set[fx.Node] = set()
+    for node in graph.nodes:
+        if is_mutation(node):
+            out.update(a for a in node.all_input_nodes if a.op in ("get_attr", "placeholder"))
+    return out
+
+
+def is_mutation(node: fx.Node) -> bool:
+    return (
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+    )
+
+
+def impurity(node: fx.Node) -> str | None:
+    """Why a call is not a deterministic function of its inputs, or ``None``."""
+    if node.op == "get_attr" or node.target is operator.getitem:
+        return None
+    if node.op != "call_function":
+        return f"{node.op} is not a pure call"
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return f"{target} is not an ATen operator"
+    name = target._schema.name.split("::")[-1]
+    if name in _IMPURE or torch.Tag.nondeterministic_seeded in target.tags:
+        if name.startswith("dropout") or name == "dropout":
+            return None if not (len(node.args) > 2 and node.args[2]) else "dropout draws random numbers"
+        if name.startswith(("empty", "new_empty")):
+            return "reads uninitialised memory"
+        return f"{name} draws random numbers"
+    if target._schema.is_mutable:
+        return f"{name} writes one of its inputs"
+    return None
+
+
+def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on parameters, buffers and literals alone, deterministically.
+
+    A buffer that the graph writes is not constant. Nodes of symbolic sizes are not constant.
+    """
+    state = written(graph)
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            if node not in state and isinstance(node.meta.get("val"), torch.Tensor):
+                constant.add(node)
+        elif node.op == "call_function" and impurity(node) is None:
+            if all(a in constant for a in node.all_input_nodes):
+                constant.add(node)
+    return constant
+
+
+def size_in_bytes(node: fx.Node) -> int:
+    """Bytes that the constant behind a ``get_attr`` (or its fake value) takes."""
+    value = node.meta["val"]
+    return int(value.numel()) * value.element_size()
+
+
+def stored_bytes(gm: fx.GraphModule) -> int:
+    """Bytes of all constants that the graph reads."""
+    return sum(
+        size_in_bytes(n) for n in gm.graph.find_nodes(op="get_attr")
+        if n.users and isinstance(n.meta.get("val"), torch.Tensor)
+    )
+
+
+def canonicalise(gm: fx.GraphModule) -> int:
+    """Lets aliases of one tensor (tied weights) share one ``get_attr`` node; returns how many went.
+
+    Non-strict export lists a tied tensor under each of its names, with its users on the last one.
+    """
+    first: dict[tuple[Any, ...], fx.Node] = {}
+    merged = 0
+    for node in list(gm.graph.nodes):
+        if node.op != "get_attr" or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        t = tensor(node)
+        key = (t.data_ptr(), t.dtype, tuple(t.shape), t.stride(), t.device) if t.numel() else (id(t),)
+        if not node.users:
+            gm.graph.erase_node(node)
+            continue
+        kept = first.setdefault(key, node)
+        if kept is not node:
+            node.replace_all_uses_with(kept, propagate_meta=False)
+            gm.graph.erase_node(node)
+            merged += 1
+    return merged
+
+
+def sweep(gm: fx.GraphModule) -> None:
+    """Removes dead code and drops tensors and submodules that no node reads any more."""
+    gm.graph.eliminate_dead_code()
+    used = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
+    for name in [n for n, _ in gm.named_parameters(remove_duplicate=False)] + [
+        n for n, _ in gm.named_buffers(remove_duplicate=False)
+    ]:
+        if name not in used:
+            path, _, attr = name.rpartition(".")
+            delattr(gm.get_submodule(path), attr)
+    gm.delete_all_unused_submodules()
+    for name, value in list(vars(gm).items()):
+        if isinstance(value, torch.Tensor) and name not in used:
+            delattr(gm, name)

@@ -1,0 +1,452 @@
+"""Makes an exported program functional: no in-place ops, no eval-time no-ops, one spelling of view.
+
+The cheap way reads aliasing off the trace: fake tensors of views and of in-place results share
+their storage. ``t.op_()`` becomes ``op(t)`` when no other live value shares the storage of ``t``;
+a write into a slice of a live value becomes a scatter. Everything else (state, inputs, operators
+whose aliasing is unknown) sends the whole program through ``run_decompositions({})``, which is
+always right and costs a second trace.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from refold.graph.constants import is_mutation
+from refold.graph.kinds import op_name
+from refold.graph.nodes import aten, call, fake_result, is_call, is_tensor, same
+
+RULE = "functionalise"
+
+# They return their input itself in eval mode, which the trace does not show as shared storage.
+_DROPOUT = frozenset(
+    {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"}
+)
+# They may return their input itself although their schema has no alias annotation.
+_MAY_RETURN_INPUT = _DROPOUT | {"type_as", "rrelu", "pad", "getitem"}
+# They read strides or storage: a copy in front of them matters.
+_STRIDE_SENSITIVE = frozenset({"as_strided", "as_strided_scatter", "view_as_complex", "set_"})
+_COMPARISONS = frozenset(
+    {"eq_", "ne_", "lt_", "le_", "gt_", "ge_", "logical_and_", "logical_or_", "logical_not_",
+     "logical_xor_", "isnan_"}
+)  # fmt: skip
+
+
+class _NotLocal(Exception):
+    """The program cannot be made functional node by node."""
+
+
+def functional_module(
+    program: ExportedProgram, *, aliasing_known: bool = True
+) -> tuple[fx.GraphModule, bool]:
+    """Unlifts an exported program into a functional graph module.
+
+    Args:
+        program: any ``ExportedProgram``; it is not changed.
+        aliasing_known: whether the fake values of views share storage (they do not in a program
+            that was loaded from a file).
+
+    Returns:
+        The graph module, and whether the program had to go through ``run_decompositions({})``.
+    """
+    gm = program.module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    _drop_assertions(gm.graph)
+    redone = False
+    if _mutates(gm):
+        try:
+            if not aliasing_known:
+                raise _NotLocal
+            _localise(gm)
+        except _NotLocal:
+            gm = program.run_decompositions({}).module(check_guards=False)
+            assert isinstance(gm, fx.GraphModule)
+            _drop_assertions(gm.graph)
+            _strip_scatters(gm)
+            redone = True
+    drop_no_ops(gm)
+    gm.graph.eliminate_dead_code()
+    _unstamp(gm.graph)
+    gm.recompile()
+    return gm, redone
+
+
+def _unstamp(graph: fx.Graph) -> None:
+    """Nodes made here are originals to everything that follows: their own name is their origin."""
+    for node in graph.nodes:
+        custom = node.meta.get("custom")
+        if custom and custom.get("refold", {}).get("rules") == [RULE]:
+            node.meta["custom"] = {k: v for k, v in custom.items() if k != "refold"}
+
+
+def _mutates(gm: fx.GraphModule) -> bool:
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    return any(is_mutation(n) or _hidden_mutation(n) for g in graphs for n in g.nodes)
+
+
+def _hidden_mutation(node: fx.Node) -> bool:
+    """Normalisation that updates running statistics, which its schema does not say."""
+    if not is_call(node, aten.batch_norm, aten.instance_norm) or len(node.args) < 6:
+        return False
+    return bool(node.args[5]) and node.args[3] is not None
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if is_call(node, aten._assert_tensor_metadata):
+            graph.erase_node(node)
+
+
+# --- in-place operators, one at a time ------------------------------------------------------------
+
+
+def _storages(value: Any) -> set[int]:
+    return {
+        leaf.untyped_storage()._cdata
+        for leaf in pytree.tree_leaves(value)
+        if isinstance(leaf, torch.Tensor)
+    }
+
+
+def _returns_input(node: fx.Node) -> bool:
+    """Dropout that does nothing, and so returns its input itself."""
+    if node.op != "call_function" or op_name(node).rstrip("_") not in _DROPOUT:
+        return False
+    train = node.args[2] if len(node.args) > 2 else node.kwargs.get("train")
+    return bool(not train or node.args[1] == 0)
+
+
+def _localise(gm: fx.GraphModule) -> None:
+    """Rewrites each in-place call of ``gm`` in one sweep, or raises :class:`_NotLocal`."""
+    if any(
+        is_mutation(n) or _hidden_mutation(n)
+        for m in gm.modules()
+        if m is not gm and isinstance(m, fx.GraphModule)
+        for n in m.graph.nodes
+    ):
+        raise _NotLocal
+    graph = gm.graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    last_use = {n: max((order[u] for u in n.users), default=-1) for n in order}
+    merged: dict[int, int] = {}  # storage -> storage, where the trace does not show an alias
+
+    def root(key: int) -> int:
+        while key in merged:
+            key = merged[key]
+        return key
+
+    members: dict[int, list[fx.Node]] = defaultdict(list)
+    fresh: set[fx.Node] = set()  # lifted constants that only their own copy reads
+    for node in list(order):
+        keys = {root(k) for k in _storages(node.meta.get("val"))}
+        if _returns_input(node):
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            for theirs in {root(k) for k in _storages(source.meta.get("val"))}:
+                for key in keys - {theirs}:
+                    merged[key] = theirs
+                    members[theirs].extend(members.pop(key, ()))
+            keys = {root(k) for k in keys}
+        if is_call(node, aten.lift_fresh_copy):
+            source = node.args[0]
+            if isinstance(source, fx.Node) and len(source.users) == 1:
+                fresh.add(source)
+        if node.op == "call_function" and (is_mutation(node) or _hidden_mutation(node)):
+            replacement = _functional(gm, node, keys, members, fresh, order, last_use)
+            for key in keys:
+                members[key].extend(replacement)
+            continue
+        for key in keys:
+            members[key].append(node)
+
+
+def _functional(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    keys: set[int],
+    members: dict[int, list[fx.Node]],
+    fresh: set[fx.Node],
+    order: dict[fx.Node, int],
+    last_use: dict[fx.Node, int],
+) -> list[fx.Node]:
+    """Replaces one in-place call; returns the nodes that now hold the written values."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not is_tensor(node):
+        raise _NotLocal
+    written, name = node.args[0], op_name(node)
+    mutated = [a for a in target._schema.arguments if a.alias_info and a.alias_info.is_write]
+    if not isinstance(written, fx.Node) or len(mutated) != 1:
+        raise _NotLocal
+    if name in ("detach_", "lift_fresh_") or _returns_input(node):  # these write nothing
+        _redirect(node, written, -1, order, last_use)
+        gm.graph.erase_node(node)
+        return []
+    if not name.endswith("_") or torch.Tag.inplace_view in target.tags:
+        raise _NotLocal
+    now = order[node]
+    alive = {m for k in keys for m in members[k] if m not in fresh and last_use[m] > now}
+    if any(
+        m.op in ("placeholder", "get_attr") and m not in fresh for k in keys for m in members[k]
+    ):
+        raise _NotLocal
+    chain = _view_chain(written, alive - {written})
+    with gm.graph.inserting_before(node):
+        value = _call_functional(gm.graph, node, written)
+        order[value], last_use[value] = now, -1
+        _redirect(written, value, now, order, last_use)
+        _redirect(node, value, -1, order, last_use)
+        produced = [value]
+        for view, base in chain:
+            value = _scatter(gm.graph, view, base, value)
+            order[value], last_use[value] = now, -1
+            _redirect(base, value, now, order, last_use)
+            produced.append(value)
+    gm.graph.erase_node(node)
+    return produced
+
+
+def _redirect(
+    old: fx.Node, new: fx.Node, after: int, order: dict[fx.Node, int], last_use: dict[fx.Node, int]
+) -> None:
+    """Lets the users of ``old`` that stand after position ``after`` read ``new``."""
+    for user in list(old.users):
+        if user is not new and order.get(user, -1) > after:
+            user.replace_input_with(old, new)
+            last_use[new] = max(last_use[new], order[user])
+    last_use[old] = max((order[u] for u in old.users if u in order), default=-1)
+
+
+def _view_chain(written: fx.Node, alive: set[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+    """The (view, base) steps from ``written`` up to the outermost value that is still needed."""
+    chain: list[tuple[fx.Node, fx.Node]] = []
+    view = written
+    while alive:
+        if not is_call(view, aten.select.int, aten.slice.Tensor, aten.detach, aten.alias):
+            raise _NotLocal
+        base = view.args[0]
+        if not isinstance(base, fx.Node):
+            raise _NotLocal
+        chain.append((view, base))
+        alive = alive - {base}
+        view = base
+    return chain
+
+
+def _scatter(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    if is_call(view, aten.detach, aten.alias):
+        return call(graph, aten.clone.default, (value,), rule=RULE, sources=[view])
+    scatter = (
+        aten.select_scatter.default
+        if is_call(view, aten.select.int)
+        else aten.slice_scatter.default
+    )
+    args = (base, value, *view.args[1:])
+    return call(graph, scatter, args, dict(view.kwargs), rule=RULE, sources=[value])
+
+
+def _call_functional(graph: fx.Graph, node: fx.Node, written: fx.Node) -> fx.Node:
+    """Inserts the functional twin of an in-place call, of the written tensor's dtype and shape."""
+    name, val = op_name(node), written.meta["val"]
+    rest = node.args[1:]
+    if name == "copy_":
+        return _expanded(graph, node, rest[0], val)
+    if name == "zero_":
+        return call(graph, aten.zeros_like.default, (written,), rule=RULE, sources=[node])
+    if name == "fill_" and isinstance(rest[0], fx.Node):
+        return _expanded(graph, node, rest[0], val)
+    if name == "fill_":
+        return call(graph, aten.full_like.default, (written, *rest), rule=RULE, sources=[node])
+    assert isinstance(node.target, torch._ops.OpOverload)
+    packet = getattr(getattr(torch.ops, node.target.namespace), name[:-1], None)
+    overload = getattr(packet, node.target._overloadname, None)
+    if not isinstance(overload, torch._ops.OpOverload) or overload._schema.is_mutable:
+        raise _NotLocal
+    new = graph.call_function(overload, node.args, dict(node.kwargs))
+    new.meta.update(node.meta)
+    new.meta["val"] = torch.empty_like(val)  # the trace's value shares the written storage
+    if _keeps_dtype(node, name, val.dtype):
+        return new
+    new.meta["val"] = fake_result(new)
+    if new.meta["val"].dtype == val.dtype:
+        return new
+    return call(graph, aten.to.dtype, (new, val.dtype), rule=RULE, sources=[new])
+
+
+def _keeps_dtype(node: fx.Node, name: str, dtype: torch.dtype) -> bool:
+    """True if the functional twin certainly has the written tensor's dtype (no need to run it)."""
+    operands = [a for a in node.all_input_nodes if is_tensor(a)]
+    return (
+        dtype.is_floating_point
+        and name not in _COMPARISONS
+        and all(a.meta["val"].dtype == dtype for a in operands)
+    )
+
+
+def _expanded(graph: fx.Graph, node: fx.Node, source: Any, like: torch.Tensor) -> fx.Node:
+    """``source`` as a new value with the shape and dtype of ``like``."""
+    if not isinstance(source, fx.Node):
+        raise _NotLocal
+    value, fresh = source, False
+    have = value.meta["val"]
+    if have.dtype != like.dtype or have.device != like.device:
+        kwargs = {"dtype": like.dtype, "device": like.device}
+        value = call(graph, aten._to_copy.default, (value,), kwargs, rule=RULE, sources=[node])
+        fresh = True
+    if not same(list(value.meta["val"].shape), list(like.shape)):
+        sizes = _sizes(graph, node)
+        value = call(graph, aten.expand.default, (value, sizes), rule=RULE, sources=[node])
+        fresh = False
+    if fresh:
+        return value
+    return call(graph, aten.clone.default, (value,), rule=RULE, sources=[node])
+
+
+def _sizes(graph: fx.Graph, node: fx.Node) -> list[Any]:
+    """The sizes of ``node``'s first argument as literals, or as calls where they are symbolic."""
+    written = node.args[0]
+    assert isinstance(written, fx.Node)
+    sizes: list[Any] = []
+    for axis, size in enumerate(written.meta["val"].shape):
+        if isinstance(size, int):
+            sizes.append(size)
+        else:
+            size_of = aten.sym_size.int
+            sizes.append(call(graph, size_of, (written, axis), rule=RULE, sources=[node]))
+    return sizes
+
+
+# --- after run_decompositions({}) ----------------------------------------------------------------
+
+
+def _strip_scatters(gm: fx.GraphModule) -> None:
+    """Removes full slices and full scatters, and turns ``copy(_, v)`` into ``v``."""
+    graph = gm.graph
+    for node in list(graph.nodes):
+        if not is_tensor(node):
+            continue
+        if is_call(node, aten.slice.Tensor) and _same_shape(node, node.args[0]):
+            if _is_forward_slice(node, 3):
+                node.replace_all_uses_with(node.args[0], propagate_meta=False)
+                graph.erase_node(node)
+        elif is_call(node, aten.slice_scatter) and _same_shape(node, node.args[1]):
+            if _is_forward_slice(node, 4):
+                _substitute(graph, node, node.args[1])
+        elif is_call(node, aten.copy.default) and _same_shape(node, node.args[1]):
+            if node.args[1].meta["val"].dtype == node.meta["val"].dtype:
+                _substitute(graph, node, node.args[1])
+    graph.eliminate_dead_code()
+
+
+def _is_forward_slice(node: fx.Node, first: int) -> bool:
+    return all(a == 1 for a in node.args[first + 1 :]) and node.kwargs.get("step", 1) == 1
+
+
+def _same_shape(node: fx.Node, other: Any) -> bool:
+    return is_tensor(other) and same(tuple(node.meta["val"].shape), tuple(other.meta["val"].shape))
+
+
+def _substitute(graph: fx.Graph, node: fx.Node, value: Any) -> None:
+    """Replaces ``node`` by a copy of ``value`` (the sweep for no-ops removes it where it may)."""
+    with graph.inserting_before(node):
+        new = call(graph, aten.clone.default, (value,), rule=RULE, sources=[node])
+    node.replace_all_uses_with(new, propagate_meta=False)
+    graph.erase_node(node)
+
+
+# --- no-ops ---------------------------------------------------------------------------------------
+
+
+def may_alias(node: fx.Node) -> bool:
+    """True if the result of a call may share storage with one of its inputs."""
+    target = node.target
+    if node.op != "call_function" or target is operator.getitem:
+        return True
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    if op_name(node) in _MAY_RETURN_INPUT:
+        return True
+    return any(r.alias_info is not None for r in target._schema.returns)
+
+
+def leaking(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose storage an output may share: nothing may be substituted under them."""
+    out: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        for user in node.users:
+            if user.op == "output" or is_mutation(user) or (user in out and may_alias(user)):
+                out.add(node)
+                break
+    return out
+
+
+def drop_no_ops(gm: fx.GraphModule) -> None:
+    """Removes what does nothing in eval mode, and spells every ``view`` as ``reshape``.
+
+    Two outputs, or an output and an input or parameter, never start to share storage.
+    """
+    graph = gm.graph
+    leaks = leaking(graph)
+    sensitive = any(_reads_strides(n) for n in graph.nodes)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+            continue
+        source = node.args[0] if node.args else None
+        if not is_tensor(node) or not isinstance(source, fx.Node) or not is_tensor(source):
+            continue
+        if not _is_no_op(node, source, leaks, sensitive):
+            continue
+        node.replace_all_uses_with(source, propagate_meta=False)
+        graph.erase_node(node)
+        if node in leaks:
+            leaks.add(source)
+    for node in reversed(list(graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+
+
+def _is_no_op(node: fx.Node, source: fx.Node, leaks: set[fx.Node], sensitive: bool) -> bool:
+    before, after = source.meta["val"], node.meta["val"]
+    if (
+        before.dtype != after.dtype
+        or before.device != after.device
+        or before.layout != after.layout
+    ):
+        return False
+    name = op_name(node)
+    if _returns_input(node):
+        return not _is_boundary(node, source)
+    if name in ("detach", "alias", "lift_fresh"):
+        return not _is_boundary(node, source)
+    if name in ("contiguous", "to") and _storages(before) == _storages(after):
+        return not _is_boundary(node, source)
+    if name not in ("contiguous", "clone", "to", "_to_copy", "lift_fresh_copy"):
+        return False
+    if sensitive and not same(list(before.stride()), list(after.stride())):
+        return False
+    # A copy protects an output from sharing storage with something else.
+    return node not in leaks
+
+
+def _is_boundary(node: fx.Node, source: fx.Node) -> bool:
+    """A no-op between an output and a constant stays: the output is then a tensor of its own."""
+    return source.op == "get_attr" and any(u.op == "output" for u in node.users)
+
+
+def _reads_strides(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target is operator.getitem:
+        return node.op == "call_module"
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return isinstance(target, torch._ops.HigherOrderOperator)
+    if target.namespace != "aten" or target is aten.view.dtype:
+        return True
+    return op_name(node) in _STRIDE_SENSITIVE

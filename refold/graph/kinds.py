@@ -1,0 +1,59 @@
+"""One word for what a node is, as reports and ``expect=`` count it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import fx
+
+_KINDS: dict[str, str] = {
+    "conv1d": "conv", "conv2d": "conv", "conv3d": "conv", "convolution": "conv",
+    "conv_transpose1d": "conv-transpose", "conv_transpose2d": "conv-transpose",
+    "conv_transpose3d": "conv-transpose",
+    "linear": "linear", "addmm": "linear", "matmul": "matmul", "mm": "matmul", "bmm": "matmul",
+    "baddbmm": "matmul", "einsum": "matmul", "scaled_dot_product_attention": "attention",
+    "batch_norm": "batch-norm", "_native_batch_norm_legit_no_training": "batch-norm",
+    "layer_norm": "layer-norm", "native_layer_norm": "layer-norm", "group_norm": "group-norm",
+    "native_group_norm": "group-norm", "rms_norm": "rms-norm", "instance_norm": "instance-norm",
+    "add": "add", "sub": "sub", "rsub": "sub", "mul": "mul", "div": "div", "neg": "neg",
+    "addcmul": "addcmul",
+    "avg_pool1d": "avg-pool", "avg_pool2d": "avg-pool", "avg_pool3d": "avg-pool",
+    "adaptive_avg_pool1d": "avg-pool", "adaptive_avg_pool2d": "avg-pool",
+    "adaptive_avg_pool3d": "avg-pool",
+    "max_pool1d": "max-pool", "max_pool2d": "max-pool", "max_pool3d": "max-pool",
+    "pad": "pad", "constant_pad_nd": "pad", "cat": "cat",
+    "dropout": "dropout", "embedding": "embedding",
+}  # fmt: skip
+
+LAYOUT = frozenset({
+    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t",
+    "movedim", "unsqueeze", "squeeze", "expand", "slice", "select", "split", "split_with_sizes",
+    "chunk", "unbind", "getitem", "cat", "stack", "contiguous", "clone", "roll", "flip",
+    "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "repeat", "narrow", "unfold",
+    "alias", "detach", "sym_size", "expand_as", "view_as", "reshape_as", "swapaxes", "numpy_T",
+})  # fmt: skip
+
+
+def op_name(node: fx.Node) -> str:
+    """The bare operator name of a call (``conv2d`` for ``aten.conv2d.default``)."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[-1]
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def kind(node: fx.Node) -> str:
+    """The kind of a node: ``conv``, ``batch-norm``, ``linear``, ``add``, or its operator's name."""
+    if node.op != "call_function":
+        return node.op
+    name = op_name(node)
+    return _KINDS.get(name, _KINDS.get(name.rstrip("_"), name.strip("_").replace("_", "-")))
+
+
+def census(graph: fx.Graph) -> Counter[str]:
+    """Calls by kind; layout calls count together as ``layout``."""
+    counts: Counter[str] = Counter()
+    for node in graph.nodes:
+        if node.op == "call_function":
+            counts["layout" if op_name(node).rstrip("_") in LAYOUT else kind(node)] += 1
+    return counts

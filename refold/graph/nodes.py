@@ -1,0 +1,143 @@
+"""Reading and making FX nodes: arguments by name, shapes, hints, users, new calls with metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from refold.graph import provenance
+
+aten = torch.ops.aten
+Size = int | torch.SymInt
+
+
+def is_call(node: object, *targets: Any) -> bool:
+    """True if ``node`` calls one of ``targets`` (overload packets match every overload)."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    target = node.target
+    packet = getattr(target, "overloadpacket", None)
+    return any(target is t or (packet is not None and packet is t) for t in targets)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operator call by schema name, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    bound: dict[str, Any] = {}
+    for index, arg in enumerate(schema.arguments):
+        if arg.kwarg_only or index >= len(node.args):
+            bound[arg.name] = node.kwargs.get(arg.name, arg.default_value)
+        else:
+            bound[arg.name] = node.args[index]
+    return bound
+
+
+def value(node: fx.Node) -> Any:
+    """The fake value of a node (``meta["val"]``)."""
+    return node.meta.get("val")
+
+
+def is_tensor(node: object) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def shape(node: fx.Node) -> tuple[Size, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def dtype(node: fx.Node) -> torch.dtype:
+    return node.meta["val"].dtype
+
+
+def hint(size: Size) -> int:
+    """The size that the trace saw, for costs and for running layout operations; never for proofs."""
+    if isinstance(size, torch.SymInt):
+        known = size.node.hint
+        return int(known) if known is not None else 8
+    return int(size)
+
+
+def hints(node: fx.Node) -> tuple[int, ...]:
+    return tuple(hint(s) for s in shape(node))
+
+
+def same(a: Any, b: Any) -> bool:
+    """True if two sizes (or size sequences) are provably equal."""
+    if isinstance(a, Sequence) or isinstance(b, Sequence):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(statically_known_true(a == b))
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """True if a condition on sizes is provably true for every size the trace allows."""
+    return bool(statically_known_true(condition))
+
+
+def only_user(node: fx.Node, user: fx.Node) -> bool:
+    """True if ``user`` is the one node that reads ``node`` (however many times)."""
+    return len(node.users) == 1 and user in node.users
+
+
+def fake_mode(graph: fx.Graph) -> Any:
+    for node in graph.nodes:
+        v = node.meta.get("val")
+        if isinstance(v, torch.Tensor) and hasattr(v, "fake_mode"):
+            return v.fake_mode
+    return None
+
+
+def call(
+    graph: fx.Graph,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    rule: str,
+    sources: Iterable[fx.Node],
+) -> fx.Node:
+    """Appends a call at the graph's insertion point, with its fake value and its provenance.
+
+    Args:
+        graph: the graph, positioned with ``graph.inserting_before(...)``.
+        target: an ATen overload.
+        args: positional arguments; nodes must carry ``meta["val"]``.
+        kwargs: keyword arguments.
+        rule: the id of the rule that makes the node.
+        sources: the nodes that the new node stands for, the most telling one last.
+    """
+    node = graph.call_function(target, args, kwargs or {})
+    provenance.derive(node, list(sources), rule)
+    node.meta["val"] = fake_result(node)
+    return node
+
+
+def fake_result(node: fx.Node) -> Any:
+    """Runs a call on the fake values of its arguments."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if hasattr(a, "fake_mode")]
+    mode = tensors[0].fake_mode if tensors else fake_mode(node.graph)
+    with torch.no_grad():
+        if mode is None:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        with mode:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """Lets every user of ``old`` read ``new``; ``old`` stays until dead code is removed."""
+    old.replace_all_uses_with(new, propagate_meta=False)
+
+
+def is_output(node: fx.Node) -> bool:
+    return any(u.op == "output" for u in node.users)
+
+
+
+
+def pinned(node: fx.Node) -> bool:
+    """True for nodes of module paths that the user excluded: no pass removes or rewrites them."""
+    return bool(node.meta.get("refold_pinned"))

@@ -1,0 +1,487 @@
+"""Typed records: how passes read nodes. One reader per operator family, every spelling behind it.
+
+A reader returns ``None`` for a node that it does not describe completely; a pass never looks at
+raw arguments. Constants come as float64 lazies (:func:`refold.graph.constants.exact`).
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from refold.algebra.lazy import Lazy
+from refold.graph import constants
+from refold.graph.nodes import arguments, aten, dtype, is_call, is_tensor, same, shape
+
+Ints = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution with constant weights. ``weight`` is ``[O, I / groups, *k]``; transposed ones
+    are ``[I, O / groups, *k]``. ``padding`` is the low side's (``same`` may add one high)."""
+
+    node: fx.Node
+    x: fx.Node
+    weight_node: fx.Node
+    bias_node: fx.Node | None
+    weight: Lazy
+    bias: Lazy | None
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+    groups: int
+    transposed: bool
+    output_padding: Ints
+
+    @property
+    def spatial(self) -> int:
+        return len(self.stride)
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``x @ weight.T + bias`` over the last axis of ``x``; ``weight`` is ``[O, I]``."""
+
+    node: fx.Node
+    x: fx.Node
+    weight_node: fx.Node
+    weight: Lazy
+    bias: Lazy | None
+
+
+@dataclass(frozen=True)
+class Affine:
+    """``scale * x + shift`` with constants that broadcast against ``x`` (rank equal to its rank).
+
+    ``is_norm`` tells a batch norm with running statistics from plain arithmetic; ``reader`` is the
+    node that reads ``x`` (the tuple form of batch norm is two nodes).
+    """
+
+    node: fx.Node
+    x: fx.Node
+    scale: Lazy
+    shift: Lazy
+    reader: fx.Node
+    is_norm: bool = False
+
+
+@dataclass(frozen=True)
+class NormAffine:
+    """A normalisation whose affine part can absorb a scale (and, if ``shifts``, a shift).
+
+    ``axes`` are the axes of the output that its weight spans, in order.
+    """
+
+    node: fx.Node
+    weight: fx.Node | None
+    bias: fx.Node | None
+    axes: Ints
+    shifts: bool
+    weight_index: int
+    bias_index: int
+
+
+@dataclass(frozen=True)
+class Sum:
+    """``left + alpha * right``, both tensors of the graph."""
+
+    node: fx.Node
+    left: fx.Node
+    right: fx.Node
+    alpha: float
+
+
+@dataclass(frozen=True)
+class AvgPool:
+    """An average pool. ``uniform``: every window divides by the same number, ``divisor``.
+    ``keeps_constants``: a constant input comes out unchanged."""
+
+    node: fx.Node
+    x: fx.Node
+    kernel: Ints
+    stride: Ints
+    padding: Ints
+    uniform: bool
+    divisor: int
+    keeps_constants: bool
+
+
+@dataclass(frozen=True)
+class Pad:
+    """A pad of the last axes: ``low`` and ``high`` for each, first padded axis first."""
+
+    node: fx.Node
+    x: fx.Node
+    low: Ints
+    high: Ints
+    mode: str
+    value: float
+
+
+_CONVS = {
+    aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3,
+    aten.conv1d.padding: 1, aten.conv2d.padding: 2, aten.conv3d.padding: 3,
+}  # fmt: skip
+_TRANSPOSED = {
+    aten.conv_transpose1d.default: 1,
+    aten.conv_transpose2d.input: 2,
+    aten.conv_transpose3d.input: 3,
+}
+
+
+def _ints(value: Any, count: int) -> Ints | None:
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(v, (fx.Node, torch.SymInt)) for v in items):
+        return None
+    if len(items) == 1:
+        items = items * count
+    return tuple(int(v) for v in items) if len(items) == count else None
+
+
+def _fixed_float(node: fx.Node) -> bool:
+    return is_tensor(node) and node.meta["val"].dtype in (
+        torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    )  # fmt: skip
+
+
+def conv(node: object) -> Conv | None:
+    """Reads a convolution, transposed or not, batched, with constant weight and bias."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    transposed = node.target in _TRANSPOSED
+    spatial = _TRANSPOSED.get(node.target) or _CONVS.get(node.target)  # type: ignore[arg-type]
+    is_general = node.target is aten.convolution.default
+    if not spatial and not is_general:
+        return None
+    args = arguments(node)
+    x, weight_node, bias_node = args["input"], args["weight"], args["bias"]
+    if not is_tensor(x) or not is_tensor(weight_node) or not _fixed_float(node):
+        return None
+    if is_general:
+        spatial, transposed = len(shape(weight_node)) - 2, bool(args["transposed"])
+    assert spatial is not None
+    if len(shape(x)) != spatial + 2:
+        return None  # an unbatched call
+    weight = constants.exact(weight_node)
+    bias = constants.exact(bias_node) if bias_node is not None else None
+    if weight is None or (bias_node is not None and bias is None):
+        return None
+    stride, dilation = _ints(args["stride"], spatial), _ints(args["dilation"], spatial)
+    output_padding = _ints(args.get("output_padding", 0), spatial)
+    if stride is None or dilation is None or output_padding is None:
+        return None
+    padding: Ints | None
+    if isinstance(args["padding"], str):
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        padding = tuple(t // 2 for t in total) if args["padding"] == "same" else (0,) * spatial
+    else:
+        padding = _ints(args["padding"], spatial)
+    if padding is None:
+        return None
+    return Conv(
+        node, x, weight_node, bias_node, weight, bias, stride, padding, dilation,
+        int(args["groups"]), transposed, output_padding,
+    )  # fmt: skip
+
+
+def linear(node: object) -> Linear | None:
+    """Reads a product with a constant matrix over the last axis, in any spelling."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or not _fixed_float(node):
+        return None
+    bias_node: Any = None
+    if node.target is aten.linear.default:
+        args = arguments(node)
+        x, weight_node, bias_node = args["input"], args["weight"], args["bias"]
+        transpose = False
+    elif node.target is aten.addmm.default:
+        args = arguments(node)
+        if args["beta"] != 1 or args["alpha"] != 1:
+            return None
+        x, weight_node, bias_node, transpose = args["mat1"], args["mat2"], args["self"], True
+    elif node.target in (aten.mm.default, aten.matmul.default):
+        x, weight_node, transpose = node.args[0], node.args[1], True
+    else:
+        return None
+    if not is_tensor(x) or not is_tensor(weight_node) or len(shape(weight_node)) != 2:  # type: ignore[arg-type]
+        return None
+    if len(shape(x)) < 2 or dtype(x) != dtype(node):  # type: ignore[arg-type]
+        return None
+    weight = constants.exact(weight_node)
+    if weight is None or constants.exact(x) is not None:
+        return None
+    if transpose:
+        weight = weight.map((weight.shape[1], weight.shape[0]), lambda w: w.t())
+    bias = None
+    if bias_node is not None:
+        bias = constants.exact(bias_node)
+        if bias is None or bias.shape not in ((weight.shape[0],), (1, weight.shape[0])):
+            return None
+        bias = bias.map((weight.shape[0],), lambda b: b.reshape(-1))
+    return Linear(node, x, weight_node, weight, bias)  # type: ignore[arg-type]
+
+
+def _constant(value: Any, rank: int) -> Lazy | None:
+    """A constant operand, a number or a node, with its shape padded to ``rank``."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, float)):
+        number = float(value)
+        return Lazy((1,) * rank, lambda: torch.full((1,) * rank, number, dtype=torch.float64))
+    lazy = constants.exact(value)
+    if lazy is None or len(lazy.shape) > rank:
+        return None
+    full = (1,) * (rank - len(lazy.shape)) + lazy.shape
+    return lazy if full == lazy.shape else lazy.map(full, lambda t: t.reshape(full))
+
+
+def _combine(a: Lazy, b: Lazy, function: Any) -> Lazy:
+    return Lazy(
+        tuple(torch.broadcast_shapes(a.shape, b.shape)), lambda: function(a.get(), b.get())
+    )
+
+
+def affine(node: object) -> Affine | None:
+    """Reads one elementwise ``scale * x + shift`` in any spelling, or an eval batch norm.
+
+    The result must have the data operand's shape and dtype: a constant that broadcasts the data,
+    or promotes its dtype, is not an affine map of it.
+    """
+    if not isinstance(node, fx.Node) or node.op != "call_function" or not _fixed_float(node):
+        return None
+    norm = batch_norm(node)
+    if norm is not None:
+        return norm
+    return _arithmetic(node)
+
+
+def _arithmetic(node: fx.Node) -> Affine | None:
+    rank = len(shape(node))
+    one, zero = _constant(1.0, rank), _constant(0.0, rank)
+    assert one is not None and zero is not None
+
+    def make(x: Any, scale: Lazy | None, shift: Lazy | None) -> Affine | None:
+        if not is_tensor(x) or scale is None or shift is None:
+            return None
+        if not same(shape(x), shape(node)) or dtype(x) != dtype(node):
+            return None
+        return Affine(node, x, scale, shift, node)
+
+    def split(a: Any, b: Any) -> tuple[Any, Lazy] | None:
+        """(data, constant) of a commutative pair."""
+        for data, other in ((a, b), (b, a)):
+            if is_tensor(data) and constants.exact(data) is None:
+                value = _constant(other, rank)
+                if value is not None:
+                    return data, value
+        return None
+
+    if is_call(node, aten.neg.default):
+        return make(node.args[0], _constant(-1.0, rank), zero)
+    if is_call(node, aten.mul.Tensor, aten.mul.Scalar):
+        pair = split(node.args[0], node.args[1])
+        return make(pair[0], pair[1], zero) if pair else None
+    if is_call(node, aten.div.Tensor, aten.div.Scalar):
+        divisor = _constant(node.args[1], rank)
+        if divisor is None or constants.exact(node.args[0]) is not None:
+            return None
+        return make(node.args[0], divisor.map(divisor.shape, torch.reciprocal), zero)
+    if is_call(node, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar,
+               aten.rsub.Tensor, aten.rsub.Scalar):  # fmt: skip
+        args = arguments(node)
+        a, b, alpha = args["self"], args["other"], args["alpha"]
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+            return None
+        if is_call(node, aten.rsub):
+            a, b = b, a
+            coefficients = (1.0, -float(alpha))
+            if alpha != 1:
+                return None
+        else:
+            coefficients = (1.0, float(alpha) * (-1.0 if is_call(node, aten.sub) else 1.0))
+        pair = split(a, b)
+        if pair is None:
+            return None
+        data, value = pair
+        sign_data, sign_value = coefficients if data is a else coefficients[::-1]
+        return make(
+            data, _constant(sign_data, rank), value.map(value.shape, lambda t: t * sign_value)
+        )
+    if is_call(node, aten.addcmul.default):
+        args = arguments(node)
+        factor = float(args["value"])
+        base = _constant(args["self"], rank)
+        pair = split(args["tensor1"], args["tensor2"])
+        if base is not None and pair is not None:
+            return make(pair[0], pair[1].map(pair[1].shape, lambda t: t * factor), base)
+        left, right = _constant(args["tensor1"], rank), _constant(args["tensor2"], rank)
+        if left is None or right is None or constants.exact(args["self"]) is not None:
+            return None
+        return make(args["self"], one, _combine(left, right, lambda p, q: p * q * factor))
+    return None
+
+
+def batch_norm(node: object) -> Affine | None:
+    """Reads an eval batch norm (both spellings) as ``s * x + t`` over axis 1.
+
+    The node is the one whose value is the normalised tensor (the ``getitem`` of the tuple form).
+    ``s = gamma / sqrt(var + eps)``, ``t = beta - mean * s`` (Ioffe and Szegedy 2015, algorithm 1).
+    """
+    if not isinstance(node, fx.Node):
+        return None
+    inner = node
+    if node.target is operator.getitem and node.args[1] == 0:
+        inner = node.args[0]  # type: ignore[assignment]
+        if not is_call(inner, aten._native_batch_norm_legit_no_training.default):
+            return None
+        if len(inner.users) != 1:
+            return None
+    elif is_call(node, aten.batch_norm.default):
+        if arguments(node)["training"] is not False:
+            return None
+    else:
+        return None
+    args = arguments(inner)
+    x = args["input"]
+    mean, var = constants.exact(args["running_mean"]), constants.exact(args["running_var"])
+    if mean is None or var is None or not is_tensor(x) or dtype(x) != dtype(node):
+        return None
+    gamma, beta = (
+        constants.exact(args[name]) if args[name] is not None else None
+        for name in ("weight", "bias")
+    )
+    if (gamma is None) != (args["weight"] is None) or (beta is None) != (args["bias"] is None):
+        return None
+    rank, eps = len(shape(x)), float(args["eps"])
+    if rank < 2:
+        return None
+    full = (1, mean.shape[0], *(1,) * (rank - 2))
+
+    def scale() -> torch.Tensor:
+        s = (var.get() + eps).rsqrt()
+        return (s if gamma is None else s * gamma.get()).reshape(full)
+
+    def shift() -> torch.Tensor:
+        t = -mean.get().reshape(full) * scale()
+        return t if beta is None else t + beta.get().reshape(full)
+
+    return Affine(node, x, Lazy(full, scale), Lazy(full, shift), inner, is_norm=True)
+
+
+def norm_affine(node: object) -> NormAffine | None:
+    """Reads a layer, RMS, group or instance norm with a constant (or absent) affine part."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or not is_tensor(node):
+        return None
+    rank = len(shape(node))
+    if is_call(node, aten.layer_norm.default):
+        args, count = arguments(node), len(node.args[1])  # type: ignore[arg-type]
+        axes, shifts, w, b = tuple(range(rank - count, rank)), True, 2, 3
+    elif is_call(node, aten.rms_norm.default):
+        args, count = arguments(node), len(node.args[1])  # type: ignore[arg-type]
+        axes, shifts, w, b = tuple(range(rank - count, rank)), False, 2, -1
+    elif is_call(node, aten.group_norm.default):
+        args, axes, shifts, w, b = arguments(node), (1,), True, 2, 3
+    elif is_call(node, aten.instance_norm.default):
+        args, axes, shifts, w, b = arguments(node), (1,), True, 1, 2
+    else:
+        return None
+    weight, bias = args["weight"], args.get("bias")
+    for operand in (weight, bias):
+        if operand is not None and constants.exact(operand) is None:
+            return None
+    return NormAffine(node, weight, bias, axes, shifts, w, b)
+
+
+def add(node: object) -> Sum | None:
+    """Reads a sum or difference of two tensors of the node's own shape and dtype."""
+    if not isinstance(node, fx.Node) or not is_call(
+        node, aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor
+    ):
+        return None
+    args = arguments(node)
+    left, right, alpha = args["self"], args["other"], args["alpha"]
+    if not (is_tensor(left) and is_tensor(right) and _fixed_float(node)):
+        return None
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        return None
+    if is_call(node, aten.rsub.Tensor):
+        left, right = right, left
+        if alpha != 1:
+            return None
+    for operand in (left, right):
+        if not same(shape(operand), shape(node)) or dtype(operand) != dtype(node):
+            return None
+    sign = 1.0 if is_call(node, aten.add.Tensor) else -1.0
+    return Sum(node, left, right, sign * float(alpha))
+
+
+def avg_pool(node: object) -> AvgPool | None:
+    """Reads an average pool over the spatial axes of a batched tensor."""
+    if not isinstance(node, fx.Node) or not is_call(
+        node, aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d
+    ):
+        return None
+    args = arguments(node)
+    x = args["self"]
+    if not is_tensor(x):
+        return None
+    spatial = {aten.avg_pool1d: 1, aten.avg_pool2d: 2, aten.avg_pool3d: 3}[
+        node.target.overloadpacket  # type: ignore[union-attr]
+    ]
+    if len(shape(x)) != spatial + 2:
+        return None
+    kernel = _ints(args["kernel_size"], spatial)
+    stride = _ints(args["stride"] or args["kernel_size"], spatial)
+    padding = _ints(args["padding"], spatial)
+    if kernel is None or stride is None or padding is None:
+        return None
+    override = args.get("divisor_override")
+    divisor = 1
+    for k in kernel:
+        divisor *= k
+    padded = any(padding)
+    uniform = not args["ceil_mode"] and (bool(args["count_include_pad"]) or not padded)
+    if override is not None:
+        uniform, divisor = not args["ceil_mode"], int(override)
+    keeps = override is None and (not args["count_include_pad"] or not padded)
+    if args["ceil_mode"] and args["count_include_pad"] and padded:
+        keeps = False
+    return AvgPool(node, x, kernel, stride, padding, uniform, divisor, keeps)
+
+
+def pad(node: object) -> Pad | None:
+    """Reads a pad; ``mode`` is ``constant``, ``reflect``, ``replicate`` or ``circular``."""
+    if not isinstance(node, fx.Node) or not is_tensor(node):
+        return None
+    if is_call(node, aten.pad.default):
+        args = arguments(node)
+        x, mode = args["self"], str(args["mode"])
+        value = args["value"] if args["value"] is not None else 0.0
+    elif is_call(node, aten.constant_pad_nd.default):
+        args = arguments(node)
+        x, mode, value = args["self"], "constant", args["value"]
+    else:
+        return None
+    amounts = args["pad"]
+    if not is_tensor(x) or not isinstance(value, (int, float)):
+        return None
+    if any(not isinstance(a, int) for a in amounts) or len(amounts) % 2:
+        return None
+    low, high = tuple(amounts[0::2])[::-1], tuple(amounts[1::2])[::-1]
+    return Pad(node, x, low, high, mode, float(value))
+
+
+def constant_channels(value: Any, rank: int, axis: int) -> Lazy | None:
+    """A constant operand that varies along ``axis`` alone, as a vector (or a single element)."""
+    lazy = _constant(value, rank)
+    if lazy is None or any(s != 1 for i, s in enumerate(lazy.shape) if i != axis):
+        return None
+    return lazy.map((lazy.shape[axis],), lambda t: t.reshape(-1))

@@ -1,0 +1,38 @@
+"""The passes and the ordered pipelines: one rule a file, one line here, with the reason."""
+
+from __future__ import annotations
+
+from refold.passes.absorb_scale_shift import AbsorbScaleShift
+from refold.passes.clean_up import CleanUp
+from refold.passes.fold_batch_norm import FoldBatchNorm
+from refold.passes.fold_branches import FoldBranches
+from refold.passes.fold_constants import FoldConstants
+from refold.rewrite.pipeline import Pipeline
+from refold.rewrite.result import Pass
+
+PASSES: dict[str, type] = {
+    "fold-constants": FoldConstants,
+    "clean-up": CleanUp,
+    "fold-batch-norm": FoldBatchNorm,
+    "absorb-scale-shift": AbsorbScaleShift,
+    "fold-branches": FoldBranches,
+}
+
+
+def _ordered(branches: FoldBranches) -> tuple[Pass, ...]:
+    return (
+        FoldConstants(),  # first: a generated weight must be a constant before anything reads it
+        CleanUp(),  # an add(x, 0) or a dropout between two layers hides them from each other
+        FoldBatchNorm(),  # into producers while each still has one user
+        AbsorbScaleShift(),  # likewise; what stays are scales that no producer takes
+        branches,  # reads what is left as affine maps; merged branches free new producers
+        FoldBatchNorm(),  # a norm after a merged block now has one producer
+        AbsorbScaleShift(),  # likewise for a scale after a merged block
+        CleanUp(),  # last: what the folds left without a reader
+    )
+
+
+PIPELINES: dict[str, Pipeline] = {
+    "default": Pipeline("default", _ordered(FoldBranches())),
+    "min-nodes": Pipeline("min-nodes", _ordered(FoldBranches(prefer="nodes"))),
+}

@@ -1,0 +1,369 @@
+"""Removes what computes nothing: no-ops, repeated layout calls, common subexpressions, dead code.
+
+Each line is an identity that holds bit for bit, written as a rule:
+
+    dropout(x, p, train=False) = x        clone(x) = contiguous(x) = alias(x) = x
+    x + 0 = 0 + x = x - 0 = x             x * 1 = 1 * x = x / 1 = x
+    -(-x) = x                             relu(relu(x)) = relu(x)
+    to(x, dtype of x) = x                 cat([x]) = x
+    reshape(reshape(x)) = reshape(x)      permute(permute(x)) = permute(x), or x
+    x[:] = x, and every reshape, expand, repeat, pad that leaves the shape as it is
+
+0 and 1 are Python numbers or constant tensors of that value, and only where the result has the
+shape and the dtype of ``x``. NaN and infinity pass unchanged. One liberty is taken: ``-0.0 + 0.0``
+is ``+0.0``, and becomes ``-0.0``. ``x * 0`` is never folded, for ``inf * 0`` is NaN.
+
+Conditions: no output comes to share storage with an input, a constant or another output; no view
+and no output sees other strides; nothing moves across a write. Views become ``reshape``, which
+does the same wherever the view worked, and does not depend on strides.
+
+Before::
+
+    %x : f32[s0, 8, 14, 14] = input
+    %dropout : f32[s0, 8, 14, 14] = dropout(%x, 0.5, False)
+    %add : f32[s0, 8, 14, 14] = add(%dropout, 0)
+    %relu : f32[s0, 8, 14, 14] = relu(%add)
+    %relu_1 : f32[s0, 8, 14, 14] = relu(%relu)
+    return (%relu_1,)
+
+After::
+
+    %x : f32[s0, 8, 14, 14] = input
+    %relu : f32[s0, 8, 14, 14] = relu(%x)
+    return (%relu,)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from refold.graph import aliasing, constants, nodes
+from refold.rewrite.driver import apply_rules
+from refold.rewrite.pattern import Attr, Call, Const, Match, Pattern, Var, Where
+from refold.rewrite.result import Applied, PassResult, applied
+from refold.rewrite.rule import Builder, RewriteRule
+
+aten = torch.ops.aten
+
+x = Var("x")
+
+_RESHAPES = (
+    aten.reshape, aten.view.default, aten._unsafe_view, aten.flatten, aten.unflatten,
+    aten.squeeze, aten.unsqueeze, aten.view_as, aten.reshape_as,
+)  # fmt: skip
+_SIZED = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+_PERMUTES = (aten.permute, aten.transpose.int, aten.t, aten.swapaxes, aten.swapdims)
+_COPIES = (aten.clone, aten.contiguous)
+_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class CleanUp:
+    """The pass: rules, common subexpressions and dead code, until nothing changes."""
+
+    name: str = "clean-up"
+    exactness: str = "exact"
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Cleans a graph in place."""
+        state = _state(gm)
+        done: list[Applied] = []
+        modified = _loosen_views(gm.graph)
+        rules = _rules(strides_matter=aliasing.reads_strides(gm.graph))
+        for _ in range(_ROUNDS):
+            result = apply_rules(gm, rules)
+            merged = merge_common(gm.graph)
+            done += [*result.applied, *merged]
+            if not merged:
+                break
+        dead = _remove_dead(gm)
+        done += dead
+        modified = modified or bool(done) or state != _state(gm)
+        return PassResult(modified, _by_rule(done), result.declined)
+
+
+class Drop(RewriteRule):
+    """A call whose value is its input's: it goes."""
+
+    def __init__(self, name: str, pattern: Pattern) -> None:
+        self.name = f"clean-up/{name}"
+        self.pattern = pattern
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        result: fx.Node = match["x"]
+        return result
+
+
+class MergeReshapes(RewriteRule):
+    """``reshape(reshape(x))`` is one reshape; a copy in between changes nothing."""
+
+    name = "clean-up/reshape-chain"
+    pattern = Call(_RESHAPES, Call((*_RESHAPES, *_COPIES), x, ...), ...).where(
+        lambda node: _writable(node)
+    )
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        return build(aten.reshape.default, match["x"], _sizes(match.root))
+
+
+class MergePermutes(RewriteRule):
+    """``permute(permute(x))`` is one permutation, or none."""
+
+    name = "clean-up/permute-chain"
+    pattern = Call(_PERMUTES, Call(_PERMUTES, x, ...).shared(), ...)
+
+    def check(self, match: Match) -> str | None:
+        outer, inner = match.nodes
+        if _composed(outer, inner) == _identity(outer) or len(inner.users) == 1:
+            return None
+        return "the inner permutation has other users, so that none would be saved"
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        outer, inner = match.nodes
+        dims = _composed(outer, inner)
+        if dims == _identity(outer):
+            result: fx.Node = match["x"]
+            return result
+        return build(aten.permute.default, match["x"], dims)
+
+
+class MergeRelus(RewriteRule):
+    """``relu(relu(x))`` is ``relu(x)``."""
+
+    name = "clean-up/relu"
+    pattern = Call(aten.relu, Call(aten.relu, x).shared().named("inner"))
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        result: fx.Node = match["inner"]
+        return result
+
+
+def _rules(*, strides_matter: bool) -> tuple[RewriteRule, ...]:
+    zero = Const("c").where(_holds(0))
+    one = Const("c").where(_holds(1))
+    rules: list[RewriteRule] = [
+        Drop("dropout", Call(
+            (aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout),
+            x, Attr("p"), False,
+        )),
+        Drop("alias", Call((aten.alias, aten.detach, aten.lift_fresh), x)),
+        Drop("add-zero", Call((aten.add.Tensor, aten.add.Scalar), x, zero, ...)),
+        Drop("add-zero", Call((aten.sub.Tensor, aten.sub.Scalar), x, zero, ...)),
+        Drop("mul-one", Call((aten.mul.Tensor, aten.mul.Scalar), x, one)),
+        Drop("mul-one", Call((aten.div.Tensor, aten.div.Scalar), x, one)),
+        Drop("double-neg", Call(aten.neg, Call(aten.neg, x).shared())),
+        Drop("cast", _unchanged(Call((aten.to, aten.type_as, aten._to_copy), x, ...))),
+        Drop("reshape", _unchanged(Call(_RESHAPES, x, ...))),
+        Drop("slice", _unchanged(Call((aten.slice, aten.narrow), x, ...))),
+        Drop("expand", _unchanged(
+            Call((aten.expand, aten.expand_as, aten.broadcast_to, aten.repeat, aten.tile), x, ...)
+        )),
+        Drop("pad", Call((aten.pad, aten.constant_pad_nd), x, Attr("pad").where(_all_zero), ...)),
+        Drop("cat", Call(aten.cat, [x], ...)),
+        MergeReshapes(),
+        MergePermutes(),
+        MergeRelus(),
+    ]  # fmt: skip
+    if not strides_matter:
+        # Strides of inputs may differ from call to call: with a stride reader in the graph, what
+        # the trace saw does not prove that a copy is not needed. One that feeds an output stays,
+        # because the caller may rely on the layout that it asks for.
+        rules.append(Drop("copy", Call(_COPIES, x, ...).where(_is_internal)))
+    return tuple(rules)
+
+
+def _is_internal(node: fx.Node) -> bool:
+    return not aliasing.reached_outputs(node)
+
+
+def _unchanged(pattern: Pattern) -> Pattern:
+    """Calls whose result has the shape, dtype and device of their first argument."""
+    return Where(pattern, _same_as_input)
+
+
+def _same_as_input(node: fx.Node) -> bool:
+    source = node.args[0]
+    if not (isinstance(source, fx.Node) and nodes.is_tensor(source) and nodes.is_tensor(node)):
+        return False
+    before, after = source.meta["val"], node.meta["val"]
+    return (
+        before.dtype == after.dtype
+        and before.device == after.device
+        and before.layout == after.layout
+        and nodes.same(before.shape, after.shape)
+    )
+
+
+def _all_zero(pad: Any) -> bool:
+    return isinstance(pad, (list, tuple)) and all(isinstance(p, int) and p == 0 for p in pad)
+
+
+def _holds(number: int) -> Callable[[Any], bool]:
+    """A predicate: the constant is this number everywhere."""
+
+    def predicate(value: Any) -> bool:
+        if not isinstance(value, fx.Node):
+            return bool(value == number)
+        if not constants.is_get_attr(value):
+            return False
+        data = constants.tensor(value)
+        if isinstance(data, FakeTensor) or data.is_meta or not data.numel():
+            return False
+        # The first element decides nearly always, without reading the rest.
+        return bool(data.flatten()[0] == number) and bool((data == number).all())
+
+    return predicate
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    """The arguments with which ``reshape`` gives the shape of a reshape-like call."""
+    if nodes.is_call(node, *_SIZED):
+        return list(node.args[1])  # type: ignore[arg-type]
+    shape = list(nodes.shape(node))
+    return [-1 if isinstance(s, torch.SymInt) else s for s in shape]
+
+
+def _writable(node: fx.Node) -> bool:
+    """True if :func:`_sizes` can say the shape of a reshape-like call."""
+    if nodes.is_call(node, *_SIZED):
+        return True
+    symbolic = [s for s in nodes.shape(node) if isinstance(s, torch.SymInt)]
+    # One unknown size can be written as -1, unless an empty one makes it ambiguous.
+    return len(symbolic) <= 1 and not any(nodes.known(s == 0) for s in nodes.shape(node))
+
+
+def _permutation(node: fx.Node) -> list[int]:
+    rank = len(nodes.shape(node))
+    order = list(range(rank))
+    args = nodes.arguments(node)
+    if "dims" in args:
+        return [int(d) % rank for d in args["dims"]]
+    if nodes.is_call(node, aten.t):
+        return order[::-1]
+    first, second = (a for name, a in args.items() if name != "self")
+    order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
+    return order
+
+
+def _composed(outer: fx.Node, inner: fx.Node) -> list[int]:
+    first = _permutation(inner)
+    return [first[d] for d in _permutation(outer)]
+
+
+def _identity(node: fx.Node) -> list[int]:
+    return list(range(len(nodes.shape(node))))
+
+
+def _loosen_views(graph: fx.Graph) -> bool:
+    """Turns views into reshapes, so that what precedes them may have any strides."""
+    written = aliasing.mutated(graph)
+    changed = False
+    for node in graph.nodes:
+        if not nodes.is_call(node, aten.view.default) or nodes.pinned(node) or node.kwargs:
+            continue
+        # A view of what the graph writes must stay a view.
+        if not (written and written & aliasing.roots(node)):
+            node.target = aten.reshape.default
+            changed = True
+    return changed
+
+
+def merge_common(graph: fx.Graph) -> list[Applied]:
+    """Lets equal calls of the same inputs share one node; returns what was merged."""
+    written = aliasing.mutated(graph)
+    first: dict[Any, fx.Node] = {}
+    merged: list[Applied] = []
+    for node in list(graph.nodes):
+        if nodes.pinned(node) or not _is_pure(node):
+            continue
+        # A read before a write and one after it are not the same.
+        if written and any(written & aliasing.roots(n) for n in (node, *node.all_input_nodes)):
+            continue
+        key = _key(node)
+        kept = first.setdefault(key, node)
+        if kept is node or aliasing.new_sharing(node, kept) is not None:
+            continue
+        nodes.replace(node, kept)
+        if node.op == "call_function":
+            merged.append(applied("clean-up/common-subexpression", [node], []))
+        graph.erase_node(node)
+    return merged
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return constants.is_get_attr(node)
+    return (
+        node.op == "call_function"
+        and node.meta.get("val") is not None
+        and not node.is_impure()
+        and constants.impurity(node) is None
+    )
+
+
+def _key(node: fx.Node) -> Any:
+    if node.op == "get_attr":
+        return (node.op, node.target)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return (node.target, _frozen(node.args), _frozen(node.kwargs))
+    return (node.target, _frozen(nodes.arguments(node)))
+
+
+def _frozen(value: Any) -> Any:
+    """A hashable form that tells 1 from 1.0 and True, and 0.0 from -0.0."""
+    if isinstance(value, dict):
+        return tuple((key, _frozen(v)) for key, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, (bool, int, float, complex)):
+        return (type(value), repr(value))
+    return value
+
+
+def _remove_dead(gm: fx.GraphModule) -> list[Applied]:
+    """Removes calls without users; impure and pinned ones stay."""
+    dead: list[fx.Node] = []
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op in ("placeholder", "output") or node.users or nodes.pinned(node):
+            continue
+        if node.op == "get_attr" or not node.is_impure():
+            gm.graph.erase_node(node)
+            dead.append(node)
+    calls = [n for n in reversed(dead) if n.op == "call_function"]
+    constants.sweep(gm)
+    return [applied("clean-up/dead-code", calls, [])] if calls else []
+
+
+def _state(gm: fx.GraphModule) -> tuple[int, set[str]]:
+    names = {n for n, _ in gm.named_parameters(remove_duplicate=False)}
+    return len(gm.graph.nodes), names | {n for n, _ in gm.named_buffers(remove_duplicate=False)}
+
+
+def _by_rule(records: Sequence[Applied]) -> list[Applied]:
+    """One record a rule, so that a report is not a list of every dropout."""
+    grouped: dict[str, list[Applied]] = {}
+    for record in records:
+        grouped.setdefault(record.rule, []).append(record)
+    return [_joined(rule, group) for rule, group in grouped.items()]
+
+
+def _joined(rule: str, group: Sequence[Applied]) -> Applied:
+    removed = _flat(r.removed for r in group)
+    return Applied(
+        rule,
+        removed,
+        _flat(r.kinds for r in group),
+        _flat(r.added for r in group),
+        tuple(dict.fromkeys(_flat(r.modules for r in group))),
+        f"{len(removed)} removed",
+    )
+
+
+def _flat(parts: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(item for part in parts for item in part)

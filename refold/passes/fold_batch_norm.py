@@ -1,0 +1,66 @@
+"""Fold batch norms into the layers around them.
+
+    y = gamma * (conv(x, W, b) - mean) / sqrt(var + eps) + beta
+      = conv(x, s * W, s * (b - mean) + beta)              s = gamma / sqrt(var + eps)
+
+A batch norm in eval mode is a scale and a shift per channel of axis 1; it goes into the producer
+(convolution, transposed convolution with groups, linear, another norm's affine part), passing
+layouts, concatenation, sums and unpadded averages, or into every consumer where that is exact.
+
+Exact when: running statistics are used (``training=False``); the producer has no other user; on
+the way down, no zero padding meets the shift.
+
+before:
+    %c = conv2d(%x, @weight, None, padding=[1, 1])
+    %y = batch_norm(%c, @gamma, @beta, @mean, @var)
+after:
+    %y = conv2d(%x, @folded_weight, @folded_bias, padding=[1, 1])
+
+Source: Ioffe and Szegedy, Batch Normalization (2015), algorithm 2, step 11; Jacob et al. (CVPR
+2018), section 3.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from refold.graph import nodes, records
+from refold.graph.kinds import kind
+from refold.graph.nodes import aten, is_call
+from refold.rewrite.push_affine import Pusher
+from refold.rewrite.result import PassResult, declined
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm:
+    """Folds batch norms; see the module docstring.
+
+    Attributes:
+        max_growth: how far un-sharing weights may grow the stored constants (a ratio).
+    """
+
+    name: str = "fold-batch-norm"
+    exactness: str = "reassociates"
+    max_growth: float = 1.25
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        pusher = Pusher(gm, self.name, lambda record: record.is_norm, self.max_growth)
+        result = pusher.run()
+        reported = {d.node for d in result.declined}
+        for node in gm.graph.nodes:
+            if node.name in reported or kind(node) != "batch-norm" or nodes.pinned(node):
+                continue
+            if records.batch_norm(node) is None and not is_call(
+                node, aten._native_batch_norm_legit_no_training.default
+            ):
+                result.declined.append(
+                    declined(
+                        self.name, node,
+                        "it normalises with the statistics of the batch (training mode, or no "
+                        "running statistics), so it is not a constant scale and shift",
+                        "export with running statistics: track_running_stats=True and .eval()",
+                    )  # fmt: skip
+                )
+        return result

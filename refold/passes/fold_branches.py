@@ -1,0 +1,417 @@
+"""Fold parallel branches and sequences of affine operations into one.
+
+    sum_j conv(x, W_j, b_j) = conv(x, sum_j embed(W_j), sum_j b_j)
+    conv(conv(x, W_1), W_2) = conv(x, W_2 * W_1)         where no border intervenes
+
+Between two non-linearities a network computes affine maps of a few tensors. This pass reads, for
+every node, its maps over earlier tensors (roots), and replaces the node by one convolution or
+matrix product wherever that is cheaper. Identity, scaled identity, batch norm, average pooling,
+padding, differences, concatenation, slices and low-rank branches are all maps, so no architecture
+is known here: RepVGG, ACNet, DBB, MobileOne, ECBSR and LoRA are one rule.
+
+The choice is forward and greedy: in topological order, at each node, the root with the largest
+gain (cost of the nodes that die minus cost of the merged one). At least one convolution or matrix
+product must die. Terms of a sum on other roots stay as addends.
+
+Exact when: strides agree; a padded outer map meets only padding and no bias of the inner one (see
+:mod:`refold.rewrite.maps`). Otherwise it declines.
+
+before:
+    %a = conv2d(%x, @w3, @b3, padding=[1, 1])
+    %c = conv2d(%x, @w1, @b1)
+    %s = add(%a, %c)
+    %y = add(%s, %x)
+after:
+    %y = conv2d(%x, @folded_weight, @folded_bias, padding=[1, 1])
+
+Sources: Ding et al., RepVGG (CVPR 2021), section 3.3; Ding et al., Diverse Branch Block (CVPR
+2021), section 3.2, transforms I to VI; Hu et al., LoRA (ICLR 2022), section 4.1.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from refold.algebra import affine_map as am
+from refold.algebra.affine_map import AffineMap
+from refold.algebra.lazy import Lazy
+from refold.graph import constants, nodes, records
+from refold.graph.kinds import kind, op_name
+from refold.graph.nodes import aten, hint, hints, same, shape
+from refold.rewrite import cost, maps
+from refold.rewrite.maps import Key, MapReader
+from refold.rewrite.result import Declined, PassResult, applied, declined
+
+_PRODUCTS = ("conv", "linear", "matmul")
+_CONVS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+_GROWS_FROM = 1 << 20  # bytes below which a larger constant is never refused
+
+
+@dataclass(frozen=True)
+class FoldBranches:
+    """Folds branches and sequences; see the module docstring.
+
+    Attributes:
+        prefer: ``cost`` takes a merge only where the cost table calls it cheaper; ``nodes`` takes
+            every merge that leaves fewer nodes.
+        max_growth: how many times larger a merged weight may be than the weights it replaces.
+    """
+
+    name: str = "fold-branches"
+    exactness: str = "reassociates"
+    prefer: str = "cost"
+    max_growth: float = 2.0
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        return _Folder(gm, self).run()
+
+
+@dataclass
+class _Choice:
+    """One way to rewrite a node: a merged map on a root, the addends left over, what dies."""
+
+    key: Key
+    merged: AffineMap
+    rest: list[tuple[float, fx.Node]]
+    dead: list[fx.Node]
+    now: float
+    then: float
+    emit: Callable[[], fx.Node]
+
+    @property
+    def gain(self) -> float:
+        return self.now - self.then
+
+
+@dataclass
+class _Folder:
+    gm: fx.GraphModule
+    options: FoldBranches
+    reader: MapReader = field(default_factory=MapReader)
+    dearer: dict[fx.Node, str] = field(default_factory=dict)
+
+    def run(self) -> PassResult:
+        result = PassResult()
+        for node in list(self.gm.graph.nodes):
+            if node.op != "call_function" or not node.users:
+                continue
+            self.reader.visit(node)
+            while (choice := self._choose(node)) is not None:
+                node = self._apply(node, choice, result)
+                if node not in self.reader.maps:
+                    self.reader.visit(node)
+        result.modified = bool(result.applied)
+        result.declined = list(self._declined())
+        return result
+
+    def _declined(self) -> Iterable[Declined]:
+        alive = {n for n in self.gm.graph.nodes if n.users}
+        for node, reason in {**self.reader.refusals, **self.dearer}.items():
+            if node in alive:
+                yield declined(
+                    self.options.name, node, reason,
+                    "pipeline='min-nodes' takes it" if node in self.dearer else "",
+                )  # fmt: skip
+
+    # -- choosing -------------------------------------------------------------------------------
+
+    def _choose(self, node: fx.Node) -> _Choice | None:
+        if nodes.pinned(node) or not nodes.is_tensor(node) or nodes.dtype(node) not in (
+            torch.float16, torch.bfloat16, torch.float32, torch.float64,
+        ):  # fmt: skip
+            return None
+        best: _Choice | None = None
+        for choice in self._candidates(node):
+            if choice.gain <= 0.02 * choice.now:
+                if choice.gain < 0 and self.options.prefer == "cost":
+                    self.dearer.setdefault(
+                        node,
+                        f"merging it over {choice.key[1].name} would cost {choice.then:.1f} us "
+                        f"instead of {choice.now:.1f} us (cost table)",
+                    )
+                continue
+            if best is None or choice.gain > best.gain:
+                best = choice
+        return best
+
+    def _candidates(self, node: fx.Node) -> Iterable[_Choice]:
+        for key, merged in self.reader.of(node).items():
+            if key[1] is not node and (choice := self._weigh(node, key, merged, [], {node})):
+                yield choice
+        if self._tops_a_sum(node):
+            yield from self._partial_sums(node)
+
+    def _tops_a_sum(self, node: fx.Node) -> bool:
+        if records.add(node) is None:
+            return False
+        users = list(node.users)
+        return not (len(users) == 1 and records.add(users[0]) is not None and users[0].users)
+
+    def _partial_sums(self, node: fx.Node) -> Iterable[_Choice]:
+        """Merges the leaves of an add tree that share a root; the others stay as addends."""
+        leaves, inner = self._leaves(node)
+        if len(leaves) < 3:
+            return
+        views = [self.reader.of(leaf) for _, leaf in leaves]
+        keys = {k for v in views for k in v}
+        for key in sorted(keys, key=lambda k: (k[0], k[1].name)):
+            group = [i for i, v in enumerate(views) if key in v]
+            if not 2 <= len(group) < len(leaves):
+                continue
+            first = views[group[0]][key]
+            group = [i for i in group if maps.addable(first, views[i][key])]
+            if len(group) < 2:
+                continue
+            merged = am.add([am.scale(views[i][key], leaves[i][0]) for i in group])
+            rest = [leaf for i, leaf in enumerate(leaves) if i not in group]
+            choice = self._weigh(node, key, merged, rest, {node, *inner})
+            if choice is not None:
+                yield choice
+
+    def _leaves(self, node: fx.Node) -> tuple[list[tuple[float, fx.Node]], set[fx.Node]]:
+        leaves: list[tuple[float, fx.Node]] = []
+        inner: set[fx.Node] = set()
+
+        def walk(current: fx.Node, factor: float) -> None:
+            total = records.add(current)
+            if total is None or (
+                current is not node and (len(current.users) != 1 or nodes.pinned(current))
+            ):
+                leaves.append((factor, current))
+                return
+            if current is not node:
+                inner.add(current)
+            walk(total.left, factor)
+            walk(total.right, factor * total.alpha)
+
+        walk(node, 1.0)
+        return leaves, inner
+
+    def _weigh(
+        self, node: fx.Node, key: Key, merged: AffineMap,
+        rest: list[tuple[float, fx.Node]], replaced: set[fx.Node],
+    ) -> _Choice | None:  # fmt: skip
+        dead = self._dying(node, key[1], replaced, {leaf for _, leaf in rest})
+        if not any(kind(n) in _PRODUCTS for n in dead):
+            return None
+        emission = self._emission(node, key, merged)
+        if emission is None:
+            return None
+        then, emit = emission
+        per_node = self.options.prefer == "nodes"
+        now = sum(_weight(n, per_node) for n in dead)
+        if per_node:
+            then = float(_launches(merged))
+        extra = cost.elementwise(hints(node), 2, node.meta["val"].element_size())
+        then += len(rest) * (1.0 if per_node else extra)
+        if not per_node and self._grows(merged, dead, node):
+            self.dearer[node] = (
+                f"the merged weight would be more than {self.options.max_growth}x larger than the "
+                f"weights it replaces"
+            )
+            return None
+        return _Choice(key, merged, rest, dead, now, then, emit)
+
+    def _grows(self, merged: AffineMap, dead: list[fx.Node], node: fx.Node) -> bool:
+        width = node.meta["val"].element_size()
+        size = merged.out_channels * merged.weight.shape[1] * math.prod(merged.taps) * width
+        freed = sum(
+            constants.size_in_bytes(c)
+            for n in dead
+            for c in n.all_input_nodes
+            if c.op == "get_attr"
+        )
+        return size > _GROWS_FROM and size > self.options.max_growth * freed
+
+    def _dying(
+        self, node: fx.Node, root: fx.Node, replaced: set[fx.Node], kept: set[fx.Node]
+    ) -> list[fx.Node]:
+        """Nodes that nobody reads once ``node`` is computed from ``root`` and ``kept``."""
+        dead = dict.fromkeys(sorted(replaced, reverse=True))
+        queue: list[_Last] = []
+        seen: set[fx.Node] = set()
+
+        def enqueue(current: fx.Node) -> None:
+            for source in current.all_input_nodes:
+                if source.op == "call_function" and source not in seen:
+                    seen.add(source)
+                    heapq.heappush(queue, _Last(source))
+
+        for current in replaced:
+            enqueue(current)
+        while queue:
+            current = heapq.heappop(queue).node
+            if current is root or current in kept or current in dead or nodes.pinned(current):
+                continue
+            if all(user in dead for user in current.users):
+                dead[current] = None
+                enqueue(current)
+        return sorted(dead, reverse=True)
+
+    # -- emitting -------------------------------------------------------------------------------
+
+    def _emission(
+        self, node: fx.Node, key: Key, merged: AffineMap
+    ) -> tuple[float, Callable[[], fx.Node]] | None:
+        kind_, root = key
+        if kind_ == "feature":
+            return self._emit_matrix(node, root, merged)
+        return self._emit_conv(node, root, merged)
+
+    def _emit_matrix(
+        self, node: fx.Node, root: fx.Node, merged: AffineMap
+    ) -> tuple[float, Callable[[], fx.Node]] | None:
+        dense = am.regroup(merged, 1)
+        width = node.meta["val"].element_size()
+        rows = math.prod(hints(node)) // max(dense.out_channels, 1)
+        price = cost.matrix(rows, dense.out_channels, dense.in_channels, width)
+
+        def emit() -> fx.Node:
+            x = root
+            if not same(shape(root)[-1], dense.in_channels):
+                x = self._call(aten.reshape.default, (root, [-1, dense.in_channels]), [node])
+            weight = self._constant(node, "weight", dense.weight, x)
+            bias = self._constant(node, "bias", Lazy.of(dense.bias), x) if dense.has_bias else None
+            out = self._call(aten.linear.default, (x, weight, bias), [node])
+            if not same(shape(out), shape(node)):
+                out = self._reshape_like(out, node)
+            return out
+
+        if not same(shape(root)[:-1], shape(node)[:-1]) and not _static_but_batch(node):
+            return None
+        return price, emit
+
+    def _reshape_like(self, out: fx.Node, node: fx.Node) -> fx.Node:
+        sizes = [s if isinstance(s, int) else -1 for s in shape(node)]
+        return self._call(aten.reshape.default, (out, sizes), [node])
+
+    def _emit_conv(
+        self, node: fx.Node, root: fx.Node, merged: AffineMap
+    ) -> tuple[float, Callable[[], fx.Node]] | None:
+        if merged.spatial not in _CONVS:
+            return None
+        execution = next(
+            (
+                e
+                for e in am.executions(merged)
+                if _extent_fits(shape(root)[2:], shape(node)[2:], e, merged.stride)
+            ),
+            None,
+        )
+        if execution is None:
+            self.reader.refusals.setdefault(
+                node, "no symmetric padding gives the merged convolution its exact extent"
+            )
+            return None
+        width = node.meta["val"].element_size()
+        price = cost.convolution(
+            hints(node), hints(root), merged.weight.shape[1], merged.groups,
+            execution.weight.shape[2:], width,
+        )  # fmt: skip
+
+        def emit() -> fx.Node:
+            weight = self._constant(node, "weight", execution.weight, root)
+            bias = None
+            if merged.has_bias:
+                bias = self._constant(node, "bias", Lazy.of(merged.bias), root)
+            return self._call(
+                _CONVS[merged.spatial],
+                (
+                    root, weight, bias, list(merged.stride), list(execution.padding),
+                    list(execution.dilation), merged.groups,
+                ),
+                [node],
+            )  # fmt: skip
+
+        return price, emit
+
+    def _constant(self, node: fx.Node, label: str, data: Lazy, like: fx.Node) -> fx.Node:
+        return constants.add(self.gm, f"{node.name}.{label}", data, like.meta["val"])
+
+    def _call(self, target: object, args: tuple[object, ...], sources: list[fx.Node]) -> fx.Node:
+        return nodes.call(
+            self.gm.graph, target, args, rule=self.options.name, sources=sources  # type: ignore[arg-type]
+        )
+
+    # -- applying -------------------------------------------------------------------------------
+
+    def _apply(self, node: fx.Node, choice: _Choice, result: PassResult) -> fx.Node:
+        sources = [n for n in choice.dead if n is not node] + [node]
+        with self.gm.graph.inserting_before(node):
+            new = choice.emit()
+            for factor, leaf in choice.rest:
+                target, alpha = aten.add.Tensor, factor
+                if factor == -1.0:
+                    target, alpha = aten.sub.Tensor, 1.0
+                kwargs = {} if alpha == 1.0 else {"alpha": alpha}
+                new = nodes.call(
+                    self.gm.graph, target, (new, leaf), kwargs,
+                    rule=self.options.name, sources=[node],
+                )  # fmt: skip
+        from refold.graph import provenance
+
+        provenance.derive(new, sources, self.options.name)
+        result.applied.append(
+            applied(
+                self.options.name, choice.dead, [new],
+                f"{_summary(choice.dead)} over {choice.key[1].name} into one {kind(new)}",
+            )  # fmt: skip
+        )
+        nodes.replace(node, new)
+        dead = set(choice.dead)
+        self.reader.inherit(new, node, dead)
+        for gone in choice.dead:
+            if not gone.users:
+                self.reader.maps.pop(gone, None)
+                self.gm.graph.erase_node(gone)
+        return new
+
+
+@dataclass(order=False)
+class _Last:
+    """Heap entry: the node that stands last in the graph comes first."""
+
+    node: fx.Node
+
+    def __lt__(self, other: _Last) -> bool:
+        return other.node < self.node
+
+
+def _weight(node: fx.Node, per_node: bool) -> float:
+    if not per_node:
+        return cost.of(node)
+    return 1.0 if cost.of(node) > 0 else 0.0
+
+
+def _launches(merged: AffineMap) -> int:
+    return 1
+
+
+def _summary(dead: list[fx.Node]) -> str:
+    counts: dict[str, int] = {}
+    for node in dead:
+        if op_name(node) != "getitem":
+            counts[kind(node)] = counts.get(kind(node), 0) + 1
+    return ", ".join(f"{c} {k}" for k, c in sorted(counts.items()))
+
+
+def _static_but_batch(node: fx.Node) -> bool:
+    return sum(not isinstance(s, int) for s in shape(node)) <= 1
+
+
+def _extent_fits(
+    sizes: tuple[nodes.Size, ...], wanted: tuple[nodes.Size, ...], e: am.Execution,
+    stride: tuple[int, ...],
+) -> bool:  # fmt: skip
+    for axis, size in enumerate(sizes):
+        span = e.dilation[axis] * (e.weight.shape[2 + axis] - 1) + 1
+        extent = (size + 2 * e.padding[axis] - span) // stride[axis] + 1
+        if hint(extent) != hint(wanted[axis]) or not same(extent, wanted[axis]):
+            return False
+    return True

@@ -1,0 +1,365 @@
+"""The record of a compilation, versioned; the terminal table and JSON are renderings of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from refold.errors import UsageError
+from refold.rewrite.result import Applied, Declined
+
+SCHEMA = 1
+_SHOWN_DECLINES = 10
+
+
+@dataclass(frozen=True)
+class InputRecord:
+    """One tensor input: symbolic sizes are names, ``batch`` is the index of the batch axis."""
+
+    name: str
+    sizes: tuple[int | str, ...]
+    dtype: str
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """Size of a graph: calls by kind, distinct parameters and buffers, their bytes."""
+
+    census: dict[str, int]
+    parameters: int
+    bytes: int
+
+    @property
+    def nodes(self) -> int:
+        return sum(self.census.values())
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One run of one pass."""
+
+    name: str
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    applied: tuple[Applied, ...] = ()
+    declined: tuple[Declined, ...] = ()
+
+
+@dataclass
+class Report:
+    """What one compilation did.
+
+    Attributes:
+        model: the model's name.
+        target: name of the target, or ``None`` for a dry run.
+        pipeline: name of the pipeline.
+        versions: ``refold``, ``torch`` and what the target adds.
+        inputs: the tensor inputs as traced.
+        specialised: sentences on dimensions that were asked dynamic and came out static.
+        notes: other sentences (training mode seen, spellings that a runtime needs, ...).
+        passes: one record for each run of a pass, in order.
+        declined: declined folds that still stand in the folded graph, each once.
+        before: the graph as traced.
+        after: the folded graph.
+        numerics: the folded graph against the float64 oracle; ``None`` if not verified.
+        artifact_numerics: the same for the lowered artifact.
+        artifact: counts of the artifact (``nodes``, ``bytes``).
+        timings: seconds for each stage.
+    """
+
+    model: str
+    target: str | None
+    pipeline: str
+    versions: dict[str, str]
+    inputs: tuple[InputRecord, ...]
+    before: GraphRecord
+    after: GraphRecord
+    passes: tuple[PassRecord, ...] = ()
+    declined: tuple[Declined, ...] = ()
+    specialised: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    numerics: dict[str, Any] | None = None
+    artifact_numerics: dict[str, Any] | None = None
+    artifact: dict[str, int] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def applied(self) -> list[Applied]:
+        """All rewrites, in order."""
+        return [a for p in self.passes for a in p.applied]
+
+    def removed(self) -> dict[str, int]:
+        """Net number of calls that went, by kind (negative: there are more than before)."""
+        kinds = {**self.before.census, **self.after.census}
+        gone = {k: self.before.census.get(k, 0) - self.after.census.get(k, 0) for k in kinds}
+        return {k: n for k, n in gone.items() if n}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain data, with its schema version."""
+        return {"schema": SCHEMA, **_plain(dataclasses.asdict(self))}
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Reads what :meth:`to_json` wrote."""
+        data = json.loads(text)
+        schema = data.pop("schema", None)
+        if schema != SCHEMA:
+            raise UsageError(f"report of schema {schema!r}: this version reads schema {SCHEMA}")
+        data["inputs"] = tuple(
+            InputRecord(**{**i, "sizes": tuple(i["sizes"])}) for i in data["inputs"]
+        )
+        data["passes"] = tuple(
+            PassRecord(
+                **{
+                    **p,
+                    "applied": tuple(_applied(a) for a in p["applied"]),
+                    "declined": tuple(Declined(**d) for d in p["declined"]),
+                }
+            )
+            for p in data["passes"]
+        )
+        data["declined"] = tuple(Declined(**d) for d in data["declined"])
+        data["before"] = GraphRecord(**data["before"])
+        data["after"] = GraphRecord(**data["after"])
+        for name in ("specialised", "notes"):
+            data[name] = tuple(data[name])
+        return cls(**data)
+
+    def render(self, *, color: bool = False, width: int = 100) -> str:
+        """The report as text for a terminal.
+
+        Args:
+            color: use ANSI colours.
+            width: columns to wrap sentences at.
+        """
+        return _Renderer(self, color, max(width, 60)).text()
+
+    def __str__(self) -> str:
+        return self.render()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def _applied(data: dict[str, Any]) -> Applied:
+    return Applied(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+
+class _Renderer:
+    def __init__(self, report: Report, color: bool, width: int) -> None:
+        self.report, self.color, self.width = report, color, width
+        self.lines: list[str] = []
+
+    def text(self) -> str:
+        self._head()
+        self._passes()
+        self._declined()
+        self._removed()
+        self._numerics()
+        self._sizes()
+        self._notes()
+        return "\n".join(self.lines)
+
+    def _paint(self, text: str, code: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self.color else text
+
+    def _row(self, label: str, text: str, code: str = "") -> None:
+        """A labelled sentence, wrapped at the width, continuation lines indented."""
+        indent = 11
+        words, line, first = text.split(" "), "", True
+        for word in words:
+            if line and len(line) + 1 + len(word) > self.width - indent:
+                self._line(label if first else "", line, code)
+                line, first = word, False
+            else:
+                line = f"{line} {word}" if line else word
+        self._line(label if first else "", line, code)
+
+    def _line(self, label: str, text: str, code: str) -> None:
+        head = self._paint(f"{label:<10}", "2") if label else " " * 10
+        self.lines.append(f" {head}{self._paint(text, code) if code else text}".rstrip())
+
+    def _head(self) -> None:
+        r = self.report
+        parts = [f"refold {r.versions.get('refold', '')}", self._paint(r.model, "1")]
+        parts.append(f"target {r.target}" if r.target else "dry run")
+        self.lines.append("  ".join([*parts, _shapes(r.inputs), "folded in float64"]))
+        for i in r.inputs:
+            sizes = ["batch" if d == i.batch else str(s) for d, s in enumerate(i.sizes)]
+            self._row("input", f"{i.name} {i.dtype} [{', '.join(sizes)}]")
+        self.lines.append("")
+
+    def _passes(self) -> None:
+        rows = [p for p in self.report.passes if p.applied or p.declined]
+        if not rows:
+            return
+        name = max(len(p.name) for p in rows)
+        head = f" {'pass':<{name}}  {'applied':>7}  {'declined':>8}  {'nodes':>15}  {'time':>9}"
+        self.lines.append(self._paint(head, "2"))
+        for p in rows:
+            nodes = f"{p.nodes_before} -> {p.nodes_after}"
+            self.lines.append(
+                f" {p.name:<{name}}  {len(p.applied):>7}  {len(p.declined):>8}  {nodes:>15}  "
+                f"{_time(p.seconds):>9}"
+            )
+        self.lines.append("")
+
+    def _declined(self) -> None:
+        r = self.report
+        if not r.applied:
+            if r.declined:
+                self._row("nothing", "was folded: every candidate was declined, see below", "33")
+            else:
+                self._row("nothing", f"to fold: {_nothing(r.before.census)}", "33")
+        shown = 0
+        groups = _grouped(r.declined)
+        for first, members in groups:
+            if shown == _SHOWN_DECLINES:
+                rest = sum(len(m) for _, m in groups[shown:])
+                self._row("", f"... and {rest} more, see --json")
+                break
+            where = first.module or first.node
+            count = f" (and {len(members) - 1} more)" if len(members) > 1 else ""
+            source = f"  {_short(first.source)}" if first.source else ""
+            self._row("declined", f"{where}{count}  {first.rule}: {first.reason}{source}", "33")
+            if first.hint:
+                self._row("", f"hint: {first.hint}")
+            shown += 1
+        if not r.applied or shown:
+            self.lines.append("")
+
+    def _removed(self) -> None:
+        before, after = self.report.before.census, self.report.after.census
+        kinds = [k for k in _ordered({**before, **after}) if before.get(k, 0) != after.get(k, 0)]
+        if kinds:
+            changes = [f"{k} {before.get(k, 0)} -> {after.get(k, 0)}" for k in kinds]
+            self._row("calls", "   ".join(changes))
+
+    def _numerics(self) -> None:
+        r = self.report
+        if r.target is None:
+            self._row("verified", "no: a dry run changes nothing")
+            return
+        if r.numerics is None:
+            self._row("verified", "no: verification was switched off", "33")
+        else:
+            self._row("verified", _numbers(r.numerics), _colour(r.numerics))
+        if r.artifact_numerics is not None:
+            self._row("", f"as {r.target}: {_numbers(r.artifact_numerics)}",
+                      _colour(r.artifact_numerics))  # fmt: skip
+
+    def _sizes(self) -> None:
+        r = self.report
+        self._row(
+            "size",
+            f"nodes {r.before.nodes} -> {r.after.nodes}   "
+            f"parameters {_count(r.before.parameters)} -> {_count(r.after.parameters)}   "
+            f"weights {_bytes(r.before.bytes)} -> {_bytes(r.after.bytes)}",
+        )
+        if r.artifact and r.target not in (None, "torch"):
+            self._row(
+                "artifact",
+                f"{r.artifact.get('nodes', 0)} nodes, {_bytes(r.artifact.get('bytes', 0))}",
+            )
+        if r.timings:
+            self._row("time", "   ".join(f"{k} {_time(s)}" for k, s in r.timings.items()))
+
+    def _notes(self) -> None:
+        for sentence in [*self.report.specialised, *self.report.notes]:
+            self._row("note", sentence)
+
+
+def _shapes(inputs: Iterable[InputRecord]) -> str:
+    records = list(inputs)
+    if any(i.batch is not None for i in records):
+        return "batch dynamic"
+    return "shapes dynamic" if any(isinstance(s, str) for i in records for s in i.sizes) else "shapes static"
+
+
+def _grouped(declined: Iterable[Declined]) -> list[tuple[Declined, list[Declined]]]:
+    """Declines with one rule and reason together, in order of first appearance."""
+    groups: dict[tuple[str, str], list[Declined]] = {}
+    for d in declined:
+        groups.setdefault((d.rule, d.reason), []).append(d)
+    return [(members[0], members) for members in groups.values()]
+
+
+_FOLDABLE = ("batch-norm", "conv", "conv-transpose", "linear")
+
+
+def _nothing(census: Mapping[str, int]) -> str:
+    present = [f"{census[k]} {k}" for k in _FOLDABLE if census.get(k)]
+    found = ", ".join(present) if present else "no conv, linear or batch norm"
+    return f"found {found}, but no batch norm, scale, parallel branch or sequence to merge"
+
+
+def _ordered(census: Mapping[str, int]) -> list[str]:
+    first = [*_FOLDABLE, "add", "sub", "mul", "div"]
+    return [*(k for k in first if k in census), *sorted(k for k in census if k not in first)]
+
+
+def _numbers(numerics: Mapping[str, Any]) -> str:
+    return str(numerics.get("summary", "done"))
+
+
+def _colour(numerics: Mapping[str, Any]) -> str:
+    return "32" if numerics.get("passed", True) else "31"
+
+
+def _short(source: str) -> str:
+    path, _, line = source.rpartition(":")
+    parts = PurePath(path).parts
+    return f"{'/'.join(parts[-2:])}:{line}" if path else source
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def _count(number: int) -> str:
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.2f} {unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= limit:
+            return f"{number / limit:.1f} {unit}"
+    return f"{number} B"
+
+
+def standing(passes: Iterable[PassRecord], remaining: set[str]) -> tuple[Declined, ...]:
+    """Declined folds whose node is still there after all passes, each once.
+
+    What one pass had to decline, a later one may have folded.
+    """
+    seen: dict[tuple[str, str, str], Declined] = {}
+    for record in passes:
+        for d in record.declined:
+            if d.node in remaining:
+                seen.setdefault((d.rule, d.node, d.reason), d)
+    return tuple(seen.values())
+
+
+def counts(census: Mapping[str, int]) -> dict[str, int]:
+    """A census as plain data, most frequent first."""
+    return dict(Counter(census).most_common())

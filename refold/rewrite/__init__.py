@@ -1,0 +1,1 @@
+"""The rewrite engine: patterns, rules, the fixpoint driver, pipelines and their records."""

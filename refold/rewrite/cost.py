@@ -1,0 +1,104 @@
+"""What a node costs, in microseconds, from measured rates: operations, bytes moved, launches.
+
+A rewrite that is exact is still not wanted where it is slower (a depthwise convolution followed by
+a pointwise one is one dense convolution at nine times the operations). The rates are measured by
+``tools/measure_costs.py``; nothing here is guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from refold.graph import records
+from refold.graph.kinds import LAYOUT, kind, op_name
+from refold.graph.nodes import hint, hints
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Measured rates of one machine: GFLOP/s per family, GB/s, microseconds per launch."""
+
+    conv_1x1: float
+    conv_kxk: float
+    conv_grouped: float
+    conv_depthwise: float
+    linear: float
+    bytes: float
+    launch: float
+
+    @staticmethod
+    @cache
+    def load() -> CostTable:
+        data = json.loads(Path(__file__).with_name("cost_table.json").read_text())
+        return CostTable(**{f.name: float(data["rates"][f.name]) for f in fields(CostTable)})
+
+
+def convolution(
+    out_shape: Sequence[int], in_shape: Sequence[int], per_group: int, groups: int,
+    taps: Sequence[int], width: int,
+) -> float:  # fmt: skip
+    """Microseconds of a convolution; shapes are ``[N, C, *spatial]`` at the trace's sizes."""
+    table = CostTable.load()
+    window = math.prod(taps)
+    flops = 2.0 * math.prod(out_shape) * per_group * window
+    if per_group == 1 and groups > 1:
+        rate = table.conv_depthwise
+    elif groups > 1:
+        rate = table.conv_grouped
+    else:
+        rate = table.conv_1x1 if window == 1 else table.conv_kxk
+    moved = (math.prod(out_shape) + math.prod(in_shape)) * width
+    return _time(flops, rate, moved + out_shape[1] * per_group * window * width)
+
+
+def matrix(rows: int, out_features: int, in_features: int, width: int) -> float:
+    """Microseconds of ``[rows, in] @ [in, out]``."""
+    flops = 2.0 * rows * out_features * in_features
+    moved = (rows * (out_features + in_features) + out_features * in_features) * width
+    return _time(flops, CostTable.load().linear, moved)
+
+
+def elementwise(shape: Sequence[int], operands: int, width: int) -> float:
+    """Microseconds of an operation that reads ``operands`` tensors of ``shape`` and writes one."""
+    return _time(0.0, 1.0, math.prod(shape) * (operands + 1) * width)
+
+
+def _time(flops: float, rate: float, moved: float) -> float:
+    table = CostTable.load()
+    return table.launch + max(flops / rate, moved / table.bytes) * 1e-3
+
+
+def of(node: fx.Node) -> float:
+    """Microseconds of a node of the graph at the trace's sizes."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or node.op != "call_function":
+        return 0.0
+    shape, width = hints(node), value.element_size()
+    if (conv := records.conv(node)) is not None:
+        per_group = conv.weight.shape[1]
+        out = hints(conv.x) if conv.transposed else shape
+        if conv.transposed:
+            per_group = conv.weight.shape[1]
+        return convolution(out, hints(conv.x), per_group, conv.groups, conv.weight.shape[2:], width)
+    if (linear := records.linear(node)) is not None:
+        rows = math.prod(shape[:-1])
+        return matrix(rows, shape[-1], linear.weight.shape[1], width)
+    if kind(node) in ("conv", "conv-transpose", "linear", "matmul"):
+        inner = hint(node.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
+        return matrix(math.prod(shape[:-1]), shape[-1], inner, width)
+    if op_name(node) in LAYOUT and op_name(node) not in ("cat", "clone", "repeat", "contiguous"):
+        return 0.0
+    tensors = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
+    read = sum(math.prod(hints(a)) for a in tensors)
+    window = 1
+    if (pool := records.avg_pool(node)) is not None:
+        window = math.prod(pool.kernel)
+    return _time(0.0, 1.0, (read * window + math.prod(shape)) * width)

@@ -1,0 +1,219 @@
+"""Layout operations by execution: which input element each output element reads.
+
+One code path instead of an axis rule per operation: the operation runs once on an ``arange`` of
+its input. Symbolic sizes run at two assignments of their symbols; what depends on a symbolic axis,
+or differs between the two, is not proven and declines.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from refold.graph import constants
+from refold.graph.kinds import op_name
+from refold.graph.nodes import Size, is_tensor, shape
+
+_GATHERS = frozenset({
+    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t",
+    "squeeze", "unsqueeze", "expand", "slice", "select", "split", "split_with_sizes", "chunk",
+    "unbind", "getitem", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+    "native_channel_shuffle", "roll", "flip", "contiguous", "clone", "repeat", "movedim", "narrow",
+    "swapaxes", "swapdims", "index_select", "repeat_interleave", "alias", "detach", "tile",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+})  # fmt: skip
+_MAX_ELEMENTS = 1 << 24
+
+
+class Unproven(Exception):
+    """The layout could not be executed, or its axes could not be proven."""
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """An assignment of the graph's size symbols to integers."""
+
+    values: dict[Any, int]
+
+    def size(self, value: Size) -> int:
+        if not isinstance(value, torch.SymInt):
+            return int(value)
+        expr = value.node.expr
+        result = expr.xreplace({k: sympy.Integer(v) for k, v in self.values.items()})
+        if result.free_symbols:
+            raise Unproven(f"the size {expr} is not known from the inputs")
+        return int(result)
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        return tuple(self.size(s) for s in shape(node))
+
+
+def assignments(graph: fx.Graph) -> tuple[Symbols, Symbols]:
+    """Two assignments of every input symbol: the trace's sizes, and their doubles."""
+    found: dict[Any, int] = {}
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        for size in sizes:
+            if isinstance(size, torch.SymInt):
+                for symbol in size.node.expr.free_symbols:
+                    if size.node.expr == symbol and size.node.hint is not None:
+                        found[symbol] = int(size.node.hint)
+    return Symbols(found), Symbols({k: 2 * v for k, v in found.items()})
+
+
+def is_layout(node: fx.Node) -> bool:
+    """True if every element of the result is an element of the one tensor input."""
+    if node.op != "call_function":
+        return False
+    name = op_name(node)
+    if name in _GATHERS:
+        return True
+    if name == "pad":
+        return str(node.args[2] if len(node.args) > 2 else node.kwargs.get("mode")) in (
+            "reflect", "replicate", "circular",
+        )  # fmt: skip
+    if name == "dropout":
+        return len(node.args) > 2 and node.args[2] is False
+    if name == "index":
+        return all(
+            i is None or (isinstance(i, fx.Node) and i.op == "get_attr")
+            for i in node.args[1]  # type: ignore[union-attr]
+        )
+    return False
+
+
+def source_of(node: fx.Node) -> fx.Node | None:
+    """The tensor (or tuple of tensors) that a layout operation reads."""
+    first = node.args[0] if node.args else None
+    return first if isinstance(first, fx.Node) else None
+
+
+def index_of(node: fx.Node, source: fx.Node, symbols: Symbols) -> torch.Tensor:
+    """Runs the layout from ``source`` to ``node`` on an arange of the source; returns int64 indices.
+
+    ``source`` is ``node``'s input, or the input of the split whose part ``node`` takes.
+    """
+    sizes = symbols.shape(source)
+    count = 1
+    for s in sizes:
+        count *= s
+    if count > _MAX_ELEMENTS:
+        raise Unproven("the tensor is too large to track its layout by execution")
+    data = torch.arange(count, dtype=torch.float64).reshape(sizes)
+    parts = node.args[0]
+    if node.target is operator.getitem and parts is not source:
+        return _execute(parts, data, symbols)[node.args[1]].to(torch.int64)  # type: ignore[arg-type,index,no-any-return]
+    out = _execute(node, data, symbols)
+    return out.to(torch.int64)
+
+
+def _execute(node: fx.Node, data: torch.Tensor, symbols: Symbols) -> Any:
+    def operand(arg: fx.Node) -> Any:
+        if arg is node.args[0]:
+            return data
+        value = arg.meta.get("val")
+        if isinstance(value, (int, torch.SymInt)):
+            return symbols.size(value)
+        if arg.op == "get_attr":
+            return constants.tensor(arg).cpu()
+        raise Unproven("its layout depends on data")
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
+    args = torch.utils._pytree.tree_map_only(torch.SymInt, symbols.size, args)
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("memory_format", "dtype", "device")}
+    if op_name(node) == "view" or op_name(node) == "_unsafe_view":
+        return data.reshape(args[1])
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except RuntimeError as error:
+        raise Unproven(f"its layout could not be executed: {error}") from error
+
+
+def reduce(value: torch.Tensor, read: torch.Tensor | None, fill: float) -> torch.Tensor:
+    """Collapses every axis along which ``value`` is constant; unread elements take any value."""
+    lowest = value if read is None else torch.where(read, value, torch.inf)
+    highest = value if read is None else torch.where(read, value, -torch.inf)
+    for axis in range(value.dim()):
+        low, high = lowest.amin(axis, keepdim=True), highest.amax(axis, keepdim=True)
+        if bool(((low == high) | (low > high)).all()):
+            lowest, highest = low, high
+    return torch.where(lowest > highest, fill, lowest)
+
+
+def pull(
+    node: fx.Node, source: fx.Node, value: torch.Tensor, fill: float, disjoint: bool, graph: fx.Graph
+) -> torch.Tensor:
+    """Moves a per-element constant from a layout's output to its input.
+
+    Args:
+        node: the layout operation (or the part of a split).
+        source: its tensor input.
+        value: broadcastable against ``node``.
+        fill: what unread elements hold if ``disjoint``; otherwise they are free.
+        disjoint: other readers of ``source`` exist, and must see ``fill``.
+        graph: the graph, for its symbols.
+
+    Raises:
+        Unproven: two outputs of one element disagree, or an axis is symbolic.
+    """
+    results: list[torch.Tensor] = []
+    for symbols in assignments(graph):
+        index = index_of(node, source, symbols)
+        sizes = symbols.shape(source)
+        flat = torch.full((int(torch.tensor(sizes).prod()),), fill, dtype=torch.float64)
+        spread = value.expand(index.shape)
+        flat[index.reshape(-1)] = spread.reshape(-1)
+        if not torch.equal(flat[index], spread):
+            raise Unproven("one element would need two different factors")
+        read = None
+        if not disjoint:
+            read = torch.zeros(flat.shape, dtype=torch.bool)
+            read[index.reshape(-1)] = True
+            read = read.reshape(sizes)
+        results.append(reduce(flat.reshape(sizes), read, fill))
+        if not symbols.values:
+            break
+    return _proven(results)
+
+
+def push(
+    node: fx.Node, source: fx.Node, value: torch.Tensor, graph: fx.Graph
+) -> torch.Tensor:
+    """Moves a per-element constant from a layout's input to its output."""
+    results: list[torch.Tensor] = []
+    for symbols in assignments(graph):
+        index = index_of(node, source, symbols)
+        flat = value.expand(symbols.shape(source)).reshape(-1)
+        results.append(reduce(flat[index], None, 0.0))
+        if not symbols.values:
+            break
+    return _proven(results)
+
+
+def _proven(results: list[torch.Tensor]) -> torch.Tensor:
+    first, last = results[0], results[-1]
+    if first.shape != last.shape or not torch.equal(first, last):
+        raise Unproven("the constant depends on a dynamic axis")
+    return first
+
+
+def overlaps(other: fx.Node, source: fx.Node, affected: torch.Tensor, graph: fx.Graph) -> bool:
+    """True if another reader of ``source`` reads an element where ``affected`` holds."""
+    if not is_layout(other) or not is_tensor(source) or not is_tensor(other):
+        return True
+    for symbols in assignments(graph):
+        try:
+            index = index_of(other, source, symbols)
+            if bool(affected.expand(symbols.shape(source)).reshape(-1)[index].any()):
+                return True
+        except (Unproven, RuntimeError):
+            return True
+    return False

@@ -1,0 +1,441 @@
+"""Which affine maps of which earlier tensors a node computes: mechanism B of the design, reading.
+
+For every node, :class:`MapReader` keeps maps by key: the *kind* (``conv``: channels are axis 1;
+``feature``: the last axis, any rows before it) and the *root* they start from. A node's maps come
+from its operands' maps; whatever is not affine simply has none but itself.
+
+Composition is exact only where the padding that the outer map reads is what the inner map would
+have computed there; that test is done per side, on symbolic sizes where shapes are dynamic.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from refold.algebra import affine_map as am
+from refold.algebra.affine_map import AffineMap
+from refold.graph import constants, nodes, records
+from refold.graph.kinds import op_name
+from refold.graph.nodes import aten, is_call, is_tensor, known, same, shape
+
+Key = tuple[str, fx.Node]
+Maps = dict[Key, AffineMap]
+
+_MAX_ROOTS = 16
+_MAX_TAPS = 4096
+_TRANSPARENT = {"contiguous", "clone", "alias", "detach"}
+_RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"}
+
+
+@dataclass
+class _Border:
+    """A tensor that is a map inside and one constant per channel on each padded side.
+
+    ``sides`` maps (spatial axis, 0 low / 1 high) to (width, value per channel).
+    """
+
+    base: AffineMap
+    sides: dict[tuple[int, int], tuple[int, torch.Tensor]]
+
+
+@dataclass
+class MapReader:
+    """Maps of every node visited so far, and the reasons why some compositions are not maps."""
+
+    maps: dict[fx.Node, Maps] = field(default_factory=dict)
+    borders: dict[fx.Node, dict[Key, _Border]] = field(default_factory=dict)
+    refusals: dict[fx.Node, str] = field(default_factory=dict)
+
+    def visit(self, node: fx.Node) -> Maps:
+        """Reads the maps of a node whose operands were visited."""
+        found = self._read(node) if node.op == "call_function" and is_tensor(node) else {}
+        kept = {
+            k: m
+            for k, m in found.items()
+            if math.prod(m.kernel) <= _MAX_TAPS and m.weight.numel() <= 1 << 28
+        }
+        self.maps[node] = dict(list(kept.items())[:_MAX_ROOTS])
+        return self.maps[node]
+
+    def inherit(self, new: fx.Node, old: fx.Node, dead: set[fx.Node]) -> None:
+        """Gives a replacement all maps of what it replaces (they are equal)."""
+        self.maps[new] = {k: m for k, m in self.maps.pop(old, {}).items() if k[1] not in dead}
+        if old in self.borders:
+            self.borders[new] = self.borders.pop(old)
+
+    def of(self, node: fx.Node) -> Maps:
+        """The maps of a node, itself as a root included, farthest root last."""
+        out = dict(identity_maps(node))
+        for key, value in self.maps.get(node, {}).items():
+            if key[1].users or key[1].op == "placeholder":
+                out[key] = value
+        return out
+
+    # -- one reader per family ------------------------------------------------------------------
+
+    def _read(self, node: fx.Node) -> Maps:
+        if (conv := records.conv(node)) is not None:
+            return {} if conv.transposed else self._conv(conv)
+        if (linear := records.linear(node)) is not None:
+            return self._linear(linear)
+        if (affine := records.affine(node)) is not None:
+            return self._affine(affine)
+        if (total := records.add(node)) is not None:
+            return self._sum(total)
+        if (pool := records.avg_pool(node)) is not None:
+            return self._pool(pool)
+        if (pad := records.pad(node)) is not None:
+            return self._pad(pad)
+        if is_call(node, aten.cat.default):
+            return self._cat(node)
+        if is_call(node, aten.slice.Tensor):
+            return self._slice(node)
+        if is_call(node, aten.slice_scatter.default):
+            return self._slice_scatter(node)
+        name = op_name(node)
+        if name in _TRANSPARENT or is_call(node, aten.dropout.default) and node.args[2] is False:
+            return self._same(node)
+        if name in _RESHAPES:
+            return self._reshape(node)
+        if name in ("channel_shuffle", "native_channel_shuffle"):
+            return self._shuffle(node)
+        if node.target is operator.getitem:
+            return self._part(node)
+        return {}
+
+    def _same(self, node: fx.Node) -> Maps:
+        source = node.args[0]
+        if not is_tensor(source) or nodes.dtype(source) != nodes.dtype(node):  # type: ignore[arg-type]
+            return {}
+        return self.of(source)  # type: ignore[arg-type]
+
+    def _after(self, outer: AffineMap, u: fx.Node, node: fx.Node, kind: str) -> Maps:
+        """``outer`` applied to ``u``, composed with each of ``u``'s maps that it may pass."""
+        out: Maps = {}
+        for key, inner in self.of(u).items():
+            if key[0] != kind or inner.out_channels != outer.in_channels:
+                continue
+            if inner.spatial != outer.spatial:
+                continue
+            if kind == "conv":
+                reason = border_reason(outer, inner, key[1], u, node)
+                if reason is not None:
+                    self.refusals[node] = reason
+                    continue
+            out[key] = am.compose(outer, inner)
+        return out
+
+    def _conv(self, conv: records.Conv) -> Maps:
+        bias = _bias(conv.bias, conv.out_channels)
+        outer = am.convolution(
+            conv.weight, bias, conv.groups, conv.stride, conv.padding, conv.dilation
+        )
+        return self._after(outer, conv.x, conv.node, "conv")
+
+    def _linear(self, linear: records.Linear) -> Maps:
+        outer = am.matrix(linear.weight, _bias(linear.bias, linear.weight.shape[0]))
+        return self._after(outer, linear.x, linear.node, "feature")
+
+    def _affine(self, affine: records.Affine) -> Maps:
+        out: Maps = {}
+        for kind, axis in _axes(affine.node):
+            full = shape(affine.node)[axis]
+            varying = {
+                a for t in (affine.scale, affine.shift) for a, s in enumerate(t.shape) if s != 1
+            }
+            if varying - {axis} or not isinstance(full, int):
+                continue
+            scale = affine.scale.get().reshape(-1).expand(full)
+            shift = affine.shift.get().reshape(-1).expand(full)
+            if not bool((scale.isfinite() & shift.isfinite()).all()):
+                continue
+            outer = am.diagonal(scale, shift, _spatial(kind, affine.node))
+            out.update(self._after(outer, affine.x, affine.node, kind))
+        return out
+
+    def _sum(self, total: records.Sum) -> Maps:
+        left, right = self.of(total.left), self.of(total.right)
+        out: Maps = {}
+        for key, a in left.items():
+            b = right.get(key)
+            if b is not None and addable(a, b):
+                out[key] = am.add([a, am.scale(b, total.alpha)])
+        return out
+
+    def _pool(self, pool: records.AvgPool) -> Maps:
+        if not pool.uniform:
+            if any(pool.padding):
+                self.refusals[pool.node] = (
+                    "the average pool divides by another number at the border "
+                    "(count_include_pad=False or ceil_mode), so it is not a convolution"
+                )
+            return {}
+        channels = shape(pool.x)[1]
+        if not isinstance(channels, int):
+            return {}
+        outer = am.average_pool(channels, pool.kernel, pool.stride, pool.padding, pool.divisor)
+        return self._after(outer, pool.x, pool.node, "conv")
+
+    def _pad(self, pad: records.Pad) -> Maps:
+        rank, count = len(shape(pad.x)), len(pad.low)
+        if pad.mode != "constant" or count > rank - 2 or not isinstance(shape(pad.x)[1], int):
+            return {}
+        low = (0,) * (rank - 2 - count) + pad.low
+        high = (0,) * (rank - 2 - count) + pad.high
+        outer = am.window(int(shape(pad.x)[1]), tuple(-a for a in low), (1,) * (rank - 2))
+        out: Maps = {}
+        for key, inner in self.of(pad.x).items():
+            if key[0] != "conv" or inner.spatial != rank - 2:
+                continue
+            if _reads_outside(outer, inner, key[1], pad.x, low, high) is not None:
+                continue  # the inner map would read the root inside the pad
+            base = am.compose(outer, inner)
+            value = torch.full_like(base.bias, pad.value)
+            sides = {
+                (a, s): (w, value)
+                for a in range(rank - 2)
+                for s, w in ((0, low[a]), (1, high[a]))
+                if w > 0
+            }
+            self._settle(pad.node, key, _Border(base, sides), out)
+        return out
+
+    def _settle(self, node: fx.Node, key: Key, border: _Border, out: Maps) -> None:
+        """A bordered map is a map once every side equals the bias."""
+        if all(torch.equal(v, border.base.bias) for _, v in border.sides.values()):
+            out[key] = border.base
+        self.borders.setdefault(node, {})[key] = border
+
+    def _slice_scatter(self, node: fx.Node) -> Maps:
+        """Writing a channel constant over exactly one side of a pad (Ding et al., DBB, 3.3)."""
+        args = nodes.arguments(node)
+        base, source, axis = args["self"], args["src"], int(args["dim"])
+        rank = len(shape(base))
+        if base not in self.borders or args["step"] != 1 or axis < 2:
+            return {}
+        extent = shape(base)[axis]
+        start = args["start"] if args["start"] is not None else 0
+        end = args["end"] if args["end"] is not None else extent
+        if not isinstance(start, int) or not isinstance(end, (int, torch.SymInt)):
+            return {}
+        value = constants.exact(source)
+        out: Maps = {}
+        for key, border in self.borders[base].items():
+            sides = dict(border.sides)
+            written = _side(sides, axis - 2, start, end, extent)
+            if value is None or written is None or nodes.dtype(source) != nodes.dtype(base):
+                continue
+            full = (1,) * (rank - len(value.shape)) + value.shape
+            if any(s != 1 for i, s in enumerate(full) if i != 1):
+                continue
+            channels = value.get().reshape(-1).expand(border.base.out_channels)
+            sides[(axis - 2, written)] = (sides[(axis - 2, written)][0], channels)
+            self._settle(node, key, _Border(border.base, sides), out)
+        return out
+
+    def _cat(self, node: fx.Node) -> Maps:
+        args = nodes.arguments(node)
+        parts, rank = args["tensors"], len(shape(node))
+        axis = int(args["dim"]) % rank
+        if any(not is_tensor(p) or nodes.dtype(p) != nodes.dtype(node) for p in parts):
+            return {}
+        out: Maps = {}
+        for kind, channel in _axes(node):
+            if channel != axis:
+                continue
+            views = [self.of(p) for p in parts]
+            for key in views[0]:
+                found = [v.get(key) for v in views]
+                if key[0] != kind or any(m is None for m in found):
+                    continue
+                whole = [m for m in found if m is not None]
+                if all(m.in_channels == whole[0].in_channels for m in whole) and all(
+                    m.stride == whole[0].stride for m in whole
+                ):
+                    out[key] = am.concatenate(whole)
+        return out
+
+    def _slice(self, node: fx.Node) -> Maps:
+        args = nodes.arguments(node)
+        u, axis, step = args["self"], int(args["dim"]), args["step"]
+        rank = len(shape(u))
+        axis %= rank
+        size = shape(u)[axis]
+        start = args["start"] if args["start"] is not None else 0
+        if not isinstance(start, int) or not isinstance(step, int):
+            return {}
+        if start < 0:
+            if not isinstance(size, int):
+                return {}
+            start = max(size + start, 0)
+        out: Maps = {}
+        for kind, channel in _axes(node):
+            if channel == axis:
+                if not isinstance(size, int) or not isinstance(shape(node)[axis], int):
+                    continue
+                index = torch.arange(start, start + step * int(shape(node)[axis]), step)
+                for key, inner in self.of(u).items():
+                    if key[0] == kind and inner.out_channels == size:
+                        out[key] = am.select(inner, index)
+            elif kind == "conv" and axis >= 2 and isinstance(shape(u)[1], int):
+                starts, steps = [0] * (rank - 2), [1] * (rank - 2)
+                starts[axis - 2], steps[axis - 2] = start, step
+                outer = am.window(int(shape(u)[1]), tuple(starts), tuple(steps))
+                out.update(self._after(outer, u, node, "conv"))
+        return out
+
+    def _part(self, node: fx.Node) -> Maps:
+        """One part of a split or chunk along the channels."""
+        parent, index = node.args[0], node.args[1]
+        if not isinstance(parent, fx.Node) or not isinstance(index, int):
+            return {}
+        if not is_call(parent, aten.split, aten.split_with_sizes, aten.chunk):
+            return {}
+        args = nodes.arguments(parent)
+        u = args["self"]
+        axis = int(args["dim"]) % len(shape(u))
+        values = parent.meta["val"]
+        sizes = [v.shape[axis] for v in values]
+        if any(not isinstance(s, int) for s in sizes):
+            return {}
+        start = sum(sizes[:index])
+        out: Maps = {}
+        for kind, channel in _axes(node):
+            if channel != axis:
+                continue
+            for key, inner in self.of(u).items():
+                if key[0] == kind and inner.out_channels == sum(sizes):
+                    out[key] = am.select(inner, torch.arange(start, start + sizes[index]))
+        return out
+
+    def _shuffle(self, node: fx.Node) -> Maps:
+        u, groups = node.args[0], node.args[1]
+        if not is_tensor(u) or not isinstance(shape(u)[1], int) or not isinstance(groups, int):  # type: ignore[arg-type]
+            return {}
+        order = torch.arange(shape(u)[1]).reshape(groups, -1).t().reshape(-1)  # type: ignore[arg-type]
+        return {
+            key: am.select(inner, order)
+            for key, inner in self.of(u).items()  # type: ignore[arg-type]
+            if key[0] == "conv"
+        }
+
+    def _reshape(self, node: fx.Node) -> Maps:
+        """Reshapes are transparent to feature maps: rows laid side by side repeat the matrix."""
+        u = node.args[0]
+        if not is_tensor(u) or not shape(node) or not shape(u):  # type: ignore[arg-type]
+            return {}
+        new, old = shape(node)[-1], shape(u)[-1]  # type: ignore[arg-type]
+        if not isinstance(new, int) or not isinstance(old, int) or old == 0:
+            return {}
+        out: Maps = {}
+        for key, inner in self.of(u).items():  # type: ignore[arg-type]
+            if key[0] != "feature":
+                continue
+            if new == inner.out_channels:
+                out[key] = inner
+            elif new % inner.out_channels == 0:
+                out[key] = am.repeat_features(inner, new // inner.out_channels)
+        return out
+
+
+def identity_maps(node: fx.Node) -> Maps:
+    """A tensor as an affine map of itself, in every kind that fits its shape."""
+    if not is_tensor(node) or not node.meta["val"].is_floating_point():
+        return {}
+    return {
+        (kind, node): am.identity(int(shape(node)[axis]), _spatial(kind, node))
+        for kind, axis in _axes(node)
+    }
+
+
+def _axes(node: fx.Node) -> list[tuple[str, int]]:
+    sizes = shape(node)
+    out: list[tuple[str, int]] = []
+    if len(sizes) >= 3 and isinstance(sizes[1], int):
+        out.append(("conv", 1))
+    if len(sizes) >= 2 and isinstance(sizes[-1], int):
+        out.append(("feature", len(sizes) - 1))
+    return out
+
+
+def _spatial(kind: str, node: fx.Node) -> int:
+    return len(shape(node)) - 2 if kind == "conv" else 0
+
+
+def _bias(bias: Any, channels: int) -> torch.Tensor:
+    return torch.zeros(channels, dtype=torch.float64) if bias is None else bias.get().reshape(-1)
+
+
+def addable(a: AffineMap, b: AffineMap) -> bool:
+    """True if two maps over one root may be summed: same grid, same channels."""
+    return (
+        a.stride == b.stride
+        and a.out_channels == b.out_channels
+        and a.in_channels == b.in_channels
+        and a.spatial == b.spatial
+    )
+
+
+def border_reason(
+    outer: AffineMap, inner: AffineMap, root: fx.Node, middle: fx.Node, node: fx.Node
+) -> str | None:
+    """Why ``outer(inner(x))`` differs from their composition at a border, or ``None``.
+
+    Zero padding that ``outer`` reads stands for ``inner``'s value there; it is that value only if
+    ``inner`` reads nothing but padding of the root there, and adds no bias.
+    """
+    extents, results = shape(middle)[2:], shape(node)[2:]
+    low: list[int] = []
+    high: list[int] = []
+    for axis in range(outer.spatial):
+        taps = outer.support[axis]
+        low.append(max(0, outer.origin[axis] - min(taps)))
+        last = outer.stride[axis] * (results[axis] - 1) + max(taps) - outer.origin[axis]
+        high.append(0 if known(last < extents[axis]) else 1)
+    if not any(low) and not any(high):
+        return None
+    if inner.has_bias:
+        return (
+            f"{node.name} pads with zeros where {middle.name} would have its bias "
+            f"(exact inside, wrong at the border)"
+        )
+    return _reads_outside(outer, inner, root, middle, low, high)
+
+
+def _reads_outside(
+    outer: AffineMap, inner: AffineMap, root: fx.Node, middle: fx.Node,
+    low: Sequence[int], high: Sequence[int],
+) -> str | None:  # fmt: skip
+    """Why ``inner`` would read the root where ``outer`` reads padding, or ``None``."""
+    extents, origins = shape(middle)[2:], shape(root)[2:]
+    for axis in range(inner.spatial):
+        stride, taps = inner.stride[axis], inner.support[axis]
+        if low[axis] and max(taps) - inner.origin[axis] - stride >= 0:
+            return f"the padding after {middle.name} hides positions that a merged kernel would see"
+        first = stride * extents[axis] + min(taps) - inner.origin[axis]
+        if high[axis] and not known(first >= origins[axis]):
+            return f"the padding after {middle.name} hides positions that a merged kernel would see"
+    return None
+
+
+def _side(
+    sides: dict[tuple[int, int], Any], axis: int, start: int, end: Any, extent: Any
+) -> int | None:
+    """Which padded side ``[start, end)`` covers exactly: 0 low, 1 high."""
+    if (axis, 0) in sides and start == 0 and same(end, sides[(axis, 0)][0]):
+        return 0
+    if (axis, 1) in sides:
+        width = sides[(axis, 1)][0]
+        first = start if start >= 0 else extent + start
+        if same(first, extent - width) and (
+            same(end, extent) or known(end >= extent)
+        ):
+            return 1
+    return None

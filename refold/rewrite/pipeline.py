@@ -1,0 +1,237 @@
+"""Ordered passes, with the verifier, timing and a census between them."""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
+
+from torch import fx
+
+from refold.errors import UsageError, VerifierError, did_you_mean
+from refold.graph import constants, provenance
+from refold.graph.kinds import census
+from refold.graph.verifier import signature, verify
+from refold.rewrite.result import Pass, PassResult
+
+ENTRY_POINT_GROUP = "refold.passes"
+_EXACTNESS = ("exact", "reassociates", "approximate")
+
+Compare = Callable[[fx.GraphModule, fx.GraphModule, str], None]
+
+
+@dataclass(frozen=True)
+class PassRun:
+    """One run of one pass.
+
+    Attributes:
+        name: id of the pass.
+        result: what it did and declined.
+        seconds: its own time, without the verifier's.
+        before: calls by kind before it ran.
+        after: calls by kind after it ran.
+    """
+
+    name: str
+    result: PassResult
+    seconds: float
+    before: Counter[str]
+    after: Counter[str]
+
+
+@dataclass
+class PipelineResult:
+    """The runs of a pipeline, in order."""
+
+    runs: list[PassRun] = field(default_factory=list)
+
+    @property
+    def modified(self) -> bool:
+        """Whether any pass changed the graph."""
+        return any(run.result.modified for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in the order in which they run; the same pass may be listed several times.
+
+    Attributes:
+        name: what reports call it.
+        passes: the passes.
+    """
+
+    name: str
+    passes: tuple[Pass, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "passes", tuple(self.passes))
+        for item in self.passes:
+            if isinstance(item, type) or not isinstance(item, Pass):
+                raise UsageError(
+                    f"pipeline {self.name!r}: {item!r} is not a pass; a pass has a name, an "
+                    "exactness and run(graph_module) (did you forget the parentheses?)"
+                )
+            if item.exactness not in _EXACTNESS:
+                raise UsageError(
+                    f"pass {item.name!r}: exactness is {item.exactness!r}, expected one of "
+                    f"{', '.join(_EXACTNESS)}"
+                )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The ids of the passes, in order."""
+        return tuple(item.name for item in self.passes)
+
+    def with_(
+        self, pass_: Pass, *, before: str | None = None, after: str | None = None
+    ) -> Pipeline:
+        """A pipeline with one more pass: before the first pass so named, after the last, or last.
+
+        Raises:
+            UsageError: no pass has that name, or both places are given.
+        """
+        if before is not None and after is not None:
+            raise UsageError("give before= or after=, not both")
+        at = len(self.passes)
+        if before is not None:
+            self._known(before)
+            at = self.names.index(before)
+        elif after is not None:
+            self._known(after)
+            at = len(self.passes) - self.names[::-1].index(after)
+        return replace(self, passes=(*self.passes[:at], pass_, *self.passes[at:]))
+
+    def without(self, name: str) -> Pipeline:
+        """A pipeline without the passes of that name."""
+        self._known(name)
+        return replace(self, passes=tuple(p for p in self.passes if p.name != name))
+
+    def only(self, *names: str) -> Pipeline:
+        """A pipeline of the passes with these names alone, in the pipeline's order."""
+        for name in names:
+            self._known(name)
+        return replace(self, passes=tuple(p for p in self.passes if p.name in names))
+
+    def _known(self, name: str) -> None:
+        if name not in self.names:
+            raise UsageError(
+                f"no pass {name!r} in pipeline {self.name!r}{did_you_mean(name, set(self.names))}"
+            )
+
+    def run(
+        self,
+        gm: fx.GraphModule,
+        *,
+        exclude: Sequence[str] = (),
+        debug: bool = False,
+        progress: Callable[[str], None] | None = None,
+        compare: Compare | None = None,
+    ) -> PipelineResult:
+        """Runs the passes on a graph, in place, and verifies what each leaves.
+
+        Args:
+            gm: the graph module.
+            exclude: globs of module paths that no pass touches; a glob also covers what lies
+                inside the modules that it names.
+            debug: after each pass also run the whole graph on fake tensors, and ``compare``.
+            progress: called with the id of each pass before it runs.
+            compare: in debug mode called with the graph before a pass, the graph after it, and
+                the pass's id; it raises where their numbers differ.
+
+        Raises:
+            UsageError: a glob matches no module.
+            VerifierError: a pass left an invalid graph; the message names the pass.
+        """
+        pin(gm, exclude)
+        result = PipelineResult()
+        for item in self.passes:
+            if progress is not None:
+                progress(item.name)
+            result.runs.append(_run_pass(item, gm, debug=debug, compare=compare))
+        if result.modified:
+            constants.materialise_all(gm)
+            constants.sweep(gm)
+            gm.recompile()
+        return result
+
+
+def _run_pass(item: Pass, gm: fx.GraphModule, *, debug: bool, compare: Compare | None) -> PassRun:
+    before, contract = census(gm.graph), signature(gm)
+    copy = _copy(gm) if debug and compare is not None else None
+    started = time.perf_counter()
+    result = item.run(gm)
+    seconds = time.perf_counter() - started
+    after = census(gm.graph)
+    try:
+        if result.modified:
+            verify(gm, contract, repropagate=debug)
+        elif before != after:
+            raise VerifierError("it says that it changed nothing, but the calls are not the same")
+    except VerifierError as error:
+        raise VerifierError(f"after pass {item.name!r}: {error}") from error
+    if copy is not None and compare is not None and result.modified:
+        constants.materialise_all(gm, release=False)
+        gm.recompile()
+        compare(copy, gm, item.name)
+    return PassRun(item.name, result, seconds, before, after)
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph over the same tensors."""
+    graph = fx.Graph()
+    graph._codegen = gm.graph._codegen
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)
+
+
+def pin(gm: fx.GraphModule, exclude: Iterable[str]) -> None:
+    """Marks the nodes of excluded module paths, so that no pass rewrites or removes them.
+
+    Raises:
+        UsageError: a glob matches no module path of the graph.
+    """
+    globs = [exclude] if isinstance(exclude, str) else list(exclude)
+    if not globs:
+        return
+    chains = {n: _ancestors(provenance.module_path(n)) for n in gm.graph.nodes}
+    known = {path for chain in chains.values() for path in chain}
+    for glob in globs:
+        if not any(fnmatch.fnmatchcase(path, glob) for path in known):
+            raise UsageError(f"exclude: no module matches {glob!r}{did_you_mean(glob, known)}")
+    for node, chain in chains.items():
+        if any(fnmatch.fnmatchcase(path, glob) for path in chain for glob in globs):
+            node.meta["refold_pinned"] = True
+
+
+def _ancestors(path: str) -> list[str]:
+    parts = path.split(".") if path else []
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def load_pass(name: str, builtin: Mapping[str, type]) -> Pass:
+    """Makes a pass by its id: one of refold's own, or one that a package offers.
+
+    Packages offer passes through the entry point group ``refold.passes``; a package is imported
+    only when its pass is asked for.
+
+    Args:
+        name: id of the pass.
+        builtin: refold's own passes by id.
+
+    Raises:
+        UsageError: nobody offers a pass of that name.
+    """
+    if name in builtin:
+        made = builtin[name]()
+    else:
+        offered = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+        if name not in offered:
+            raise UsageError(f"no pass {name!r}{did_you_mean(name, {*builtin, *offered})}")
+        loaded = offered[name].load()
+        made = loaded() if callable(loaded) else loaded
+    if not isinstance(made, Pass):
+        raise UsageError(f"{name!r} does not name a pass: {made!r} has no name, exactness and run")
+    return made

@@ -1,0 +1,757 @@
+"""Pushes a constant scale and shift into what produces or consumes the tensor.
+
+    y = s * f(x) + t    ->    y = f'(x)          (up: f takes the scale and shift into its weights)
+    y = f(s * x + t)    ->    y = f'(x)          (down: every consumer takes them)
+
+On its way it passes operations that commute with it: layouts, concatenation, sums, unpadded
+averages, resizing, and, for a positive scale without shift, ReLU-like activations. A whole path is
+planned before anything changes: one node that cannot take its part, and nothing happens.
+
+``fold-batch-norm`` and ``absorb-scale-shift`` are this mechanism, seen by kind of node.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from refold.algebra.lazy import Lazy
+from refold.graph import constants, nodes, provenance, records
+from refold.graph.kinds import kind, op_name
+from refold.graph.nodes import aten, is_call, is_tensor
+from refold.rewrite import layout
+from refold.rewrite.result import Applied, PassResult, applied, declined
+
+Edit = Callable[[], None]
+_SMALL = 1 << 16  # bytes below which un-sharing a weight is never refused
+
+_HOMOGENEOUS = {"relu", "leaky_relu", "prelu", "_prelu_kernel"}
+_MAX_POOLS = {"max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d"}
+_MEANS = {"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}
+_RESIZES = {
+    "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d", "upsample_bicubic2d",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+}  # fmt: skip
+
+
+class Refused(Exception):
+    """One step of a path cannot take the scale and shift."""
+
+
+@dataclass
+class _Plan:
+    edits: list[Edit] = field(default_factory=list)
+    touched: list[fx.Node] = field(default_factory=list)
+    removed: list[fx.Node] = field(default_factory=list)
+
+    def mark(self) -> tuple[int, int, int]:
+        return len(self.edits), len(self.touched), len(self.removed)
+
+    def rewind(self, mark: tuple[int, int, int]) -> None:
+        del self.edits[mark[0] :], self.touched[mark[1] :], self.removed[mark[2] :]
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """``scale * x + shift``: float64, rank of the tensor, every axis 1 or full."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    @property
+    def shifts(self) -> bool:
+        return bool(self.shift.any())
+
+    @property
+    def is_identity(self) -> bool:
+        return not self.shifts and bool((self.scale == 1).all())
+
+    @property
+    def is_positive(self) -> bool:
+        return bool((self.scale > 0).all())
+
+    def varies(self) -> set[int]:
+        """Axes along which the scale or the shift varies."""
+        return {
+            a for t in (self.scale, self.shift) for a in range(t.dim()) if t.shape[a] != 1
+        }
+
+    def vectors(self, axis: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift as ``[size]`` vectors along the one axis they may vary on."""
+        if self.varies() - {axis % self.scale.dim()}:
+            raise Refused("the constant varies along another axis than the channels")
+        return self.scale.reshape(-1).expand(size), self.shift.reshape(-1).expand(size)
+
+
+class Pusher:
+    """Pushes every affine operation of one family in a graph; see the module docstring.
+
+    Args:
+        gm: the graph module.
+        rule: id for the records.
+        wants: which affine records to push.
+        max_growth: how much larger the stored constants may become by un-sharing weights.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        rule: str,
+        wants: Callable[[records.Affine], bool],
+        max_growth: float,
+    ) -> None:
+        self.gm, self.graph, self.rule, self.wants = gm, gm.graph, rule, wants
+        self.budget = (max_growth - 1.0) * constants.stored_bytes(gm)
+        self.refusals: dict[fx.Node, tuple[str, str]] = {}
+
+    def run(self) -> PassResult:
+        result = PassResult()
+        changed = True
+        while changed:
+            changed = False
+            for node in list(self.graph.nodes):
+                if node.op != "call_function" or not node.users or nodes.pinned(node):
+                    continue  # erased nodes have no users
+                record = records.affine(node)
+                if record is None or not self.wants(record):
+                    continue
+                done = self.push(record)
+                if done is not None:
+                    result.applied.append(done)
+                    self.refusals.pop(node, None)
+                    changed = True
+            if changed:
+                self.graph.eliminate_dead_code()
+        result.modified = bool(result.applied)
+        result.declined = [
+            declined(self.rule, node, reason, hint)
+            for node, (reason, hint) in self.refusals.items()
+            if node in self._alive()
+        ]
+        return result
+
+    def _alive(self) -> set[fx.Node]:
+        return set(self.graph.nodes)
+
+    def push(self, record: records.Affine) -> Applied | None:
+        """Tries up, then down; records why when neither works."""
+        factor = _Factor(record.scale.get(), record.shift.get())
+        if not bool(torch.isfinite(factor.scale).all() & torch.isfinite(factor.shift).all()):
+            self.refusals[record.node] = (
+                "the scale or shift is not finite (zero variance without eps, or NaN weights)",
+                "check the running statistics of this layer",
+            )
+            return None
+        plan = _Plan()
+        try:
+            self._up(record.x, record.reader, factor, plan)
+            return self._commit(record, plan)
+        except Refused as refusal:
+            upward = str(refusal)
+        plan = _Plan()
+        try:
+            self._down(record.node, factor, plan)
+            return self._commit(record, plan)
+        except Refused as refusal:
+            downward = str(refusal)
+        self.refusals[record.node] = (f"into its input: {upward}; into its users: {downward}", "")
+        return None
+
+    def _commit(self, record: records.Affine, plan: _Plan) -> Applied:
+        done = applied(
+            self.rule,
+            [record.node, *plan.removed],
+            plan.touched,
+            f"{kind(record.node)} into {', '.join(sorted({kind(t) for t in plan.touched}))}",
+        )
+        for node in plan.touched:
+            provenance.derive(node, [record.node, node], self.rule)
+        current = _operand(record.reader, record.x)
+        for edit in plan.edits:
+            edit()
+        nodes.replace(record.node, current())
+        for node in (record.node, record.reader):
+            if not node.users:
+                self.graph.erase_node(node)
+        return done
+
+    # -- up ---------------------------------------------------------------------------------
+
+    def _up(self, u: fx.Node, consumer: fx.Node, factor: _Factor, plan: _Plan) -> None:
+        """Plans ``u`` to produce ``scale * u + shift``; ``consumer`` is its one reader."""
+        if factor.is_identity:
+            return
+        if u.op == "get_attr":
+            return self._into_constant(u, consumer, factor, plan)
+        if u.op == "placeholder":
+            raise Refused("its input is the network's input")
+        if nodes.pinned(u):
+            raise Refused(f"{u.name} is excluded")
+        if not nodes.only_user(u, consumer) or _reads(consumer, u) != 1:
+            raise Refused(f"{u.name} has other users")
+        for step in (self._up_terminal, self._up_affine, self._up_layout, self._up_passing):
+            if step(u, factor, plan):
+                return None
+        raise Refused(f"{op_name(u)} does not commute with a scale and shift")
+
+    def _into_constant(
+        self, u: fx.Node, consumer: fx.Node, factor: _Factor, plan: _Plan
+    ) -> None:
+        base = constants.exact(u)
+        if base is None:
+            raise Refused(f"{u.name} is not a constant")
+        shape = torch.broadcast_shapes(base.shape, factor.scale.shape, factor.shift.shape)
+        if tuple(shape) != base.shape:
+            raise Refused("the constant would grow")
+
+        def edit() -> None:
+            new = base.map(base.shape, lambda b: b * factor.scale + factor.shift)
+            node = self._constant(consumer, _name(u), new, u)
+            consumer.replace_input_with(u, node)
+
+        plan.edits.append(edit)
+
+    def _up_terminal(self, u: fx.Node, factor: _Factor, plan: _Plan) -> bool:
+        if (conv := records.conv(u)) is not None:
+            scale, shift = factor.vectors(1, conv.out_channels)
+            self._check_sharing(conv.weight_node)
+
+            def scaled(w: torch.Tensor) -> torch.Tensor:
+                if not conv.transposed:
+                    return w * scale.reshape(-1, *(1,) * (w.dim() - 1))
+                blocks = w.reshape(conv.groups, -1, *w.shape[1:])
+                rows = scale.reshape(conv.groups, 1, w.shape[1], *(1,) * (w.dim() - 2))
+                return (blocks * rows).reshape(w.shape)
+
+            plan.edits.append(
+                lambda: self._set_weights(
+                    u, 1, conv.weight_node, conv.weight.map(conv.weight.shape, scaled),
+                    2, conv.bias_node, _shifted(conv.bias, scale, shift),
+                )  # fmt: skip
+            )
+        elif (linear := records.linear(u)) is not None:
+            scale, shift = factor.vectors(-1, linear.weight.shape[0])
+            self._check_sharing(linear.weight_node)
+            weight = linear.weight.map(linear.weight.shape, lambda w: w * scale[:, None])
+            bias = _shifted(linear.bias, scale, shift)
+            plan.edits.append(lambda: self._set_linear(linear, weight, bias))
+        elif (norm := records.norm_affine(u)) is not None:
+            self._up_norm(norm, factor, plan)
+        elif is_call(u, aten.embedding.default) and records_embedding(u) is not None:
+            table = records_embedding(u)
+            assert table is not None
+            scale, shift = factor.vectors(-1, table.shape[1])
+            self._check_sharing(u.args[0])  # type: ignore[arg-type]
+            new = table.map(table.shape, lambda w: w * scale + shift)
+            plan.edits.append(lambda: self._set_weights(u, 0, u.args[0], new))
+        else:
+            return False
+        plan.touched.append(u)
+        return True
+
+    def _up_norm(self, norm: records.NormAffine, factor: _Factor, plan: _Plan) -> None:
+        u = norm.node
+        if factor.varies() - set(norm.axes):
+            raise Refused(f"the constant varies along another axis than {kind(u)}'s weight")
+        if factor.shifts and not norm.shifts:
+            raise Refused(f"{kind(u)} has no bias to take the shift")
+        sizes = nodes.shape(u)
+        full = tuple(sizes[a] if a in norm.axes else 1 for a in range(len(sizes)))
+        if any(not isinstance(s, int) for s in full):
+            raise Refused("the normalised axes are dynamic")
+        target = tuple(int(sizes[a]) for a in norm.axes)
+        scale = factor.scale.expand(full).reshape(target)
+        shift = factor.shift.expand(full).reshape(target)
+        weight = constants.exact(norm.weight) if norm.weight is not None else None
+        bias = constants.exact(norm.bias) if norm.bias is not None else None
+        new_weight = Lazy(target, lambda: scale if weight is None else scale * weight.get())
+        new_bias = _shifted(bias, scale, shift) if norm.shifts else None
+        plan.edits.append(
+            lambda: self._set_weights(
+                u, norm.weight_index, norm.weight, new_weight, norm.bias_index, norm.bias, new_bias
+            )
+        )
+
+    def _up_affine(self, u: fx.Node, factor: _Factor, plan: _Plan) -> bool:
+        record = records.affine(u)
+        if record is None:
+            return False
+        inner = _Factor(record.scale.get(), record.shift.get())
+        both = _Factor(
+            factor.scale * inner.scale, factor.scale * inner.shift + factor.shift
+        )
+        current = _operand(record.reader, record.x)
+        mark = plan.mark()
+        try:
+            self._up(record.x, record.reader, both, plan)
+            plan.edits.append(lambda: nodes.replace(u, current()))
+            plan.removed.append(u)
+            return True
+        except Refused:
+            plan.rewind(mark)
+        if record.is_norm and not (both.varies() - {1}):
+            plan.edits.append(lambda: self._emit_norm(u, current(), both))
+            plan.touched.append(u)
+            return True
+        # A plain shift lets the scale pass and scales itself.
+        if bool((inner.scale == 1).all()) and not factor.scale.eq(1).all():
+            self._up(record.x, record.reader, _Factor(factor.scale, torch.zeros_like(factor.shift)), plan)
+            plan.edits.append(lambda: self._emit_affine(u, current(), torch.ones(()), both.shift))
+            plan.touched.append(u)
+            return True
+        keeps_kind = (
+            (not inner.shifts and not both.shifts)
+            or (bool((inner.scale == 1).all()) and bool((both.scale == 1).all()))
+        )  # fmt: skip
+        if keeps_kind:
+            plan.edits.append(lambda: self._emit_affine(u, current(), both.scale, both.shift))
+            plan.touched.append(u)
+            return True
+        raise Refused(f"{u.name} is a lone scale or shift")
+
+    def _up_layout(self, u: fx.Node, factor: _Factor, plan: _Plan) -> bool:
+        if not layout.is_layout(u):
+            return False
+        source = layout.source_of(u)
+        if source is None:
+            return False
+        consumer, disjoint = u, False
+        if u.target is operator.getitem:
+            if not layout.is_layout(source):
+                return False
+            consumer, disjoint = source, True
+            inner = layout.source_of(source)
+            if inner is None:
+                return False
+            source = inner
+        try:
+            others = [r for r in source.users if r is not consumer]
+            disjoint = disjoint or bool(others)
+            scale = layout.pull(u, source, factor.scale, 1.0, disjoint, self.graph)
+            shift = layout.pull(u, source, factor.shift, 0.0, disjoint, self.graph)
+            affected = (scale != 1) | (shift != 0)
+            if any(layout.overlaps(o, source, affected, self.graph) for o in others):
+                raise Refused(f"{source.name} has other users")
+        except layout.Unproven as unproven:
+            raise Refused(str(unproven)) from unproven
+        pulled = _Factor(scale, shift)
+        if others:  # readers of other elements see a factor of one
+            self._up_shared(source, consumer, pulled, plan)
+        else:
+            self._up(source, consumer, pulled, plan)
+        return True
+
+    def _up_shared(self, u: fx.Node, consumer: fx.Node, factor: _Factor, plan: _Plan) -> None:
+        if factor.is_identity:
+            return
+        if u.op != "call_function" or nodes.pinned(u):
+            raise Refused(f"{u.name} has other users")
+        if not self._up_terminal(u, factor, plan) and not self._up_layout(u, factor, plan):
+            raise Refused(f"{u.name} has other users")
+
+    def _up_passing(self, u: fx.Node, factor: _Factor, plan: _Plan) -> bool:
+        name = op_name(u)
+        plan.touched.append(u)
+        if is_call(u, aten.cat.default):
+            self._up_cat(u, factor, plan)
+        elif (total := records.add(u)) is not None:
+            self._up_sum(total, factor, plan)
+        elif self._commutes(u, factor):
+            source = u.args[0]
+            assert isinstance(source, fx.Node)
+            self._up(source, u, self._reshaped(factor, u, source), plan)
+        elif name in ("mul", "div") and not factor.shifts:
+            self._up_product(u, factor, plan)
+        elif name in ("matmul", "bmm", "scaled_dot_product_attention") and not factor.shifts:
+            self._up_matmul(u, factor, plan)
+        else:
+            plan.touched.pop()
+            return False
+        return True
+
+    def _up_cat(self, u: fx.Node, factor: _Factor, plan: _Plan) -> None:
+        args = nodes.arguments(u)
+        parts = args["tensors"]
+        if any(nodes.dtype(p) != nodes.dtype(u) for p in parts):
+            raise Refused("the concatenation promotes a dtype")
+        axis = int(args["dim"]) % factor.scale.dim()
+        sizes = [nodes.shape(p)[axis] for p in parts]
+        varies = axis in factor.varies()
+        if varies and any(not isinstance(s, int) for s in sizes):
+            raise Refused("the concatenated axis is dynamic")
+        start = 0
+        for part, size in zip(parts, sizes, strict=True):
+            piece = factor
+            if varies:
+                piece = _Factor(
+                    _narrow(factor.scale, axis, start, int(size)),
+                    _narrow(factor.shift, axis, start, int(size)),
+                )
+                start += int(size)
+            self._up(part, u, piece, plan)
+
+    def _up_sum(self, total: records.Sum, factor: _Factor, plan: _Plan) -> None:
+        zero = torch.zeros_like(factor.shift)
+        mark = plan.mark()
+        try:
+            self._up(total.left, total.node, factor, plan)
+            self._up(total.right, total.node, _Factor(factor.scale, zero), plan)
+        except Refused:
+            if total.alpha == 0 or not factor.shifts:
+                raise
+            plan.rewind(mark)
+            self._up(total.left, total.node, _Factor(factor.scale, zero), plan)
+            scaled = _Factor(factor.scale, factor.shift / total.alpha)
+            self._up(total.right, total.node, scaled, plan)
+
+    def _up_product(self, u: fx.Node, factor: _Factor, plan: _Plan) -> None:
+        if op_name(u) == "div" and nodes.arguments(u).get("rounding_mode") is not None:
+            raise Refused("the division rounds")
+        left, right = u.args[0], u.args[1]
+        operands = [left] if op_name(u) == "div" else [left, right]
+        reason = "neither factor can take the scale"
+        for operand in operands:
+            if not is_tensor(operand) or nodes.dtype(operand) != nodes.dtype(u):  # type: ignore[arg-type]
+                continue
+            mark = plan.mark()
+            try:
+                self._up(operand, u, _aligned(factor, operand), plan)  # type: ignore[arg-type]
+                return
+            except Refused as refusal:
+                reason = str(refusal)
+                plan.rewind(mark)
+        raise Refused(reason)
+
+    def _up_matmul(self, u: fx.Node, factor: _Factor, plan: _Plan) -> None:
+        rank = factor.scale.dim()
+        if op_name(u) == "scaled_dot_product_attention":
+            value = u.args[2]
+            if rank - 2 in factor.varies() or not is_tensor(value):
+                raise Refused("the constant varies along the queries")
+            if not nodes.same(nodes.shape(value)[:-2], nodes.shape(u)[:-2]):  # type: ignore[arg-type]
+                raise Refused("attention broadcasts its value")
+            return self._up(value, u, factor, plan)  # type: ignore[arg-type]
+        left, right = u.args[0], u.args[1]
+        if not (is_tensor(left) and is_tensor(right)):
+            raise Refused("not a product of two tensors")
+        side = right if rank - 2 not in factor.varies() else left
+        free = rank - 2 if side is right else rank - 1
+        if free in factor.varies() or len(nodes.shape(side)) != rank:  # type: ignore[arg-type]
+            raise Refused("the constant varies along both axes of a product")
+        if any(a < rank - 2 for a in factor.varies()) and not nodes.same(
+            nodes.shape(side)[:-2],  # type: ignore[arg-type]
+            nodes.shape(u)[:-2],
+        ):
+            raise Refused("the product broadcasts this operand")
+        return self._up(side, u, factor, plan)  # type: ignore[arg-type]
+
+    # -- what commutes, in both directions -----------------------------------------------------
+
+    def _commutes(self, u: fx.Node, factor: _Factor) -> bool:
+        """True if ``u(scale * x + shift) == scale * u(x) + shift`` for ``u``'s first input."""
+        name = op_name(u)
+        spatial = {a for a in factor.varies() if a >= 2}
+        if name in _HOMOGENEOUS:
+            return self._homogeneous(u, factor)
+        if name in _MAX_POOLS:
+            return factor.is_positive and not spatial and len(nodes.shape(u)) > 2
+        if (pool := records.avg_pool(u)) is not None:
+            return not spatial and (pool.keeps_constants or not factor.shifts)
+        if name in _MEANS:
+            return not spatial
+        if name in _RESIZES:
+            return not spatial
+        if is_call(u, aten.mean.dim):
+            return self._reduced(u) is not None and not (
+                factor.varies() & (self._reduced(u) or set())
+            )
+        if (pad := records.pad(u)) is not None and pad.mode == "constant":
+            axes = range(factor.scale.dim() - len(pad.low), factor.scale.dim())
+            return pad.value == 0 and not factor.shifts and not (factor.varies() & set(axes))
+        return False
+
+    def _homogeneous(self, u: fx.Node, factor: _Factor) -> bool:
+        if factor.shifts or not factor.is_positive:
+            return False
+        return op_name(u) not in ("prelu", "_prelu_kernel") or is_tensor(u.args[1])
+
+    def _reduced(self, u: fx.Node) -> set[int] | None:
+        args = nodes.arguments(u)
+        source = args["self"]
+        if args["dtype"] is not None or not args["keepdim"] and not args["dim"]:
+            return None
+        rank = len(nodes.shape(source))
+        return {int(d) % rank for d in args["dim"] or range(rank)}
+
+    def _reshaped(self, factor: _Factor, u: fx.Node, source: fx.Node) -> _Factor:
+        """The factor at ``u``'s input: a mean without ``keepdim`` has fewer axes."""
+        if not is_call(u, aten.mean.dim) or nodes.arguments(u)["keepdim"]:
+            return factor
+        reduced = self._reduced(u) or set()
+        rank = len(nodes.shape(source))
+        kept = [a for a in range(rank) if a not in reduced]
+
+        def spread(t: torch.Tensor) -> torch.Tensor:
+            sizes = [1] * rank
+            for axis, size in zip(kept, t.shape, strict=True):
+                sizes[axis] = size
+            return t.reshape(sizes)
+
+        return _Factor(spread(factor.scale), spread(factor.shift))
+
+    # -- down -------------------------------------------------------------------------------
+
+    def _down(self, n: fx.Node, factor: _Factor, plan: _Plan) -> None:
+        """Plans every reader of ``n`` to read a value to which the factor was not applied."""
+        if factor.is_identity:
+            return
+        for user in list(n.users):
+            if nodes.pinned(user):
+                raise Refused(f"{user.name} is excluded")
+            if user.op != "call_function" or _reads(user, n) != 1:
+                raise Refused(f"{user.name} reads it")
+            if not self._down_terminal(user, n, factor, plan):
+                self._down_passing(user, n, factor, plan)
+
+    def _down_terminal(self, c: fx.Node, n: fx.Node, factor: _Factor, plan: _Plan) -> bool:
+        if (conv := records.conv(c)) is not None and conv.x is n:
+            channels = conv.weight.shape[0] if conv.transposed else (
+                conv.weight.shape[1] * conv.groups
+            )
+            scale, shift = factor.vectors(1, channels)
+            if factor.shifts and (conv.transposed or any(conv.padding) or _pads_high(conv)):
+                raise Refused(f"{c.name} pads with zeros, and the shift would reach its border")
+            self._check_sharing(conv.weight_node)
+
+            def scaled(w: torch.Tensor) -> torch.Tensor:
+                ones = (1,) * (w.dim() - 2)
+                if conv.transposed:
+                    return w * scale.reshape(-1, 1, *ones)
+                blocks = w.reshape(conv.groups, -1, *w.shape[1:])
+                return (blocks * scale.reshape(conv.groups, 1, w.shape[1], *ones)).reshape(w.shape)
+
+            def moved() -> torch.Tensor:
+                w = conv.weight.get()
+                w = w.reshape(conv.groups, -1, w.shape[1], w[0, 0].numel()).sum(-1)
+                extra = torch.einsum("goi,gi->go", w, shift.reshape(conv.groups, -1)).reshape(-1)
+                return extra if conv.bias is None else extra + conv.bias.get()
+
+            bias = Lazy((conv.out_channels,), moved) if factor.shifts else conv.bias
+            plan.edits.append(
+                lambda: self._set_weights(
+                    c, 1, conv.weight_node, conv.weight.map(conv.weight.shape, scaled),
+                    2, conv.bias_node, bias,
+                )  # fmt: skip
+            )
+        elif (linear := records.linear(c)) is not None and linear.x is n:
+            scale, shift = factor.vectors(-1, linear.weight.shape[1])
+            self._check_sharing(linear.weight_node)
+            weight = linear.weight.map(linear.weight.shape, lambda w: w * scale)
+
+            def total() -> torch.Tensor:
+                extra = linear.weight.get() @ shift
+                return extra if linear.bias is None else extra + linear.bias.get()
+
+            bias = Lazy((weight.shape[0],), total) if factor.shifts else linear.bias
+            plan.edits.append(lambda: self._set_linear(linear, weight, bias))
+        else:
+            return False
+        plan.touched.append(c)
+        return True
+
+    def _down_passing(self, c: fx.Node, n: fx.Node, factor: _Factor, plan: _Plan) -> None:
+        plan.touched.append(c)
+        if c.args and c.args[0] is n and layout.is_layout(c):
+            try:
+                if not is_tensor(c):
+                    for part in list(c.users):
+                        if part.target is not operator.getitem:
+                            raise Refused(f"{part.name} reads it")
+                        self._down(part, self._gathered(part, n, factor), plan)
+                    return
+                return self._down(c, self._gathered(c, n, factor), plan)
+            except layout.Unproven as unproven:
+                raise Refused(str(unproven)) from unproven
+        if is_call(c, aten.cat.default):
+            return self._down_cat(c, n, factor, plan)
+        if c.args and c.args[0] is n and self._commutes(c, factor):
+            if is_call(c, aten.mean.dim) and not nodes.arguments(c)["keepdim"]:
+                reduced = self._reduced(c) or set()
+                sizes = [s for a, s in enumerate(factor.scale.shape) if a not in reduced]
+                shifts = [s for a, s in enumerate(factor.shift.shape) if a not in reduced]
+                factor = _Factor(factor.scale.reshape(sizes), factor.shift.reshape(shifts))
+            return self._down(c, factor, plan)
+        raise Refused(f"{op_name(c)} does not commute with it")
+
+    def _gathered(self, c: fx.Node, n: fx.Node, factor: _Factor) -> _Factor:
+        return _Factor(
+            layout.push(c, n, factor.scale, self.graph), layout.push(c, n, factor.shift, self.graph)
+        )
+
+    def _down_cat(self, c: fx.Node, n: fx.Node, factor: _Factor, plan: _Plan) -> None:
+        args = nodes.arguments(c)
+        axis = int(args["dim"]) % factor.scale.dim()
+        sizes = [nodes.shape(p)[axis] for p in args["tensors"]]
+        if any(not isinstance(s, int) for s in sizes):
+            raise Refused("the concatenated axis is dynamic")
+
+        def spread(value: torch.Tensor, fill: float) -> torch.Tensor:
+            parts = []
+            for part, size in zip(args["tensors"], sizes, strict=True):
+                sizes_ = list(value.shape)
+                sizes_[axis] = int(size)
+                parts.append(
+                    value.expand(sizes_) if part is n else value.new_full(sizes_, fill)
+                )
+            return torch.cat(parts, axis)
+
+        self._down(c, _Factor(spread(factor.scale, 1.0), spread(factor.shift, 0.0)), plan)
+
+    # -- edits ------------------------------------------------------------------------------
+
+    def _constant(self, before: fx.Node, name: str, data: Lazy, like: fx.Node) -> fx.Node:
+        with self.graph.inserting_before(before):
+            return constants.add(self.gm, name, data, like.meta["val"])
+
+    def _set_weights(
+        self, node: fx.Node, weight_index: int, weight_node: Any, weight: Lazy,
+        bias_index: int = -1, bias_node: Any = None, bias: Lazy | None = None,
+    ) -> None:  # fmt: skip
+        like = weight_node if weight_node is not None else bias_node
+        if like is None:
+            like = node
+        base = _name(like) if like.op == "get_attr" else node.name
+        new = self._constant(node, base, weight, like)
+        values: dict[int, Any] = {weight_index: new}
+        if bias is not None and bias_index >= 0:
+            stem = base.removesuffix("weight").rstrip("._")
+            values[bias_index] = self._constant(node, f"{stem}.bias", bias, like)
+        set_arguments(node, values)
+
+    def _set_linear(self, linear: records.Linear, weight: Lazy, bias: Lazy | None) -> None:
+        node = linear.node
+        base = _name(linear.weight_node) if linear.weight_node.op == "get_attr" else node.name
+        new = self._constant(node, base, weight, linear.weight_node)
+        bias_node = None
+        if bias is not None:
+            stem = base.removesuffix("weight").rstrip("._")
+            bias_node = self._constant(node, f"{stem}.bias", bias, linear.weight_node)
+        node.target = aten.linear.default
+        node.args, node.kwargs = (linear.x, new, bias_node), {}
+
+    def _emit_norm(self, node: fx.Node, x: fx.Node, factor: _Factor) -> None:
+        channels = nodes.shape(node)[1]
+        scale, shift = factor.vectors(1, int(channels))
+        with self.graph.inserting_before(node):
+            parts = [
+                constants.add(self.gm, f"{node.name}.{label}", Lazy.of(value), node.meta["val"])
+                for label, value in (
+                    ("weight", scale), ("bias", shift),
+                    ("mean", torch.zeros_like(scale)), ("var", torch.ones_like(scale)),
+                )
+            ]  # fmt: skip
+            new = nodes.call(
+                self.graph, aten.batch_norm.default,
+                (x, *parts, False, 0.0, 0.0, False), rule=self.rule, sources=[node],
+            )  # fmt: skip
+        nodes.replace(node, new)
+
+    def _emit_affine(
+        self, node: fx.Node, x: fx.Node, scale: torch.Tensor, shift: torch.Tensor
+    ) -> None:
+        out = x
+        with self.graph.inserting_before(node):
+            for target, value, neutral in (
+                (aten.mul.Tensor, scale, 1.0), (aten.add.Tensor, shift, 0.0),
+            ):  # fmt: skip
+                if bool((value == neutral).all()):
+                    continue
+                data = constants.add(
+                    self.gm, f"{node.name}.{target._schema.name[6:]}", Lazy.of(value),
+                    node.meta["val"],
+                )  # fmt: skip
+                out = nodes.call(
+                    self.graph, target, (out, data), rule=self.rule, sources=[node]
+                )
+        nodes.replace(node, out)
+
+    def _check_sharing(self, weight: fx.Node) -> None:
+        readers = len(weight.users)
+        size = constants.size_in_bytes(weight)
+        if readers < 2 or size <= _SMALL:
+            return
+        if size > self.budget:
+            raise Refused(
+                f"{weight.name} is shared by {readers} layers, and storing it once more would grow "
+                f"the constants past max_growth"
+            )
+        self.budget -= size
+
+
+def records_embedding(node: fx.Node) -> Lazy | None:
+    table = node.args[0]
+    return constants.exact(table) if isinstance(table, fx.Node) else None
+
+
+def set_arguments(node: fx.Node, values: dict[int, Any]) -> None:
+    """Sets positional arguments by schema index, filling the ones between with defaults."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    bound = nodes.arguments(node)
+    last = max(max(values), len(node.args) - 1)
+    node.args = tuple(
+        values[i] if i in values else bound[schema[i].name] for i in range(last + 1)
+    )
+    names = {schema[i].name for i in range(last + 1)}
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k not in names}
+
+
+def _operand(reader: fx.Node, x: fx.Node) -> Callable[[], fx.Node]:
+    """The node that stands where ``reader`` reads ``x`` now: an edit may replace ``x``."""
+    index = reader.args.index(x)
+    return lambda: reader.args[index]  # type: ignore[return-value]
+
+
+def _name(constant: fx.Node) -> str:
+    return str(constant.meta.get("refold_name", constant.target))
+
+
+def _reads(consumer: fx.Node, u: fx.Node) -> int:
+    return sum(a is u for a in torch.utils._pytree.tree_leaves((consumer.args, consumer.kwargs)))
+
+
+def _shifted(bias: Lazy | None, scale: torch.Tensor, shift: torch.Tensor) -> Lazy | None:
+    if bias is None and not bool(shift.any()):
+        return None
+    return Lazy(
+        tuple(scale.shape), lambda: shift.clone() if bias is None else bias.get() * scale + shift
+    )
+
+
+def _narrow(t: torch.Tensor, axis: int, start: int, size: int) -> torch.Tensor:
+    return t if t.shape[axis] == 1 else t.narrow(axis, start, size)
+
+
+def _aligned(factor: _Factor, operand: fx.Node) -> _Factor:
+    """The factor for one operand of a broadcasting product."""
+    sizes = nodes.shape(operand)
+    rank = factor.scale.dim()
+    lead = rank - len(sizes)
+    for axis in factor.varies():
+        if axis < lead or nodes.same(sizes[axis - lead], 1):
+            raise Refused("the constant varies along an axis that this factor broadcasts")
+    shape = (lambda t: t.reshape(t.shape[lead:])) if lead else (lambda t: t)
+    return _Factor(shape(factor.scale), shape(factor.shift))
+
+
+def _pads_high(conv: records.Conv) -> bool:
+    """'same' padding of an even kernel pads the high side alone."""
+    args = nodes.arguments(conv.node)
+    return args["padding"] == "same" and any(
+        d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.weight.shape[2:], strict=True)
+    )
+

@@ -1,0 +1,102 @@
+"""What a pass did and what it declined, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from torch import fx
+
+from refold.graph import provenance
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One rewrite that happened.
+
+    Attributes:
+        rule: id of the rule.
+        removed: names of the source nodes that the rewrite made unnecessary.
+        kinds: operator kinds of those nodes (``batch-norm``, ``conv``, ``add``, ...), parallel to it.
+        added: names of the new nodes.
+        modules: module paths the removed nodes came from.
+        detail: one line for people.
+    """
+
+    rule: str
+    removed: tuple[str, ...]
+    kinds: tuple[str, ...]
+    added: tuple[str, ...]
+    modules: tuple[str, ...] = ()
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Declined:
+    """One rewrite that did not happen, and why.
+
+    Attributes:
+        rule: id of the rule.
+        node: name of the node at which the rule declined.
+        reason: why, in one sentence without a full stop.
+        module: module path of the node.
+        source: the user's own ``file.py:line``.
+        hint: what the user can do about it, or ``""``.
+    """
+
+    rule: str
+    node: str
+    reason: str
+    module: str = ""
+    source: str = ""
+    hint: str = ""
+
+
+@dataclass
+class PassResult:
+    """Outcome of one pass: whether the graph changed, and its records."""
+
+    modified: bool = False
+    applied: list[Applied] = field(default_factory=list)
+    declined: list[Declined] = field(default_factory=list)
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A pass: a frozen dataclass whose fields are its options.
+
+    ``exactness`` is ``exact``, ``reassociates`` or ``approximate``.
+    """
+
+    name: str
+    exactness: str
+
+    def run(self, gm: fx.GraphModule) -> PassResult: ...
+
+
+def applied(
+    rule: str, removed: Iterable[fx.Node], added: Iterable[fx.Node], detail: str = ""
+) -> Applied:
+    """Makes an :class:`Applied` record from nodes (call it before the nodes are erased)."""
+    from refold.graph.kinds import kind
+
+    nodes = list(removed)
+    paths: dict[str, None] = {}
+    for node in nodes:
+        paths.update(dict.fromkeys(provenance.of(node)["modules"]))
+    return Applied(
+        rule,
+        tuple(n.name for n in nodes),
+        tuple(kind(n) for n in nodes),
+        tuple(n.name for n in added),
+        tuple(paths),
+        detail,
+    )
+
+
+def declined(rule: str, node: fx.Node, reason: str, hint: str = "") -> Declined:
+    """Makes a :class:`Declined` record at a node."""
+    return Declined(
+        rule, node.name, reason, provenance.module_path(node), provenance.source_line(node), hint
+    )

@@ -1,0 +1,1 @@
+"""Tests of refold; a package, so that the benchmarks can share its models."""

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+
+import pytest
+import torch
+from torch import nn
+
+from refold.errors import UsageError, VerifierError
+from refold.graph import nodes
+from refold.passes.clean_up import CleanUp
+from refold.rewrite.pipeline import Pipeline, load_pass
+from refold.rewrite.result import PassResult
+from refold.rewrite.rule import rule_from_functions
+from tests.tracing import find, ops, trace
+
+T = torch.randn(2, 4, 3, 3)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    name: str
+    exactness: str = "exact"
+
+    def run(self, gm):
+        return PassResult()
+
+
+@dataclass(frozen=True)
+class Doing:
+    """A pass that does what it is told."""
+
+    do: object
+    name: str = "doing"
+    exactness: str = "exact"
+    modified: bool = True
+
+    def run(self, gm):
+        self.do(gm)
+        return PassResult(self.modified)
+
+
+def named(*names: str) -> Pipeline:
+    return Pipeline("test", tuple(Nothing(n) for n in names))
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.ReLU(), nn.ReLU()) for _ in range(2)])
+
+    def forward(self, v):
+        for block in self.blocks:
+            v = torch.sigmoid(block(v))
+        return v
+
+
+def test_pipelines_are_edited_by_name() -> None:
+    pipeline = named("a", "b", "a", "c")
+    new = Nothing("new")
+    assert pipeline.with_(new).names == ("a", "b", "a", "c", "new")
+    assert pipeline.with_(new, before="a").names == ("new", "a", "b", "a", "c")
+    assert pipeline.with_(new, after="a").names == ("a", "b", "a", "new", "c")
+    assert pipeline.without("a").names == ("b", "c")
+    assert pipeline.only("a", "c").names == ("a", "a", "c")
+    assert pipeline.names == ("a", "b", "a", "c")
+
+
+def test_unknown_names_suggest_the_nearest() -> None:
+    pipeline = Pipeline("test", (CleanUp(),))
+    for edit in (
+        lambda: pipeline.without("clean-upp"),
+        lambda: pipeline.only("clean-upp"),
+        lambda: pipeline.with_(Nothing("n"), before="clean-upp"),
+        lambda: pipeline.with_(Nothing("n"), after="clean-upp"),
+    ):
+        with pytest.raises(UsageError, match="did you mean 'clean-up'"):
+            edit()
+    with pytest.raises(UsageError, match="not both"):
+        pipeline.with_(Nothing("n"), before="clean-up", after="clean-up")
+
+
+def test_only_passes_make_a_pipeline() -> None:
+    with pytest.raises(UsageError, match="parentheses"):
+        Pipeline("test", (CleanUp,))
+    with pytest.raises(UsageError, match="exactness"):
+        Pipeline("test", (Nothing("n", "roughly"),))
+
+
+def test_a_run_records_time_and_census() -> None:
+    graph = trace(Blocks(), T)
+    seen: list[str] = []
+    result = Pipeline("test", (CleanUp(), Nothing("nothing"))).run(graph, progress=seen.append)
+    assert seen == ["clean-up", "nothing"]
+    first, second = result.runs
+    assert (first.before["relu"], first.after["relu"]) == (4, 2)
+    assert (second.before, second.result.modified) == (first.after, False)
+    assert first.seconds > 0
+    assert result.modified
+    assert graph(T).shape == T.shape  # recompiled
+
+
+def test_excluded_modules_are_not_touched() -> None:
+    graph = trace(Blocks(), T)
+    Pipeline("test", (CleanUp(),)).run(graph, exclude=["blocks.0"])
+    assert ops(graph)["relu"] == 3
+    assert sum(nodes.pinned(n) for n in graph.graph.nodes) == 2
+    graph = trace(Blocks(), T)
+    Pipeline("test", (CleanUp(),)).run(graph, exclude=["blocks.*.1"])
+    assert ops(graph)["relu"] == 4
+
+
+def test_a_glob_that_matches_nothing_is_an_error() -> None:
+    with pytest.raises(UsageError, match=r"'block\.0'.*did you mean 'blocks.0'"):
+        Pipeline("test", (CleanUp(),)).run(trace(Blocks(), T), exclude=["block.0"])
+
+
+def test_an_invalid_graph_is_blamed_on_the_pass() -> None:
+    def drop_value(gm):
+        del find(gm, "relu").meta["val"]
+
+    with pytest.raises(VerifierError, match="after pass 'doing': %relu"):
+        Pipeline("test", (Doing(drop_value),)).run(trace(Blocks(), T))
+
+
+def test_a_pass_that_hides_its_changes_is_caught() -> None:
+    def swap(gm):
+        find(gm, "relu").target = torch.ops.aten.abs.default
+
+    with pytest.raises(VerifierError, match="changed nothing"):
+        Pipeline("test", (Doing(swap, modified=False),)).run(trace(Blocks(), T))
+
+
+def test_debug_propagates_and_compares() -> None:
+    graph = trace(Blocks(), T)
+    calls = []
+
+    def compare(before, after, name):
+        torch.testing.assert_close(before(T), torch.fx.Interpreter(after).run(T))
+        calls.append((name, ops(before)["relu"], ops(after)["relu"]))
+
+    Pipeline("test", (CleanUp(), CleanUp())).run(graph, debug=True, compare=compare)
+    assert calls == [("clean-up", 4, 2)]
+    wrong = rule_from_functions("wrong", lambda v: v.sigmoid(), lambda v: v.tanh())
+    with pytest.raises(AssertionError):
+        Pipeline("test", (wrong,)).run(graph, debug=True, compare=compare)
+
+
+def test_passes_load_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_pass("clean-up", {"clean-up": CleanUp}) == CleanUp()
+    entry = metadata.EntryPoint("mine", "refold.passes.clean_up:CleanUp", "refold.passes")
+    broken = metadata.EntryPoint("broken", "no.such.module:Pass", "refold.passes")
+    number = metadata.EntryPoint("number", "math:pi", "refold.passes")
+    monkeypatch.setattr(
+        "refold.rewrite.pipeline.entry_points", lambda group: (entry, broken, number)
+    )
+    assert load_pass("mine", {}) == CleanUp()
+    with pytest.raises(UsageError, match="did you mean 'mine'"):
+        load_pass("mime", {})
+    with pytest.raises(UsageError, match="does not name a pass"):
+        load_pass("number", {})

@@ -1,0 +1,42 @@
+"""Training-form networks of many papers fold at least as far as their authors' own form."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+import refold
+from refold.graph.constants import constant_nodes
+from tests.compare import SINGLE, call, double, fold_double, relative_error
+from tests.models import MODELS, counts
+
+pytestmark = pytest.mark.parametrize("name", MODELS)
+
+
+def test_float64_equality_and_counts(name: str) -> None:
+    case = MODELS[name]
+    folded = fold_double(case.model(), case.inputs())
+    found = counts(folded.graph_module)
+    more = {k: found.get(k, 0) for k, most in case.expected.items() if found.get(k, 0) > most}
+    assert not more, f"left {more}, expected at most {dict(case.expected)}: {found}"
+
+
+def test_no_parameter_only_computation_is_left(name: str) -> None:
+    case = MODELS[name]
+    folded = refold.fold(case.model(), case.inputs(), verify=False)
+    graph = folded.graph_module.graph
+    left = [node.name for node in constant_nodes(graph) if node.op == "call_function"]
+    assert not left
+
+
+def test_float32_verified_and_the_original_untouched(name: str) -> None:
+    case = MODELS[name]
+    model, inputs = case.model(), case.inputs()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    oracle = call(deepcopy(model).double(), double(inputs))
+    folded = refold.fold(model, inputs)
+    assert relative_error(call(folded, inputs), oracle) <= SINGLE
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), f"{key} was written"

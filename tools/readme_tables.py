@@ -1,0 +1,198 @@
+"""Writes the tables between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->`` from results.
+
+Run from the repository's root: ``python tools/readme_tables.py [--check] [FILE ...]``. ``--check``
+changes nothing and ends with 1 if a table is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+_MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table:\2 -->)", re.DOTALL)
+
+Result = dict[str, Any]
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *(list(map(str, row)) for row in rows)]
+    return "\n".join(f"| {' | '.join(_cell(c) for c in line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def patterns_summary(result: Result) -> str:
+    """How many patterns each contender brings to the optimum."""
+    rows = result["rows"]
+    contenders = [c for c in rows[0]["left"] if c != "traced"]
+    reached = {c: sum(_reached(row, c) for row in rows) for c in contenders}
+    body = [(c, f"{n} of {len(rows)}") for c, n in reached.items()]
+    return table(["tool", "patterns at their optimum"], body) + _footer(result)
+
+
+def patterns(result: Result) -> str:
+    """Compute nodes left: linear + other, for each pattern and contender."""
+    rows = result["rows"]
+    contenders = list(rows[0]["left"])
+    body = [
+        [row["pattern"], row["optimum"], *(_nodes(row["left"][c]) for c in contenders)]
+        for row in rows
+    ]
+    return table(["pattern", "optimum", *contenders], body) + _footer(result)
+
+
+def _reached(row: dict[str, Any], contender: str) -> bool:
+    count = row["left"][contender]
+    return "error" not in count and count["linear"] + count["other"] <= row["optimum"]
+
+
+def _nodes(count: dict[str, Any]) -> str:
+    return "failed" if "error" in count else f"{count['linear']}+{count['other']}"
+
+
+def networks(result: Result) -> str:
+    """Nodes before, after refold and in timm's deploy form, with errors."""
+    body = []
+    for row in result["rows"]:
+        before, ours, theirs = row["before"], row["refold"], row["deploy"]
+        body.append(
+            [
+                row["network"],
+                *(_three(k, before, ours, theirs) for k in ("conv-like", "batch-norm", "total")),
+                f"{row['errors']['refold in float64']:.0e}",
+                f"{row['errors']['refold']:.1e} / {row['errors']['original']:.1e}",
+                f"{row['seconds']['fold / export']:.2f}",
+            ]
+        )
+    head = [
+        "network",
+        "convs and linears",
+        "batch norms",
+        "all nodes",
+        "float64 error",
+        "float32 error / the original's own",
+        "fold / export time",
+    ]
+    note = "\n\nCounts: as trained -> refold (timm's deploy form)."
+    return table(head, body) + note + _footer(result)
+
+
+def _three(kind: str, before: dict[str, int], ours: dict[str, int], theirs: dict[str, int]) -> str:
+    return f"{before[kind]} -> {ours[kind]} ({theirs[kind]})"
+
+
+def latency(result: Result) -> str:
+    """Ratios of CPU time in ONNX Runtime, each with its interval."""
+    counts = list(result["rows"][0]["threads"])
+    pairs = ("unfolded / refold", "deploy / refold")
+    head = ["network", *(f"{pair}, {c} thread{'s' * (c != '1')}" for c in counts for pair in pairs)]
+    body = [
+        [row["network"], *(_interval(row["threads"][c][pair]) for c in counts for pair in pairs)]
+        for row in result["rows"]
+    ]
+    rounds = result["settings"]["rounds"]
+    note = (
+        f"\n\nRatios of median CPU time over {rounds} paired rounds, batch 1, float32, with 95 % "
+        "bootstrap intervals; above 1, refold is faster."
+    )
+    return table(head, body) + note + _footer(result)
+
+
+def _interval(value: dict[str, float]) -> str:
+    return f"{value['ratio']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
+
+
+def memory(result: Result) -> str:
+    """Peak resident bytes beyond the model."""
+    body = []
+    for row in result["rows"]:
+        allowed = row.get("allowed growth")
+        body.append(
+            [
+                row["mode"],
+                f"{row['parameters'] / 1e9:.2f}",
+                _gigabytes(row["weight bytes"]),
+                _gigabytes(row["growth"]),
+                _gigabytes(allowed) if allowed else "",
+                f"{row['peak / weights']:.2f}",
+            ]
+        )
+    head = [
+        "step",
+        "1e9 parameters",
+        "weights",
+        "peak growth",
+        "new constants + one layer",
+        "peak / weights",
+    ]
+    return table(head, body) + _footer(result)
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _footer(result: Result) -> str:
+    used = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    where = f"{result['machine']['processor']}, {result['machine']['cores']} cores"
+    return f"\n\nMeasured {result['date']} on {where}; {used}.\n"
+
+
+# Name of the table: the result it is made from, and how.
+TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "patterns-summary": ("patterns", patterns_summary),
+    "patterns": ("patterns", patterns),
+    "networks": ("networks", networks),
+    "latency": ("ort_latency", latency),
+    "memory": ("memory", memory),
+}
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """Returns the document with every marked table made anew; without its result, one is kept."""
+
+    def replace(match: re.Match[str]) -> str:
+        start, name, body, end = match.groups()
+        if name not in TABLES:
+            raise SystemExit(f"no table is named {name!r}; known: {', '.join(TABLES)}")
+        source, render = TABLES[name]
+        path = results / f"{source}.json"
+        if path.exists():
+            body = f"\n{render(json.loads(path.read_text()))}\n"
+        return f"{start}{body}{end}"
+
+    return _MARKED.sub(replace, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path, default=list(DOCUMENTS))
+    parser.add_argument("--check", action="store_true", help="only say what is out of date")
+    options = parser.parse_args()
+    stale = []
+    for path in options.files:
+        old = path.read_text()
+        new = fill(old)
+        if new != old:
+            stale.append(path)
+            if not options.check:
+                path.write_text(new)
+    for path in stale:
+        print(f"{path}: {'out of date' if options.check else 'written'}")
+    return int(options.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
