@@ -10,7 +10,7 @@ WORKERS ?= 2
 .PHONY: demo test quick slow lint format clean
 
 demo: $(READY)
-	$(VENV)/bin/python examples/demo.py
+	$(ENV) $(VENV)/bin/python examples/demo.py
 
 test: $(READY)
 	$(VENV)/bin/ruff check .

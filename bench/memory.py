@@ -81,6 +81,8 @@ def reset_peak() -> None:
 def measure(mode: str, billions: float, width: int) -> dict[str, Any]:
     """One measurement, in this process."""
     torch.set_num_threads(1)
+    with quiet():  # what torch and refold import at first use is not the fold's own memory
+        refold.fold(build(0, 64), (torch.randn(2, 8, 64),))
     model = build(billions, width)
     inputs = (torch.randn(2, 8, width),)
     parameters = sum(p.numel() for p in model.parameters())

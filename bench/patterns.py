@@ -54,7 +54,13 @@ def count_fx(graph: fx.Graph) -> Count:
 
 def _outer(node: fx.Node) -> bool:
     reads_input = any(source.op == "placeholder" for source in node.all_input_nodes)
-    return reads_input or any(user.op == "output" for user in node.users)
+    return reads_input or any(_ends(user) for user in node.users)
+
+
+def _ends(node: fx.Node) -> bool:
+    """The output, or the layout call that Inductor puts before it."""
+    forced = node.op == "call_function" and op_name(node) == "inductor_force_stride_order"
+    return node.op == "output" or forced
 
 
 def count_onnx(path: Path) -> Count:

@@ -45,7 +45,9 @@ def main() -> None:
     batch = torch.randn(3, *image.shape[1:])
     with torch.no_grad():
         difference = (folded(batch) - model(batch)).abs().max() / model(batch).abs().max()
-    print(f"on a batch of 3, ONNX Runtime differs from eager PyTorch by {difference:.1e} (relative)")
+    print(
+        f"on a batch of 3, ONNX Runtime differs from eager PyTorch by {difference:.1e} (relative)"
+    )
 
     before, after = _cpu_times(unfolded, folded, image, arguments.rounds)
     print(

@@ -1,4 +1,4 @@
-"""refold: folds a trained PyTorch network into the smallest equal one that a runtime can execute."""
+"""Folds a trained PyTorch network into the smallest equal one that a runtime can execute."""
 
 from __future__ import annotations
 

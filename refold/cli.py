@@ -93,15 +93,14 @@ def _fail(error: RefoldError, *, as_json: bool) -> int:
 
 
 def _export(arguments: argparse.Namespace, progress: _Progress) -> int:
-    from refold.backends.base import find_target, require
+    from refold.backends.base import check_output, find_target, require
     from refold.compiler import compile_for_inference
 
     target = find_target(arguments.target)
     require(target)
     output = Path(arguments.output or f"model{target.suffix}")
     # Said before minutes of work, and checked again when the file is written.
-    if output.exists() and not arguments.force:
-        raise UsageError(f"{output} exists: pass --force to overwrite it")
+    check_output(output, force=arguments.force)
     expect = dict(_expected(e) for e in arguments.expect)
     options = {}
     if arguments.opset is not None:
@@ -162,9 +161,7 @@ def _verify(arguments: argparse.Namespace, progress: _Progress) -> int:
 
     named, inputs, shapes = _prepare(arguments, progress)
     progress("trace")
-    program = trace(
-        named.model, inputs or (), {}, dynamic_shapes=shapes, trust=arguments.trust
-    )
+    program = trace(named.model, inputs or (), {}, dynamic_shapes=shapes, trust=arguments.trust)
     progress("load")
     candidate = _load_artifact(Path(arguments.artifact), program, trust=arguments.trust)
     progress("verify")
@@ -225,7 +222,7 @@ def _summary(cls: type) -> str:
 def _targets(arguments: argparse.Namespace, progress: _Progress) -> int:
     from refold.backends.base import find_target, target_names
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in target_names():
         target = find_target(name)
         options = {f.name: f.default for f in dataclasses.fields(target.options)}
@@ -239,7 +236,9 @@ def _targets(arguments: argparse.Namespace, progress: _Progress) -> int:
     for row in rows:
         given = ", ".join(f"{k}={v}" for k, v in row["options"].items())
         state = row["missing"] or "available"
-        print(f"{row['name']:<6} {row['suffix']:<6} {state}{f'   options: {given}' if given else ''}")
+        print(
+            f"{row['name']:<6} {row['suffix']:<6} {state}{f'   options: {given}' if given else ''}"
+        )
     return OK
 
 
@@ -397,9 +396,7 @@ class _AddInput(argparse.Action):
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(
-        prog="refold", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw
-    )
+    parser = _Parser(prog="refold", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"refold {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 

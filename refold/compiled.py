@@ -1,4 +1,4 @@
-"""The result of a compilation: a callable with the model's own signature, its report, its weights."""
+"""The result of a compilation: callable like the model, with its report and its weights."""
 
 from __future__ import annotations
 
@@ -39,15 +39,16 @@ class CompiledModel:
     """
 
     def __init__(self, compile_with: Callable[[tuple[Any, ...], dict[str, Any]], Compilation]):
-        self._compile_with = compile_with
+        self._compile_with: Callable[..., Compilation] | None = compile_with
         self._compilation: Compilation | None = None
         self._lock = threading.Lock()
 
     def compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compiles with these inputs unless it has been compiled already."""
         with self._lock:
-            if self._compilation is None:
+            if self._compile_with is not None:
                 self._compilation = self._compile_with(args, kwargs)
+                self._compile_with = None  # it holds the caller's model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._compilation is None:
@@ -104,9 +105,7 @@ class CompiledModel:
         rewrites; an untouched weight comes from its own key, with no rules.
         """
         gm = self._done.graph_module
-        tensors = {
-            str(n.target): constants.tensor(n) for n in gm.graph.nodes if n.op == "get_attr"
-        }
+        tensors = {str(n.target): constants.tensor(n) for n in gm.graph.nodes if n.op == "get_attr"}
         return {
             name: {"tensor": tensors[name], "shape": tuple(tensors[name].shape), **origin}
             for name, origin in self._done.weights.items()

@@ -17,7 +17,7 @@ from refold.backends.base import Target, find_target, make_options, require
 from refold.compiled import Compilation, CompiledModel, weight_origins
 from refold.errors import ExpectationError, UsageError, did_you_mean
 from refold.frontends.export import Program, trace
-from refold.graph import constants, kinds
+from refold.graph import kinds
 from refold.inputs import InputCheck, as_call
 from refold.passes import PIPELINES
 from refold.report import GraphRecord, InputRecord, PassRecord, Report, counts, standing
@@ -108,7 +108,7 @@ def fold(model: Any, example_inputs: Any = None, **settings: Any) -> CompiledMod
     Args:
         model: as for :func:`compile_for_inference`.
         example_inputs: as for :func:`compile_for_inference`.
-        **settings: ``dynamic_shapes``, ``pipeline``, ``verify``, ``expect``, ``exclude``, ``trust``.
+        **settings: the other settings of :func:`compile_for_inference`.
     """
     return compile_for_inference(model, example_inputs, target="torch", **settings)
 
@@ -207,8 +207,6 @@ def _fold(program: Program, pipeline: Pipeline, exclude: tuple[str, ...], clock:
     before = _graph_record(gm)
     with clock("fold"):
         result = pipeline.run(gm, exclude=exclude)
-        # Folds upon folds stayed pending in float64: each constant is rounded once, here.
-        constants.materialise_all(gm)
     passes = tuple(
         PassRecord(
             run.name,
@@ -280,7 +278,9 @@ def _expect(expect: Mapping[str, int], report: Report) -> None:
     for kind, least in expect.items():
         before, after = report.before.census.get(kind, 0), report.after.census.get(kind, 0)
         if before - after < least:
-            hint = "" if before else f"; the model has none{did_you_mean(kind, report.before.census)}"
+            hint = (
+                "" if before else f"; the model has none{did_you_mean(kind, report.before.census)}"
+            )
             missing.append(
                 f"expected at least {least} {kind} to go, {before - after} of {before} went{hint}"
             )

@@ -37,6 +37,7 @@ class InputCheck:
     """
 
     specs: tuple[InputSpec, ...]
+    ranges: Mapping[str, tuple[int, int | None]]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     spec: pytree.TreeSpec
@@ -46,7 +47,12 @@ class InputCheck:
     def of(cls, program: Program, model: Any) -> InputCheck:
         info = program.graph_module.graph._codegen.pytree_info  # type: ignore[attr-defined]
         return cls(
-            program.inputs, program.args, program.kwargs, info.in_spec, _signature_of(model)
+            program.inputs,
+            program.ranges,
+            program.args,
+            program.kwargs,
+            info.in_spec,
+            _signature_of(model),
         )
 
     def normalise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -95,7 +101,7 @@ class InputCheck:
         sizes: dict[str, tuple[int, str]] = {}
         for spec, leaf, was in zip(self.specs, leaves, traced, strict=True):
             if isinstance(was, torch.Tensor):
-                _check_tensor(spec, leaf, sizes)
+                _check_tensor(spec, leaf, sizes, self.ranges)
             elif isinstance(leaf, torch.Tensor) or leaf != was:
                 raise UsageError(
                     f"input {spec.name!r} was traced as the constant {was!r}, got "
@@ -115,7 +121,12 @@ def _signature_of(model: Any) -> inspect.Signature | None:
     return inspect.signature(model.forward)
 
 
-def _check_tensor(spec: InputSpec, value: Any, sizes: dict[str, tuple[int, str]]) -> None:
+def _check_tensor(
+    spec: InputSpec,
+    value: Any,
+    sizes: dict[str, tuple[int, str]],
+    ranges: Mapping[str, tuple[int, int | None]],
+) -> None:
     if not isinstance(value, torch.Tensor):
         raise UsageError(f"input {spec.name!r}: expected a tensor, got {_describe(value)}")
     if value.dtype != spec.dtype:
@@ -142,6 +153,13 @@ def _check_tensor(spec: InputSpec, value: Any, sizes: dict[str, tuple[int, str]]
             if first != got:
                 raise UsageError(
                     f"input {spec.name!r}: dimension {dim} must equal {where} ({first}), got {got}"
+                )
+            low, high = ranges.get(size, (0, None))
+            # A lower bound of 2 is the tracer's own, for want of a better one.
+            if (low > 2 and got < low) or (high is not None and got > high):
+                bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise UsageError(
+                    f"input {spec.name!r}: dimension {dim} must be {bounds}, as traced, got {got}"
                 )
 
 

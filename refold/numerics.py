@@ -1,9 +1,9 @@
 """Judges a compiled model by its numbers: its distance from a float64 oracle of the original.
 
 The candidate may be as far from the oracle as rounding explains: four times as far as the original
-model in its own dtype, or 64 units of the output's dtype, relative to the output's scale and
-pooled over several inputs. Integer and boolean outputs are compared exactly, except where floats
-within that tolerance flipped them.
+model in its own dtype, or 64 units of the output's dtype (8 in half precision), relative to the
+output's scale and pooled over several inputs. Integer and boolean outputs are compared exactly,
+except where floats within that tolerance flipped them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch.utils import _pytree as pytree
 from refold.errors import VerificationError
 from refold.frontends.export import Program, fresh
 from refold.graph import constants, provenance
-from refold.graph.evaluate import Oracle
+from refold.graph.evaluate import Oracle, flat_inputs
 from refold.graph.kinds import op_name
 from refold.graph.nodes import is_tensor
 
 OWN_ERROR_FACTOR = 4.0
 FLOOR_UNITS = 64.0  # units in the last place that reassociation may always cost
+_NARROW_UNITS = 8.0  # the same for half precision, where 64 units would hide a wrong result
 _DOUBLE_FLOOR = 1e-12  # float64 has no wider oracle: the original's own distance reads 0
 _WATCH_LIMIT = 2**31  # bytes of intermediate values kept to find a deviating node
 _INDEX_OF = frozenset({"argmax", "argmin", "max", "min", "topk", "sort", "argsort"})
@@ -99,19 +100,20 @@ def verify(
         return Numerics(notes=[f"{place} draws random numbers: two runs cannot be compared"])
     result = Numerics()
     oracle = Oracle(original)
+    graphs = [g for g in (original, folded_gm, candidate) if isinstance(g, fx.GraphModule)]
     leaves: dict[int, _Leaf] = {}
     calls: list[Call] = []
     for call, generated in _calls(program, runs):
         try:
             reference = oracle.run(*fresh(call))
-            with _state_kept(original), torch.no_grad():
+            with _state_kept(*graphs), torch.no_grad():
                 own = original(*fresh(call)[0], **fresh(call)[1])
         except Exception as error:
             if not generated:
                 raise
             result.notes.append(f"{_shapes(call)}: the original fails on it ({_first(error)})")
             continue
-        got = _run_candidate(candidate, original, call)
+        got = _run_candidate(candidate, graphs, call)
         calls.append(call)
         _compare(leaves, got, own, reference, call)
     result.inputs = len(calls)
@@ -134,9 +136,10 @@ def _draws(node: fx.Node) -> bool:
 
 
 @contextmanager
-def _state_kept(gm: fx.GraphModule) -> Iterator[None]:
-    """Runs with the graph's state as it was, and puts it back afterwards."""
-    state = [constants.tensor(n) for n in constants.written(gm.graph) if n.op == "get_attr"]
+def _state_kept(*graphs: fx.GraphModule) -> Iterator[None]:
+    """Runs with the graphs' state as it was, and puts it back afterwards."""
+    written = [n for gm in graphs for n in constants.written(gm.graph)]
+    state = [constants.tensor(n) for n in written if n.op == "get_attr"]
     saved = [t.clone() for t in state]
     try:
         yield
@@ -146,10 +149,10 @@ def _state_kept(gm: fx.GraphModule) -> Iterator[None]:
                 tensor.copy_(value)
 
 
-def _run_candidate(candidate: Callable[..., Any], original: fx.GraphModule, call: Call) -> Any:
+def _run_candidate(candidate: Callable[..., Any], graphs: list[fx.GraphModule], call: Call) -> Any:
     args, kwargs = fresh(call)
     try:
-        with _state_kept(original), torch.no_grad():
+        with _state_kept(*graphs), torch.no_grad():
             return candidate(*args, **kwargs)
     except Exception as error:
         raise VerificationError(
@@ -269,7 +272,8 @@ def tolerance(own_error: float, dtype: torch.dtype) -> float:
     """What rounding explains at an output: see the module docstring."""
     if not (dtype.is_floating_point or dtype.is_complex):
         return 0.0
-    floor = FLOOR_UNITS * torch.finfo(dtype).eps
+    info = torch.finfo(dtype)
+    floor = (FLOOR_UNITS if info.bits >= 32 else _NARROW_UNITS) * info.eps
     if dtype in (torch.float64, torch.complex128):
         floor = max(floor, _DOUBLE_FLOOR)
     return max(OWN_ERROR_FACTOR * own_error, floor)
@@ -352,13 +356,15 @@ def _settle_flips(
         for at, a, b, r in leaf.differing:
             flipped = a != b
             count = int(flipped.sum())
-            natural = int((b != r).sum())
             node = outputs[leaf.index]
-            explained = int((a != r).sum()) <= OWN_ERROR_FACTOR * natural
-            explained = explained or _within_margin(node, original, calls[at], a, b)
-            explained = explained or (
-                folded is not None and _floats_agree(node, original, folded, calls[at])
-            )
+            explained = None
+            if folded is not None:
+                explained = _follows_from_floats(leaf.index, a, original, folded, calls[at])
+            if explained is None:
+                natural = OWN_ERROR_FACTOR * int((b != r).sum())
+                explained = int((a != r).sum()) <= natural or _within_margin(
+                    node, original, calls[at], a, b
+                )
             if not explained:
                 layer = _name_of(node) if isinstance(node, fx.Node) else leaf.name
                 raise VerificationError(
@@ -412,13 +418,17 @@ def _within_margin(
     return float(gap) / scale <= 2 * tolerance(0.0, traced)
 
 
-def _floats_agree(node: Any, original: fx.GraphModule, folded: fx.GraphModule, call: Call) -> bool:
-    """Are the floats that an integer output was made from within the tolerance on both sides?"""
-    if not isinstance(node, fx.Node):
-        return False
-    sources = {n.name: n for n in _float_sources(node)}
+def _follows_from_floats(
+    index: int, value: torch.Tensor, original: fx.GraphModule, folded: fx.GraphModule, call: Call
+) -> bool | None:
+    """Are the floats behind an integer output close, and is it what follows from them?
+
+    ``None`` if those floats cannot be found in the folded graph.
+    """
+    node = pytree.tree_leaves(original.graph.output_node().args[0])[index]
+    sources = {n.name: n for n in _float_sources(node)} if isinstance(node, fx.Node) else {}
     if not sources:
-        return False
+        return None
     reference = _watched(Oracle(original).run, call, set(sources), {})
     own = _native(original, call, {name: name for name in sources})
     twins: dict[str, str] = {}
@@ -429,13 +439,21 @@ def _floats_agree(node: Any, original: fx.GraphModule, folded: fx.GraphModule, c
     got = _native(folded, call, twins)
     for name, traced in sources.items():
         if name not in got or got[name].shape != reference[name].shape:
-            return False
+            return None
         leaf = _Leaf(0, name, traced.meta["val"].dtype)
         _measure(leaf, got[name], own[name], reference[name], call)
         leaf.settle()
         if not leaf.error <= leaf.tolerance:
             return False
-    return True
+    args, kwargs = fresh(call)
+    known = {traced: got[name] for name, traced in sources.items()}
+    with _state_kept(original), torch.no_grad():
+        outputs = fx.Interpreter(original).run(
+            *flat_inputs(original.graph, args, kwargs),
+            initial_env=known,
+            enable_io_processing=False,
+        )
+    return torch.equal(pytree.tree_leaves(outputs)[index], value)
 
 
 def _float_sources(node: fx.Node) -> list[fx.Node]:
@@ -468,7 +486,7 @@ def _native(gm: fx.GraphModule, call: Call, names: dict[str, str]) -> dict[str, 
 
     args, kwargs = fresh(call)
     with _state_kept(gm), torch.no_grad():
-        Watching(gm).run(*gm.graph.process_inputs(*args, **kwargs), enable_io_processing=False)
+        Watching(gm).run(*flat_inputs(gm.graph, args, kwargs), enable_io_processing=False)
     return seen
 
 

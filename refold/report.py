@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from refold.rewrite.result import Applied, Declined
 
 SCHEMA = 1
 _SHOWN_DECLINES = 10
+_NUMBERED = re.compile(r"\b[a-z]\w*_\d+\b|\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,8 @@ def _plain(value: Any) -> Any:
 
 
 def _applied(data: dict[str, Any]) -> Applied:
-    return Applied(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return Applied(**fields)
 
 
 class _Renderer:
@@ -236,7 +239,7 @@ class _Renderer:
                 self._row("", f"... and {rest} more, see --json")
                 break
             where = first.module or first.node
-            count = f" (and {len(members) - 1} more)" if len(members) > 1 else ""
+            count = f" (and {len(members) - 1} like it)" if len(members) > 1 else ""
             source = f"  {_short(first.source)}" if first.source else ""
             self._row("declined", f"{where}{count}  {first.rule}: {first.reason}{source}", "33")
             if first.hint:
@@ -290,14 +293,19 @@ def _shapes(inputs: Iterable[InputRecord]) -> str:
     records = list(inputs)
     if any(i.batch is not None for i in records):
         return "batch dynamic"
-    return "shapes dynamic" if any(isinstance(s, str) for i in records for s in i.sizes) else "shapes static"
+    return (
+        "shapes dynamic"
+        if any(isinstance(s, str) for i in records for s in i.sizes)
+        else "shapes static"
+    )
 
 
 def _grouped(declined: Iterable[Declined]) -> list[tuple[Declined, list[Declined]]]:
-    """Declines with one rule and reason together, in order of first appearance."""
-    groups: dict[tuple[str, str], list[Declined]] = {}
+    """Declines that differ in numbers and node names alone together, by first appearance."""
+    groups: dict[tuple[str, str, str], list[Declined]] = {}
     for d in declined:
-        groups.setdefault((d.rule, d.reason), []).append(d)
+        reason = _NUMBERED.sub("#", d.reason)
+        groups.setdefault((d.rule, reason, d.hint), []).append(d)
     return [(members[0], members) for members in groups.values()]
 
 

@@ -67,7 +67,7 @@ def fold_double(model: nn.Module, inputs: Sequence[Any], **options: Any) -> Any:
     expected = call(deepcopy(original), inputs)
     folded = refold.fold(original, inputs, **options)
     error = relative_error(call(folded, inputs), expected)
-    assert error <= EXACT, f"relative error {error:.2e}\n{folded.graph_module.graph}"
+    assert error <= EXACT, f"relative error {error:.2e}{_listing(folded)}"
     return folded
 
 
@@ -81,5 +81,11 @@ def assert_declined(folded: Any, words: str) -> None:
     records = declined(folded)
     reasons = [f"{record.rule} at {record.node}: {record.reason}" for record in records]
     matches = [r for r in records if re.search(words, r.reason, re.IGNORECASE)]
-    assert matches, f"no reason matches {words!r} in {reasons}\n{folded.graph_module.graph}"
+    assert matches, f"no reason matches {words!r} in {reasons}{_listing(folded)}"
     assert all(record.rule and record.node for record in matches)
+
+
+def _listing(folded: Any) -> str:
+    """The graph, where it is short enough to be read."""
+    graph = folded.graph_module.graph
+    return f"\n{graph}" if len(graph.nodes) < 80 else ""

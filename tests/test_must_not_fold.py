@@ -30,7 +30,7 @@ TOKENS = (2, 7, C)
 BORDER = r"pad|border|outside"
 AXIS = r"axis|channel|broadcast|feature|size|shape"
 SIGN = r"negative|positive|sign|zero"
-CROSSING = r"relu|hardtanh|clamp|silu|gelu|linear|homogeneous|activation|producer|nothing|cross"
+CROSSING = r"commute|relu|hardtanh|clamp|silu|gelu|linear|homogeneous|activation|cross"
 USERS = r"user|read|use|shared|else"
 STATISTICS = r"statistic|running|training|batch"
 
@@ -226,6 +226,7 @@ trap(
     lambda n, x: n.c(x) + n.d(x),
     c=conv(**same),
     d=conv(padding=1, padding_mode="reflect"),
+    reason=r"pad|mode|border",
 )
 trap(
     "reflect beside circular",
@@ -556,13 +557,11 @@ trap(
     lambda n, x: torch.div(n.c(x), n.g, rounding_mode="floor"),
     c=conv(),
     g=positive(C, 1, 1),
-    reason=r"round",
 )
 trap(
     "truncating division",
     lambda n, x: torch.div(n.c(x), 0.25, rounding_mode="trunc"),
     c=conv(),
-    reason=r"round",
 )
 trap("constant over data", lambda n, x: n.g / (n.c(x) ** 2 + 1), c=conv(), g=positive(C, 1, 1))
 trap("remainder", lambda n, x: torch.remainder(n.c(x) * n.g, 0.5), c=conv(), g=positive(C, 1, 1))
@@ -1035,6 +1034,39 @@ trap(
     c=linear(),
     d=linear(),
 )
+
+
+trap(
+    "one weight under many affines",
+    lambda n, x: _unrolled(n, x),
+    (2, 3, 64),
+    c=linear(64, 64),
+    g=mixed(6, 64),
+    h=positive(6, 64),
+    reason=r"grow|share|larger|users|weight",
+)
+trap(
+    "low-rank branch on an integer base",
+    lambda n, x: F.linear(x, n.w.to(x.dtype) * n.s) + n.d(n.c(x)),
+    TOKENS,
+    w=lambda: torch.randint(-127, 127, (C, C), dtype=torch.int8),
+    s=positive(C, 1),
+    c=linear(C, 2, bias=False),
+    d=linear(2, C, bias=False),
+)
+trap(
+    "zero keys in a normalised score",
+    lambda n, x: F.gelu(F.normalize(x @ n.k.T, dim=-1) * len(n.k) ** 0.5) @ n.v,
+    TOKENS,
+    k=lambda: torch.cat([torch.randn(4, C), torch.zeros(3, C)]),
+    v=mixed(7, C),
+)
+
+
+def _unrolled(net: Any, x: Tensor) -> Tensor:
+    for gain, shift in zip(net.g, net.h, strict=True):
+        x = torch.tanh(net.c(x) * gain + shift)
+    return x
 
 
 def _dynamic(net: Any, x: Tensor) -> Tensor:

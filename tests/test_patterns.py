@@ -31,7 +31,9 @@ def test_folds_to_the_optimum_in_float64(name: str) -> None:
     pipeline = "min-nodes" if name in DEARER else "default"
     folded = fold_double(model, inputs, pipeline=pipeline)
     left = compute_nodes(folded.graph_module)
-    assert left <= pattern.optimum, f"{left} nodes left, {pattern.optimum} are enough\n{folded.graph_module.graph}"
+    assert left <= pattern.optimum, (
+        f"{left} nodes left, {pattern.optimum} are enough\n{folded.graph_module.graph}"
+    )
 
 
 def test_float32_stays_at_the_rounding_of_the_original(name: str) -> None:

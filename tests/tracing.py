@@ -30,9 +30,7 @@ def trace(model: Any, *inputs: torch.Tensor, dynamic: bool = False) -> fx.GraphM
     if shapes is not None and not isinstance(model, nn.Module):
         shapes = (shapes,)  # the parameter is *args
     with torch.no_grad():
-        program = torch.export.export(
-            module.eval(), inputs, strict=False, dynamic_shapes=shapes
-        )
+        program = torch.export.export(module.eval(), inputs, strict=False, dynamic_shapes=shapes)
     graph_module = program.module(check_guards=False)
     for node in list(graph_module.graph.nodes):
         if op_name(node) == "_assert_tensor_metadata":
@@ -46,4 +44,6 @@ def ops(graph_module: fx.GraphModule) -> Counter[str]:
 
 def find(graph_module: fx.GraphModule, name: str) -> fx.Node:
     """The last call of an operator."""
-    return [n for n in graph_module.graph.nodes if n.op == "call_function" and op_name(n) == name][-1]
+    return [n for n in graph_module.graph.nodes if n.op == "call_function" and op_name(n) == name][
+        -1
+    ]

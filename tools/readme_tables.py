@@ -178,7 +178,7 @@ def fill(text: str, results: Path = RESULTS) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("files", nargs="*", type=Path, default=list(DOCUMENTS))
+    parser.add_argument("files", nargs="*", type=Path, default=[d for d in DOCUMENTS if d.exists()])
     parser.add_argument("--check", action="store_true", help="only say what is out of date")
     options = parser.parse_args()
     stale = []

@@ -41,6 +41,7 @@ class AffineMap:
         stride: per spatial axis.
         origin: per spatial axis: tap ``t`` of output ``p`` reads ``stride * p + t - origin``.
         support: per spatial axis, the taps that may be non-zero (known without the numbers).
+        reach: the largest bias on the way here: what rounding of the bias is relative to.
     """
 
     weight: Lazy
@@ -49,6 +50,7 @@ class AffineMap:
     stride: Ints
     origin: Ints
     support: tuple[frozenset[int], ...]
+    reach: float
 
     @property
     def out_channels(self) -> int:
@@ -93,6 +95,13 @@ class AffineMap:
     def has_bias(self) -> bool:
         return bool(self.bias.any())
 
+    def bias_is(self, value: torch.Tensor | float, eps: float) -> bool:
+        """True if the bias equals ``value`` to the rounding of a dtype with ``eps``.
+
+        A border that the network pads with its own bias cancels it up to rounding only.
+        """
+        return bool(((self.bias - value).abs() <= 8 * eps * self.reach).all())
+
 
 def identity(channels: int, spatial: int) -> AffineMap:
     """``y = x``."""
@@ -108,7 +117,8 @@ def diagonal(scale: torch.Tensor, shift: torch.Tensor, spatial: int) -> AffineMa
     channels = scale.shape[0]
     weight = Lazy((channels, 1) + (1,) * spatial, lambda: scale.reshape(-1, 1, *(1,) * spatial))
     ones, zeros = (1,) * spatial, (0,) * spatial
-    return AffineMap(weight, shift, channels, ones, zeros, (frozenset((0,)),) * spatial)
+    support = (frozenset((0,)),) * spatial
+    return AffineMap(weight, shift, channels, ones, zeros, support, _largest(shift))
 
 
 def convolution(
@@ -125,12 +135,12 @@ def convolution(
             return out
 
         weight = weight.map((*weight.shape[:2], *expanded), dilate)
-    return AffineMap(weight, bias, groups, stride, padding, support)
+    return AffineMap(weight, bias, groups, stride, padding, support, _largest(bias))
 
 
 def matrix(weight: Lazy, bias: torch.Tensor) -> AffineMap:
     """``y = x @ weight.T + bias`` over the last axis; ``weight`` is ``[out, in]``."""
-    return AffineMap(weight, bias, 1, (), (), ())
+    return AffineMap(weight, bias, 1, (), (), (), _largest(bias))
 
 
 def average_pool(channels: int, kernel: Ints, stride: Ints, padding: Ints, divisor: int) -> AffineMap:
@@ -141,7 +151,7 @@ def average_pool(channels: int, kernel: Ints, stride: Ints, padding: Ints, divis
     )
     bias = torch.zeros(channels, dtype=torch.float64)
     support = tuple(frozenset(range(k)) for k in kernel)
-    return AffineMap(weight, bias, channels, stride, padding, support)
+    return AffineMap(weight, bias, channels, stride, padding, support, 0.0)
 
 
 def window(channels: int, start: Ints, step: Ints) -> AffineMap:
@@ -167,7 +177,8 @@ def scale(base: AffineMap, factor: float) -> AffineMap:
     if factor == 1.0:
         return base
     weight = base.weight.map(base.weight.shape, lambda w: w * factor)
-    return replace(base, weight=weight, bias=base.bias * factor)
+    reach = base.reach * abs(factor)
+    return replace(base, weight=weight, bias=base.bias * factor, reach=reach)
 
 
 def regroup(base: AffineMap, groups: int) -> AffineMap:
@@ -219,17 +230,28 @@ def add(maps: Sequence[AffineMap]) -> AffineMap:
     """The sum of maps over one root with equal strides and channel counts."""
     groups = math.gcd(*(m.groups for m in maps))
     kernel, origin = aligned(maps)
-    terms = [embed(regroup(m, groups), kernel, origin) for m in maps]
-    bias = torch.stack([m.bias for m in maps]).sum(0)
+    shape = (maps[0].out_channels, maps[0].in_channels // groups, *kernel)
 
     def total() -> torch.Tensor:
-        out = terms[0].weight.get().clone()
-        for term in terms[1:]:
-            out += term.weight.get()
+        out = torch.zeros(shape, dtype=torch.float64, device=maps[0].bias.device)
+        for m in maps:
+            low = (o - b for o, b in zip(origin, m.origin, strict=True))
+            region = tuple(slice(a, a + k) for a, k in zip(low, m.kernel, strict=True))
+            target, w = out[(slice(None), slice(None), *region)], m.weight.get()
+            if m.groups != groups:  # write the blocks of the finer map on their diagonal
+                ratio = m.groups // groups
+                target = target.unflatten(0, (groups, ratio, -1)).unflatten(3, (ratio, -1))
+                target = target.diagonal(dim1=1, dim2=3)
+                w = w.unflatten(0, (groups, ratio, -1)).movedim(1, -1)
+            target += w
         return out
 
-    weight = Lazy(terms[0].weight.shape, total)
-    return replace(terms[0], weight=weight, bias=bias, support=_union(terms))
+    bias = torch.stack([m.bias for m in maps]).sum(0)
+    support = _union([embed(m, kernel, origin) for m in maps])
+    return replace(
+        maps[0], weight=Lazy(shape, total), bias=bias, groups=groups, origin=origin,
+        support=support, reach=max(m.reach for m in maps),
+    )  # fmt: skip
 
 
 def concatenate(maps: Sequence[AffineMap]) -> AffineMap:
@@ -239,7 +261,8 @@ def concatenate(maps: Sequence[AffineMap]) -> AffineMap:
     shape = (sum(t.out_channels for t in terms), *terms[0].weight.shape[1:])
     weight = Lazy(shape, lambda: torch.cat([t.weight.get() for t in terms]))
     bias = torch.cat([m.bias for m in maps])
-    return replace(terms[0], weight=weight, bias=bias, support=_union(terms))
+    reach = max(m.reach for m in maps)
+    return replace(terms[0], weight=weight, bias=bias, support=_union(terms), reach=reach)
 
 
 def _union(terms: Sequence[AffineMap]) -> tuple[frozenset[int], ...]:
@@ -251,6 +274,30 @@ def repeat_features(base: AffineMap, times: int) -> AffineMap:
     shape = (base.out_channels * times, base.weight.shape[1])
     weight = base.weight.map(shape, lambda w: w.repeat(times, 1))
     return replace(base, weight=weight, bias=base.bias.repeat(times), groups=base.groups * times)
+
+
+def as_matrix(base: AffineMap, size: Ints, result: Ints) -> AffineMap:
+    """A convolution map over inputs of fixed extents as one matrix over the flattened tensor.
+
+    Probes with an identity batch (Ding et al., RepMLP, 2021, section 3.3). ``size`` and ``result``
+    are the spatial extents of the input and of the output.
+    """
+    inputs = base.in_channels * math.prod(size)
+    outputs = base.out_channels * math.prod(result)
+    pads: list[int] = []
+    for axis in reversed(range(base.spatial)):
+        last = base.stride[axis] * (result[axis] - 1) + base.kernel[axis] - base.origin[axis]
+        pads += [base.origin[axis], last - size[axis]]
+    conv = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[base.spatial]
+
+    def probe() -> torch.Tensor:
+        eye = torch.eye(inputs, dtype=torch.float64).reshape(inputs, base.in_channels, *size)
+        padded = torch.nn.functional.pad(eye, pads)
+        out = conv(padded, base.weight.get(), None, base.stride, 0, 1, base.groups)
+        return out.reshape(inputs, outputs).t()
+
+    bias = base.bias.repeat_interleave(math.prod(result))
+    return replace(matrix(Lazy((outputs, inputs), probe), bias), reach=base.reach)
 
 
 def compose(outer: AffineMap, inner: AffineMap) -> AffineMap:
@@ -282,14 +329,19 @@ def compose(outer: AffineMap, inner: AffineMap) -> AffineMap:
             out[(slice(None), slice(None), *region)] += product(part, w_in)
         return out
 
-    bias = outer.bias
+    bias, reach = outer.bias, outer.reach
     if inner.has_bias:
-        bias = bias + apply_taps(outer, inner.bias)
+        moved = apply_taps(outer, inner.bias)
+        bias, reach = bias + moved, max(reach, _largest(moved))
     support = tuple(
         frozenset(s * a + b for a in so for b in si)
         for s, so, si in zip(inner.stride, outer.support, inner.support, strict=True)
     )
-    return AffineMap(Lazy(shape, compute), bias, groups, stride, origin, support)
+    return AffineMap(Lazy(shape, compute), bias, groups, stride, origin, support, reach)
+
+
+def _largest(vector: torch.Tensor) -> float:
+    return float(vector.abs().max()) if vector.numel() else 0.0
 
 
 def apply_taps(outer: AffineMap, vector: torch.Tensor) -> torch.Tensor:

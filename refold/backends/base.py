@@ -93,7 +93,7 @@ def target_names() -> list[str]:
 
 
 def find_target(name: str) -> Target:
-    """The target of that name; raises :class:`UsageError` with the nearest name if there is none."""
+    """The target of that name; an unknown one is an error that names the nearest."""
     if name in _registered:
         return _registered[name]
     if name in _BUILT_IN:
@@ -131,18 +131,8 @@ def require(target: Target) -> None:
         raise MissingDependencyError(f"target {target.name!r} cannot be used here: {reason}")
 
 
-def write_atomically(
-    path: str | os.PathLike[str], writer: Callable[[Path, str], None], *, force: bool = False
-) -> Path:
-    """Lets ``writer(folder, name)`` write into a hidden folder beside ``path``, then moves the files.
-
-    Nothing is left behind when the writer fails, and an existing file is never half overwritten.
-
-    Raises:
-        UsageError: the file exists and ``force`` is false.
-        BackendError: the directory is missing or not writable, or the disk is full.
-    """
-    path = Path(path)
+def check_output(path: Path, *, force: bool = False) -> None:
+    """Raises if ``path`` cannot be written, as far as that shows before it is tried."""
     if path.is_dir():
         raise UsageError(f"{path} is a directory: name a file in it")
     if path.exists() and not force:
@@ -151,6 +141,23 @@ def write_atomically(
         )
     if not path.parent.is_dir():
         raise BackendError(f"cannot write {path}: the directory {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise BackendError(f"cannot write {path}: the directory {path.parent} is not writable")
+
+
+def write_atomically(
+    path: str | os.PathLike[str], writer: Callable[[Path, str], None], *, force: bool = False
+) -> Path:
+    """Lets ``writer(folder, name)`` write into a hidden folder, then moves the files to ``path``.
+
+    Nothing is left behind when the writer fails, and an existing file is never half overwritten.
+
+    Raises:
+        UsageError: the file exists and ``force`` is false.
+        BackendError: the directory is missing or not writable, or the disk is full.
+    """
+    path = Path(path)
+    check_output(path, force=force)
     folder: Path | None = None
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -15,7 +15,7 @@ from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
 from refold.errors import BackendError
-from refold.graph import provenance
+from refold.graph import constants, provenance
 
 if TYPE_CHECKING:
     from refold.frontends.export import Program
@@ -37,10 +37,12 @@ class Signature:
     Attributes:
         input_names: one for each tensor input.
         output_names: one for each distinct result.
+        written: inputs that the model writes in place; a runtime cannot.
     """
 
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    written: tuple[str, ...]
     _positions: tuple[int, ...]
     _results: tuple[_Result, ...]
     _in_spec: pytree.TreeSpec
@@ -71,6 +73,13 @@ def flatten(gm: fx.GraphModule, program: Program) -> tuple[fx.GraphModule, Signa
     signature puts them back. Each node's provenance is stamped into ``meta["custom"]``, the one
     key that survives export.
     """
+    written = constants.written(gm.graph)
+    state = [str(n.target) for n in gm.graph.nodes if n in written and n.op == "get_attr"]
+    if state:
+        raise BackendError(
+            f"the model writes its own state ({', '.join(state)}), which a file cannot keep "
+            "between calls: use target='torch', or make the state an input and an output"
+        )
     graph = fx.Graph()
     returned = graph.graph_copy(gm.graph, {})
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -98,12 +107,20 @@ def flatten(gm: fx.GraphModule, program: Program) -> tuple[fx.GraphModule, Signa
 
     taken = {name for name, _ in [*flat.named_parameters(), *flat.named_buffers()]}
     names = [spec.name for spec in program.inputs if spec.dtype is not None]
-    inputs = _unique([names[i] if i < len(names) else f"input_{i}" for i in range(len(positions))], taken)
+    inputs = _unique(
+        [names[i] if i < len(names) else f"input_{i}" for i in range(len(positions))], taken
+    )
     paths = _paths(info.out_spec, len(leaves))
     wanted = {r.index: p for r, p in reversed(list(zip(results, paths, strict=True)))}
     outputs = _unique([wanted[i] for i in range(len(distinct))], taken | set(inputs))
     signature = Signature(
-        inputs, outputs, tuple(positions), tuple(results), info.in_spec, info.out_spec
+        inputs,
+        outputs,
+        tuple(n.name for n in gm.graph.nodes if n in written),
+        tuple(positions),
+        tuple(results),
+        info.in_spec,
+        info.out_spec,
     )
     return flat, signature
 

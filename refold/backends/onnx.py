@@ -102,6 +102,9 @@ def lower(program: Program, gm: fx.GraphModule, opset: int) -> Artifact:
             f"{padded} zero Pad before MaxPool written with explicit axes: ONNX Runtime would "
             "otherwise fuse it into a pad with -inf"
         )
+    if signature.written:
+        names = ", ".join(signature.written)
+        notes.append(f"the model writes its input {names}; the artifact leaves it alone")
     return Artifact(OnnxContent(model, signature), tuple(notes))
 
 
@@ -166,6 +169,8 @@ def _quiet() -> Iterator[None]:
 
 def _annotate(model: Any, exported: torch.export.ExportedProgram) -> None:
     """Replaces the exporter's metadata, which holds source paths, by refold's own."""
+    import onnx_ir
+
     from refold import __version__
 
     origins = {n.name: (n.meta.get("custom") or {}).get("refold") for n in exported.graph.nodes}
@@ -175,7 +180,7 @@ def _annotate(model: Any, exported: torch.export.ExportedProgram) -> None:
         _strip(function.metadata_props)
         for node in function:
             _strip(node.metadata_props)
-    for node in model.graph:
+    for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
         fx_node = re.match(r"%(\w+)", node.metadata_props.get("pkg.torch.onnx.fx_node", ""))
         _strip(node.metadata_props)
         for output in node.outputs:

@@ -33,7 +33,9 @@ class OnnxRuntimeOptions(onnx.OnnxOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.threads < 0:
-            raise UsageError(f"threads must be 0 (ONNX Runtime chooses) or more, got {self.threads}")
+            raise UsageError(
+                f"threads must be 0 (ONNX Runtime chooses) or more, got {self.threads}"
+            )
 
 
 class OnnxRuntimeTarget:
@@ -64,10 +66,18 @@ def load(content: onnx.OnnxContent, *, threads: int = 0) -> Runner:
     reason = missing(("onnxruntime",), "ort")
     if reason:
         raise BackendError(f"an ONNX model runs in ONNX Runtime here: {reason}")
+    import onnx_ir
+
+    signature = content.signature
+    for value in content.model.graph.inputs:
+        if value.dtype == onnx_ir.DataType.BFLOAT16:
+            raise BackendError(
+                f"input {value.name} is bfloat16, which NumPy and so ONNX Runtime's Python API "
+                "cannot hold: compile a float32 or float16 model for this target"
+            )
     with tempfile.TemporaryDirectory(prefix="refold-") as folder:
         onnx.save(content.model, Path(folder), "model.onnx")
         session = open_session(Path(folder) / "model.onnx", threads=threads)
-    signature = content.signature
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return signature.rebuild(run_session(session, signature.tensors(args, kwargs)))
@@ -110,9 +120,7 @@ def open_session(path: Path, *, threads: int = 0) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         # The bindings raise classes of their own that share no base but Exception.
         raise BackendError(f"ONNX Runtime cannot load the model: {_first_line(error)}") from error
@@ -122,11 +130,6 @@ def run_session(session: Any, tensors: Sequence[torch.Tensor]) -> list[torch.Ten
     """Runs a session over torch tensors, in the order of the session's inputs."""
     feeds = {}
     for node, tensor in zip(session.get_inputs(), tensors, strict=True):
-        if tensor.dtype == torch.bfloat16:
-            raise BackendError(
-                f"input {node.name} is bfloat16, which NumPy and so ONNX Runtime's Python API "
-                "cannot hold: compile a float32 or float16 model for this target"
-            )
         feeds[node.name] = tensor.detach().cpu().contiguous().numpy()
     try:
         results = session.run(None, feeds)

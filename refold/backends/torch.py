@@ -12,6 +12,7 @@ from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from refold.backends.base import Artifact, Runner
+from refold.errors import BackendError
 from refold.graph.kinds import census
 
 if TYPE_CHECKING:
@@ -25,8 +26,10 @@ class TorchOptions:
 
 @dataclass(frozen=True)
 class _Content:
+    # Not the whole program: that holds the unfolded weights too.
     graph_module: fx.GraphModule
-    program: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class TorchTarget:
@@ -40,7 +43,7 @@ class TorchTarget:
         return None
 
     def lower(self, program: Program, gm: fx.GraphModule, options: TorchOptions) -> Artifact:
-        return Artifact(_Content(gm, program))
+        return Artifact(_Content(gm, program.args, program.kwargs))
 
     def load(self, artifact: Artifact, options: TorchOptions) -> Runner:
         runner: Runner = artifact.content.graph_module
@@ -48,7 +51,11 @@ class TorchTarget:
 
     def save(self, artifact: Artifact, folder: Path, name: str) -> None:
         content: _Content = artifact.content
-        torch.export.save(re_export(content.graph_module, content.program), folder / name)
+        program = re_export(content.graph_module, content.args, content.kwargs)
+        try:
+            torch.export.save(program, folder / name)
+        except NotImplementedError as error:
+            raise BackendError(f"the program cannot be written as a .pt2: {error}") from error
 
     def stats(self, artifact: Artifact) -> dict[str, int]:
         gm = artifact.content.graph_module
@@ -60,12 +67,14 @@ def constant_bytes(gm: fx.GraphModule) -> int:
     return sum(t.numel() * t.element_size() for t in [*gm.parameters(), *gm.buffers()])
 
 
-def re_export(gm: fx.GraphModule, program: Program) -> torch.export.ExportedProgram:
+def re_export(
+    gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.export.ExportedProgram:
     """Exports an edited graph again, with the same dimensions left symbolic.
 
     Export of a graph that fails can leave its example tensors unusable, so it gets fresh copies.
     """
-    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (program.args, program.kwargs))
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     shapes = ShapesCollection()
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for leaf, node in zip(pytree.tree_leaves((args, kwargs)), placeholders, strict=True):
@@ -73,10 +82,9 @@ def re_export(gm: fx.GraphModule, program: Program) -> torch.export.ExportedProg
             dims = symbolic_dims(node)
             if dims:
                 shapes[leaf] = dict.fromkeys(dims, Dim.AUTO)
+    dynamic: Any = shapes if len(shapes) else None
     with torch.no_grad():
-        return torch.export.export(
-            gm, tuple(args), kwargs, dynamic_shapes=shapes if len(shapes) else None, strict=False
-        )
+        return torch.export.export(gm, tuple(args), kwargs, dynamic_shapes=dynamic, strict=False)
 
 
 def symbolic_dims(node: fx.Node) -> list[int]:

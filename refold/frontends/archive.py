@@ -68,7 +68,7 @@ def load(path: Path, *, trust: bool) -> ExportedProgram:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise FrontendError(
             f"{path}: torch could not read this archive ({type(error).__name__}: {first}); it may "
-            "be damaged or written by another version of torch: save it again with torch.export.save"
+            "be damaged or from another version of torch: save it again with torch.export.save"
         ) from error
     finally:
         log.setLevel(level)

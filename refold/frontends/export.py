@@ -117,6 +117,9 @@ def trace(
         return _from_program(model, args, kwargs, dynamic_shapes, from_file=False)
     if not isinstance(model, nn.Module):
         raise FrontendError(_not_a_module(model))
+    compiled = getattr(model, "_orig_mod", None)  # what torch.compile returns is a wrapper
+    if isinstance(compiled, nn.Module) and type(model).__module__.startswith("torch._dynamo"):
+        model = compiled
     return _from_module(model, args, kwargs, dynamic_shapes, dynamic_batch)
 
 
@@ -154,14 +157,20 @@ def _from_program(
         )
     if not args and not kwargs and program.example_inputs:
         args, kwargs = program.example_inputs[0], dict(program.example_inputs[1])
-    with torch.no_grad():
-        gm, redone = functional_module(program, aliasing_known=not from_file)
+    try:
+        with torch.no_grad():
+            gm, redone = functional_module(program, aliasing_known=not from_file)
+    except Exception as error:
+        raise FrontendError(
+            f"torch could not unlift the exported program ({type(error).__name__}: "
+            f"{_first_lines(error)}); export the module again with this version of torch"
+        ) from error
     _check_structure(program, args, kwargs)
     notes = _graph_notes(gm)
     if redone:
         notes.append("in-place writes were resolved by run_decompositions({})")
     example = fresh((args, kwargs))
-    return _finish(program, gm, fresh(example), example, (), notes, batch=None)
+    return _finish(program, gm, fresh(example), example, (), notes)
 
 
 def _check_structure(
@@ -203,7 +212,9 @@ def _from_module(
         if attempt is None:
             program, batch = tracer.export(example, None), None
         else:
-            program, traced = attempt
+            program, traced, varies = attempt
+            if not varies:
+                batch = None
             if batch == 1:
                 notes.append("the example has batch 1; it was traced at batch 2, rows repeated")
     with torch.no_grad():
@@ -220,13 +231,16 @@ def _from_module(
     if redone:
         notes.append("in-place writes were resolved by run_decompositions({})")
     notes += _graph_notes(gm)
-    return _finish(program, gm, fresh(traced), example, tuple(specialised), notes, batch=batch)
+    return _finish(program, gm, fresh(traced), example, tuple(specialised), notes)
 
 
 def _dynamic_batch(
     tracer: _Tracer, example: Any, batch: int, specialised: list[str]
-) -> tuple[ExportedProgram, Any] | None:
-    """Exports with a dynamic batch axis; ``None`` (and the reason) where that is not possible."""
+) -> tuple[ExportedProgram, Any, bool] | None:
+    """Exports with a dynamic batch axis; ``None`` (and the reason) where that is not possible.
+
+    The result says whether some batch axis really came out dynamic.
+    """
     traced = _repeated(example) if batch == 1 else example
     inputs = fresh(traced)
     shapes = ShapesCollection()
@@ -238,7 +252,8 @@ def _dynamic_batch(
     try:
         program = tracer.export(inputs, shapes, copies=False)
     except FrontendError as error:
-        reason = str(error).splitlines()[0]
+        cause = error.__cause__ or error
+        reason = f"{type(cause).__name__}: {_first_lines(cause)[:160]}"
         specialised.append(
             f"the batch dimension is static at {batch}: tracing it failed ({reason})"
         )
@@ -251,12 +266,15 @@ def _dynamic_batch(
         if _has_batch(leaf, 2 if batch == 1 else batch) and not _is_symbolic(value.shape[0])
     ]
     if not fixed:
-        return program, traced
+        return program, traced, True
     names = ", ".join(n.name for n in fixed)
     specialised.append(
         f"the batch dimension is static at {batch}: the model fixes dimension 0 of {names}"
     )
-    return None if batch == 1 else (program, traced)
+    if batch == 1:
+        return None
+    some = len(fixed) < sum(_has_batch(leaf, batch) for leaf in leaves)
+    return program, traced, some
 
 
 def _batch_one_differs(tracer: _Tracer, gm: fx.GraphModule, example: Any, batch: int) -> str | None:
@@ -266,7 +284,7 @@ def _batch_one_differs(tracer: _Tracer, gm: fx.GraphModule, example: Any, batch:
     one = pytree.tree_map(lambda t: t[:1] if _has_batch(t, batch) else t, example)
     try:
         with torch.no_grad():
-            expected = tracer.module(*fresh(one)[0], **fresh(one)[1])
+            expected = tracer.fresh_module()(*fresh(one)[0], **fresh(one)[1])
     except Exception:  # the model itself refuses batch 1: nothing to compare
         return None
     try:
@@ -288,7 +306,7 @@ def _close(a: Any, b: Any) -> bool:
         return False
     if not (a.is_floating_point() or a.is_complex()):
         return True  # integers may flip on rounding; floats decide
-    a, b = a.to(torch.complex128), b.to(torch.complex128)
+    a, b = a.detach().to(torch.complex128), b.detach().to(torch.complex128)
     finite = b[b.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 1.0
     return bool(torch.allclose(a, b, rtol=0, atol=2e-2 * scale, equal_nan=True))
@@ -305,18 +323,27 @@ class _Tracer:
     def __init__(self, model: nn.Module) -> None:
         self.original = model
         self.used_original = False
-        self.module: nn.Module = eval_copy(model)
+        self._module: nn.Module = model
+
+    def fresh_module(self) -> nn.Module:
+        """A copy that no trace has run through: forward may have left fake tensors on the last."""
+        self._module = self.original if self.used_original else eval_copy(self.original)
+        return self._module
 
     def export(self, inputs: Any, dynamic_shapes: Any, *, copies: bool = True) -> ExportedProgram:
         args, kwargs = fresh(inputs) if copies else inputs
         try:
             with torch.no_grad():
                 return torch.export.export(
-                    self.module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
+                    self.fresh_module(),
+                    args,
+                    kwargs,
+                    dynamic_shapes=dynamic_shapes,
+                    strict=False,
                 )
         except Exception as error:
             if self._may_trace_original(error):
-                self.used_original, self.module = True, self.original
+                self.used_original = True
                 return self.export(inputs, dynamic_shapes, copies=copies)
             raise FrontendError(self._explain(error, args, kwargs)) from error
 
@@ -328,7 +355,7 @@ class _Tracer:
         return not any(k.startswith(("GuardOnDataDependent", "DataDependent")) for k in kinds)
 
     def _explain(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        place = _user_frame(error, self.module)
+        place = _user_frame(error, self._module)
         text = _first_lines(error)
         where = f"\n  at {place}" if place else ""
         name = type(self.original).__name__
@@ -370,7 +397,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
-def _first_lines(error: Exception) -> str:
+def _first_lines(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:400] if lines else type(error).__name__
 
@@ -449,7 +476,8 @@ def _repeated(example: Any) -> Any:
 
 
 def _is_symbolic(size: Any) -> bool:
-    return isinstance(size, torch.SymInt)
+    # AUTO may leave a SymInt behind whose expression has become a number.
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def _static_despite_request(program: ExportedProgram, asked: Any, example: Any) -> list[str]:
@@ -515,16 +543,13 @@ def _finish(
     example: Any,
     specialised: tuple[str, ...],
     notes: list[str],
-    *,
-    batch: int | None,
 ) -> Program:
     constants.canonicalise(gm)
     _own_state(gm)
     gm.recompile()
     placeholders = gm.graph.find_nodes(op="placeholder")
-    symbolic_batch = batch is not None or not specialised
     inputs = tuple(
-        _input_spec(node, leaf, dynamic=symbolic_batch)
+        _input_spec(node, leaf)
         for node, leaf in zip(placeholders, pytree.tree_leaves(traced), strict=True)
     )
     ranges = {str(s): _bounds(r) for s, r in program.range_constraints.items()}
@@ -542,12 +567,12 @@ def _finish(
     )
 
 
-def _input_spec(node: fx.Node, leaf: Any, *, dynamic: bool) -> InputSpec:
+def _input_spec(node: fx.Node, leaf: Any) -> InputSpec:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return InputSpec(node.name, (), None, None, leaf)
     sizes = tuple(str(s) if _is_symbolic(s) else int(s) for s in value.shape)
-    batch = 0 if dynamic and sizes and isinstance(sizes[0], str) else None
+    batch = 0 if sizes and isinstance(sizes[0], str) else None
     return InputSpec(node.name, sizes, value.dtype, batch, None, value.device)
 
 
@@ -592,7 +617,7 @@ def _trains(node: fx.Node) -> bool:
         return False
     name = op_name(node)
     if name in ("dropout", "feature_dropout", "alpha_dropout"):
-        return len(node.args) > 2 and bool(node.args[2]) and node.args[1] != 0
+        return bool(len(node.args) > 2 and node.args[2] and node.args[1] != 0)
     if name == "batch_norm":
         return bool(node.args[5]) and node.args[3] is not None
     return name == "_native_batch_norm_legit_functional"

@@ -131,7 +131,8 @@ def load_model(spec: str) -> NamedModel:
     if ":" in spec:
         return _from_module(spec)
     raise UsageError(
-        f"cannot tell what model {spec!r} is: write timm:NAME, package.module:callable, or a .pt2 file"
+        f"cannot tell what model {spec!r} is: write timm:NAME, package.module:callable, "
+        "or a .pt2 file"
     )
 
 
@@ -194,7 +195,8 @@ def randomize_batch_norms(model: nn.Module, inputs: Sequence[torch.Tensor]) -> i
                 m.momentum = momentum
                 m.train(training)
         for m in norms:
-            assert m.running_var is not None and m.running_mean is not None
+            assert m.running_var is not None
+            assert m.running_mean is not None
             m.running_var.mul_(0.8 + 0.4 * torch.rand(m.num_features)).clamp_(min=1e-3)
             m.running_mean.add_(0.1 * m.running_var.sqrt() * torch.randn(m.num_features))
     return len(norms)
@@ -242,7 +244,9 @@ def _from_module(spec: str) -> NamedModel:
         try:
             found = found()
         except TypeError as error:
-            raise UsageError(f"model {spec!r} must be callable without arguments: {error}") from error
+            raise UsageError(
+                f"model {spec!r} must be callable without arguments: {error}"
+            ) from error
     if not isinstance(found, nn.Module):
         raise UsageError(f"model {spec!r} made a {type(found).__name__}, not an nn.Module")
     return NamedModel(found.eval(), spec)

@@ -1,4 +1,4 @@
-"""Lets packages that import torchvision (timm) load beside a torchvision built for another torch."""
+"""Lets packages that import torchvision (timm) load beside one built for another torch."""
 
 from __future__ import annotations
 

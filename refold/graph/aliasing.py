@@ -229,9 +229,5 @@ def run_fake(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     args, kwargs = fx.map_arg(
         (node.args, node.kwargs), lambda n: values[n] if n in values else n.meta["val"]
     )
-    mode = nodes.fake_mode(node.graph)
-    with torch.no_grad():
-        if mode is None:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        with mode:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+    with nodes.fake_execution(nodes.fake_mode(node.graph)):
+        return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -68,8 +68,10 @@ def _exact_layout(node: object) -> Lazy | None:
 
 
 def is_get_attr(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.op == "get_attr" and isinstance(
-        node.meta.get("val"), torch.Tensor
+    return (
+        isinstance(node, fx.Node)
+        and node.op == "get_attr"
+        and isinstance(node.meta.get("val"), torch.Tensor)
     )
 
 
@@ -103,7 +105,7 @@ def add(
     node = gm.graph.get_attr(unique)
     node.meta["refold_name"] = name.replace(".", "_").removeprefix("folded_")
     mode = nodes.fake_mode(gm.graph)
-    with mode or torch.no_grad():
+    with nodes.fake_execution(mode):
         node.meta["val"] = torch.empty(stored.shape, dtype=stored.dtype, device=device)
     if isinstance(data, Lazy):
         node.meta["refold_lazy"] = device
@@ -159,14 +161,27 @@ def impurity(node: fx.Node) -> str | None:
         return f"{target} is not an ATen operator"
     name = target._schema.name.split("::")[-1]
     if name in _IMPURE or torch.Tag.nondeterministic_seeded in target.tags:
-        if name.startswith("dropout") or name == "dropout":
-            return None if not (len(node.args) > 2 and node.args[2]) else "dropout draws random numbers"
+        if _is_switched_off(node):
+            return None
         if name.startswith(("empty", "new_empty")):
             return "reads uninitialised memory"
         return f"{name} draws random numbers"
     if target._schema.is_mutable:
         return f"{name} writes one of its inputs"
     return None
+
+
+def _is_switched_off(node: fx.Node) -> bool:
+    """True for dropout, attention and recurrent layers whose probability or mode draws nothing."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    given = {a.name: a.default_value for a in schema.arguments}
+    given.update(zip(given, node.args, strict=False))
+    given.update(node.kwargs)
+    if "train" in given or "training" in given:
+        switch = given.get("train", given.get("training"))
+        probability = given.get("p", given.get("dropout", 1.0))
+        return switch is False or probability == 0
+    return "dropout_p" in given and given["dropout_p"] == 0
 
 
 def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -180,9 +195,10 @@ def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
         if node.op == "get_attr":
             if node not in state and isinstance(node.meta.get("val"), torch.Tensor):
                 constant.add(node)
-        elif node.op == "call_function" and impurity(node) is None:
-            if all(a in constant for a in node.all_input_nodes):
-                constant.add(node)
+        elif node.op != "call_function" or impurity(node) is not None:
+            continue
+        elif all(a in constant for a in node.all_input_nodes):
+            constant.add(node)
     return constant
 
 
@@ -195,7 +211,8 @@ def size_in_bytes(node: fx.Node) -> int:
 def stored_bytes(gm: fx.GraphModule) -> int:
     """Bytes of all constants that the graph reads."""
     return sum(
-        size_in_bytes(n) for n in gm.graph.find_nodes(op="get_attr")
+        size_in_bytes(n)
+        for n in gm.graph.find_nodes(op="get_attr")
         if n.users and isinstance(n.meta.get("val"), torch.Tensor)
     )
 
@@ -211,7 +228,9 @@ def canonicalise(gm: fx.GraphModule) -> int:
         if node.op != "get_attr" or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
         t = tensor(node)
-        key = (t.data_ptr(), t.dtype, tuple(t.shape), t.stride(), t.device) if t.numel() else (id(t),)
+        key = (
+            (t.data_ptr(), t.dtype, tuple(t.shape), t.stride(), t.device) if t.numel() else (id(t),)
+        )
         if not node.users:
             gm.graph.erase_node(node)
             continue

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
 from refold.graph import constants
@@ -234,6 +235,15 @@ def _promoted(
 # --- the oracle -----------------------------------------------------------------------------------
 
 
+def flat_inputs(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The graph's own inputs for a user's call (``process_inputs`` takes no keywords)."""
+    codegen: Any = graph._codegen
+    if getattr(codegen, "pytree_info", None) is None:
+        return list(args)
+    leaves: list[Any] = fx_pytree.tree_flatten_spec((args, kwargs), codegen.pytree_info.in_spec)
+    return leaves
+
+
 class Oracle:
     """Runs a graph of the IR in float64, with constants as :func:`evaluate_constants` has them.
 
@@ -261,7 +271,7 @@ class Oracle:
         watch: Callable[[fx.Node, Any], None] | None = None,
     ) -> Any:
         """Runs the graph on the user's arguments; ``watch`` sees each node's value."""
-        flat = self._gm.graph.process_inputs(*args, **(kwargs or {}))
+        flat = flat_inputs(self._gm.graph, args, kwargs or {})
         with torch.no_grad():
             result = self._run_flat(list(flat), watch)
         return self._gm.graph.process_outputs(result)
@@ -276,8 +286,8 @@ class Oracle:
                 return fx.map_arg(node.args[0], lambda n: _widened(values[n]))
             else:
                 values[node] = self._value(node, values)
-                if watch is not None:
-                    watch(node, values[node])
+            if watch is not None:
+                watch(node, values[node])
             for dead in self._last.get(node, ()):
                 del values[dead]
         raise AssertionError("a graph ends with its output")

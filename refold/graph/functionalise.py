@@ -9,6 +9,7 @@ always right and costs a second trace.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections import defaultdict
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from refold.graph.constants import is_mutation
 from refold.graph.kinds import op_name
-from refold.graph.nodes import aten, call, fake_result, is_call, is_tensor, same
+from refold.graph.nodes import aten, call, fake_execution, fake_mode, fake_result, is_call, is_tensor, same
 
 RULE = "functionalise"
 
@@ -62,19 +63,46 @@ def functional_module(
     if _mutates(gm):
         try:
             if not aliasing_known:
-                raise _NotLocal
+                _run_fake(gm)
             _localise(gm)
         except _NotLocal:
-            gm = program.run_decompositions({}).module(check_guards=False)
+            gm = _without_dropout(program).run_decompositions({}).module(check_guards=False)
             assert isinstance(gm, fx.GraphModule)
             _drop_assertions(gm.graph)
-            _strip_scatters(gm)
             redone = True
+        _strip_scatters(gm)
+    _spell_shapes(gm.graph)
     drop_no_ops(gm)
     gm.graph.eliminate_dead_code()
     _unstamp(gm.graph)
     gm.recompile()
     return gm, redone
+
+
+def _without_dropout(program: ExportedProgram) -> ExportedProgram:
+    """The program without dropout that does nothing: decomposing it would make it a copy."""
+    if not any(_returns_input(n) for n in program.graph.nodes):
+        return program
+    graph, signature = copy.deepcopy(program.graph), copy.deepcopy(program.graph_signature)
+    for node in list(graph.nodes):
+        if _returns_input(node):
+            source = node.args[0]
+            for spec in signature.output_specs:
+                if getattr(spec.arg, "name", None) == node.name:
+                    spec.arg.name = source.name  # type: ignore[union-attr]
+            node.replace_all_uses_with(source, propagate_meta=False)
+            graph.erase_node(node)
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=graph,
+        graph_signature=signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
 
 
 def _unstamp(graph: fx.Graph) -> None:
@@ -101,6 +129,18 @@ def _drop_assertions(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if is_call(node, aten._assert_tensor_metadata):
             graph.erase_node(node)
+
+
+def _run_fake(gm: fx.GraphModule) -> None:
+    """Runs the graph on fake values again, so that views share storage as they do in a trace."""
+    mode = fake_mode(gm.graph)
+    if mode is None or any(n.op == "get_attr" and not is_tensor(n) for n in gm.graph.nodes):
+        raise _NotLocal
+    with fake_execution(mode):
+        for node in gm.graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                node.meta["val"] = node.target(*args, **kwargs)
 
 
 # --- in-place operators, one at a time ------------------------------------------------------------
@@ -334,17 +374,37 @@ def _strip_scatters(gm: fx.GraphModule) -> None:
             if _is_forward_slice(node, 3):
                 node.replace_all_uses_with(node.args[0], propagate_meta=False)
                 graph.erase_node(node)
-        elif is_call(node, aten.slice_scatter) and _same_shape(node, node.args[1]):
-            if _is_forward_slice(node, 4):
+        elif is_call(node, aten.slice_scatter):
+            if _is_forward_slice(node, 4) and _same_shape(node, node.args[1]):
                 _substitute(graph, node, node.args[1])
-        elif is_call(node, aten.copy.default) and _same_shape(node, node.args[1]):
-            if node.args[1].meta["val"].dtype == node.meta["val"].dtype:
+        elif is_call(node, aten.copy.default):
+            source = node.args[1]
+            if _same_shape(node, source) and _same_dtype(node, source):
                 _substitute(graph, node, node.args[1])
     graph.eliminate_dead_code()
 
 
+def _spell_shapes(graph: fx.Graph) -> None:
+    """``reshape_as(x, y)`` reads only the shape of ``y``, but counts as a user of its value."""
+    for node in list(graph.nodes):
+        if not is_call(node, aten.reshape_as.default, aten.view_as.default):
+            continue
+        sizes = [s if isinstance(s, int) else -1 for s in node.meta["val"].shape]
+        if sizes.count(-1) <= 1:
+            with graph.inserting_before(node):
+                new = call(
+                    graph, aten.reshape.default, (node.args[0], sizes), rule=RULE, sources=[node]
+                )
+            node.replace_all_uses_with(new, propagate_meta=False)
+            graph.erase_node(node)
+
+
 def _is_forward_slice(node: fx.Node, first: int) -> bool:
-    return all(a == 1 for a in node.args[first + 1 :]) and node.kwargs.get("step", 1) == 1
+    return bool(all(a == 1 for a in node.args[first + 1 :]) and node.kwargs.get("step", 1) == 1)
+
+
+def _same_dtype(node: fx.Node, other: fx.Node) -> bool:
+    return bool(node.meta["val"].dtype == other.meta["val"].dtype)
 
 
 def _same_shape(node: fx.Node, other: Any) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -120,11 +121,24 @@ def fake_result(node: fx.Node) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if hasattr(a, "fake_mode")]
     mode = tensors[0].fake_mode if tensors else fake_mode(node.graph)
-    with torch.no_grad():
-        if mode is None:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        with mode:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+    with fake_execution(mode):
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+@contextmanager
+def fake_execution(mode: Any) -> Iterator[None]:
+    """Runs operators on fake tensors without letting them decide anything about sizes.
+
+    Some operators' shape functions ask about symbolic sizes; outside of a trace the answer would
+    be recorded as a guard and would specialise the graph's inputs.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if mode is not None:
+            stack.enter_context(mode)
+            if mode.shape_env is not None:
+                stack.enter_context(mode.shape_env.suppress_guards())
+        yield
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:

@@ -209,6 +209,11 @@ def linear(node: object) -> Linear | None:
         x, weight_node, bias_node, transpose = args["mat1"], args["mat2"], args["self"], True
     elif node.target in (aten.mm.default, aten.matmul.default):
         x, weight_node, transpose = node.args[0], node.args[1], True
+    elif node.target is aten.einsum.default:
+        product = _einsum_product(node)
+        if product is None:
+            return None
+        x, weight_node, transpose = product
     else:
         return None
     if not is_tensor(x) or not is_tensor(weight_node) or len(shape(weight_node)) != 2:  # type: ignore[arg-type]
@@ -227,6 +232,27 @@ def linear(node: object) -> Linear | None:
             return None
         bias = bias.map((weight.shape[0],), lambda b: b.reshape(-1))
     return Linear(node, x, weight_node, weight, bias)  # type: ignore[arg-type]
+
+
+def _einsum_product(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
+    """``...i,oi->...o`` and ``...i,io->...o``: data, matrix, whether the matrix is ``[I, O]``."""
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    inputs, arrow, result = equation.partition("->")
+    terms = inputs.split(",")
+    if not arrow or len(terms) != 2 or len(operands) != 2:  # type: ignore[arg-type]
+        return None
+    (left, right), (x, w) = terms, operands  # type: ignore[misc]
+    if constants.exact(x) is not None:
+        left, right, x, w = right, left, w, x  # type: ignore[has-type]
+    if len(right) != 2 or len(set(right)) != 2 or "." in right or not left or not result:
+        return None
+    inner = left[-1]
+    if inner not in right or len(set(left)) != len(left) and "." not in left:
+        return None
+    outer = right.replace(inner, "")
+    if outer in left or result != left[:-1] + outer:
+        return None
+    return x, w, right == inner + outer  # type: ignore[return-value]
 
 
 def _constant(value: Any, rank: int) -> Lazy | None:

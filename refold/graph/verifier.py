@@ -66,12 +66,12 @@ def verify(gm: fx.GraphModule, before: Signature, *, repropagate: bool = False) 
     Raises:
         VerifierError: the pass left an invalid graph; the message shows the lines in question.
     """
+    for node in gm.graph.nodes:
+        _check_node(gm, node)
     try:
         gm.graph.lint()
     except RuntimeError as error:
         raise VerifierError(f"the graph is malformed: {error}") from error
-    for node in gm.graph.nodes:
-        _check_node(gm, node)
     _check_signature(gm, before)
     if repropagate:
         _repropagate(gm)
@@ -179,7 +179,7 @@ def _sharing(graph: fx.Graph) -> Sharing:
         for node in _ancestry(leaf):
             if node in values:
                 continue
-            if aliasing.passes(node):
+            if aliasing.passes(node) and _runs_on_fakes(node):
                 values[node] = aliasing.run_fake(node, values)
                 continue
             values[node] = _fresh(graph, node.meta.get("val"))
@@ -216,12 +216,17 @@ def _fresh(graph: fx.Graph, value: Any) -> Any:
     def make(leaf: Any) -> Any:
         if aliasing.storage(leaf) is None or mode is None:
             return leaf
-        with mode:
+        with nodes.fake_execution(mode):
             return torch.empty_strided(
                 leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device
             )
 
     return pytree.tree_map(make, value)
+
+
+def _runs_on_fakes(node: fx.Node) -> bool:
+    """True for calls of tensor operators; the branches of a higher-order call are graphs."""
+    return node.op == "call_function" and all("val" in n.meta for n in node.all_input_nodes)
 
 
 def _mutations(graph: fx.Graph) -> tuple[tuple[str, ...], ...]:
@@ -238,11 +243,8 @@ def _repropagate(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op == "output":
             continue
-        if node.op != "call_function" or node.meta.get("val") is None:
+        if node.meta.get("val") is None or not _runs_on_fakes(node):
             values[node] = node.meta.get("val")
-            continue
-        if any(node.meta.get("val") is None or "val" not in n.meta for n in node.all_input_nodes):
-            values[node] = node.meta["val"]  # a higher-order call: its branches are graphs
             continue
         try:
             values[node] = aliasing.run_fake(node, values)

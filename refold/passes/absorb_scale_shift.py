@@ -12,11 +12,14 @@ this rule.
 Exact when: the result has the data operand's shape and dtype, each step has one user, and no shift
 crosses a zero padding.
 
-before:
+Before::
+
     %a = linear(%x, @weight, @bias)
     %m = mul(%a, @gamma)
     %y = add(%m, @beta)
-after:
+
+After::
+
     %y = linear(%x, @folded_weight, @folded_bias)
 
 Sources: Lian et al., Scaling & Shifting Your Features (NeurIPS 2022), equation 6; Touvron et al.,
@@ -29,8 +32,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from refold.graph import nodes
+from refold.graph.nodes import aten, is_call
 from refold.rewrite.push_affine import Pusher
-from refold.rewrite.result import PassResult
+from refold.rewrite.result import PassResult, declined
 
 
 @dataclass(frozen=True)
@@ -46,4 +51,11 @@ class AbsorbScaleShift:
     max_growth: float = 1.25
 
     def run(self, gm: fx.GraphModule) -> PassResult:
-        return Pusher(gm, self.name, lambda record: not record.is_norm, self.max_growth).run()
+        result = Pusher(gm, self.name, lambda record: not record.is_norm, self.max_growth).run()
+        for node in gm.graph.nodes:
+            if is_call(node, aten.div.Tensor_mode, aten.div.Scalar_mode) and not nodes.pinned(node):
+                mode = nodes.arguments(node)["rounding_mode"]
+                if mode is not None:
+                    reason = f"the division rounds ({mode}), so it is not a scale"
+                    result.declined.append(declined(self.name, node, reason))
+        return result

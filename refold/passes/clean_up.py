@@ -73,7 +73,7 @@ class CleanUp:
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Cleans a graph in place."""
         state = _state(gm)
-        done: list[Applied] = []
+        done = _remove_dead(gm)  # a dead user would hold the call that it reads
         modified = _loosen_views(gm.graph)
         rules = _rules(strides_matter=aliasing.reads_strides(gm.graph))
         for _ in range(_ROUNDS):
@@ -82,8 +82,7 @@ class CleanUp:
             done += [*result.applied, *merged]
             if not merged:
                 break
-        dead = _remove_dead(gm)
-        done += dead
+        done += _remove_dead(gm)
         modified = modified or bool(done) or state != _state(gm)
         return PassResult(modified, _by_rule(done), result.declined)
 

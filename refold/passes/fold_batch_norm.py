@@ -10,10 +10,13 @@ layouts, concatenation, sums and unpadded averages, or into every consumer where
 Exact when: running statistics are used (``training=False``); the producer has no other user; on
 the way down, no zero padding meets the shift.
 
-before:
+Before::
+
     %c = conv2d(%x, @weight, None, padding=[1, 1])
     %y = batch_norm(%c, @gamma, @beta, @mean, @var)
-after:
+
+After::
+
     %y = conv2d(%x, @folded_weight, @folded_bias, padding=[1, 1])
 
 Source: Ioffe and Szegedy, Batch Normalization (2015), algorithm 2, step 11; Jacob et al. (CVPR

@@ -16,12 +16,15 @@ product must die. Terms of a sum on other roots stay as addends.
 Exact when: strides agree; a padded outer map meets only padding and no bias of the inner one (see
 :mod:`refold.rewrite.maps`). Otherwise it declines.
 
-before:
+Before::
+
     %a = conv2d(%x, @w3, @b3, padding=[1, 1])
     %c = conv2d(%x, @w1, @b1)
     %s = add(%a, %c)
     %y = add(%s, %x)
-after:
+
+After::
+
     %y = conv2d(%x, @folded_weight, @folded_bias, padding=[1, 1])
 
 Sources: Ding et al., RepVGG (CVPR 2021), section 3.3; Ding et al., Diverse Branch Block (CVPR
@@ -41,7 +44,7 @@ from torch import fx
 from refold.algebra import affine_map as am
 from refold.algebra.affine_map import AffineMap
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes, records
+from refold.graph import constants, nodes, provenance, records
 from refold.graph.kinds import kind, op_name
 from refold.graph.nodes import aten, hint, hints, same, shape
 from refold.rewrite import cost, maps
@@ -207,7 +210,7 @@ class _Folder:
         per_node = self.options.prefer == "nodes"
         now = sum(_weight(n, per_node) for n in dead)
         if per_node:
-            then = float(_launches(merged))
+            then = 1.0
         extra = cost.elementwise(hints(node), 2, node.meta["val"].element_size())
         then += len(rest) * (1.0 if per_node else extra)
         if not per_node and self._grows(merged, dead, node):
@@ -345,6 +348,7 @@ class _Folder:
         sources = [n for n in choice.dead if n is not node] + [node]
         with self.gm.graph.inserting_before(node):
             new = choice.emit()
+            self.reader.maps[new] = {choice.key: choice.merged}
             for factor, leaf in choice.rest:
                 target, alpha = aten.add.Tensor, factor
                 if factor == -1.0:
@@ -354,8 +358,6 @@ class _Folder:
                     self.gm.graph, target, (new, leaf), kwargs,
                     rule=self.options.name, sources=[node],
                 )  # fmt: skip
-        from refold.graph import provenance
-
         provenance.derive(new, sources, self.options.name)
         result.applied.append(
             applied(
@@ -387,10 +389,6 @@ def _weight(node: fx.Node, per_node: bool) -> float:
     if not per_node:
         return cost.of(node)
     return 1.0 if cost.of(node) > 0 else 0.0
-
-
-def _launches(merged: AffineMap) -> int:
-    return 1
 
 
 def _summary(dead: list[fx.Node]) -> str:

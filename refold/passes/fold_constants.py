@@ -68,9 +68,12 @@ class FoldConstants:
             result.declined.append(declined(self.name, node, reason, hint))
         if not chosen:
             return result
-        values = evaluate_constants(chosen)
+        values = _evaluate(chosen)
         for node in chosen:
             value = values.pop(node)
+            if isinstance(value, str):
+                result.declined.append(declined(self.name, node, value))
+                continue
             with graph.inserting_before(node):
                 new = constants.add(gm, _name(node), _stored(value))
             new.meta["val"] = node.meta["val"]
@@ -83,7 +86,7 @@ class FoldConstants:
                     new = call(graph, aten.clone.default, (inner,), rule=self.name, sources=[inner])
             replace(node, new)
             result.applied.append(_erase(self.name, node, inner))
-        result.modified = True
+        result.modified = bool(result.applied)
         graph.lint()
         gm.recompile()
         return result
@@ -94,7 +97,7 @@ class FoldConstants:
         self, graph: fx.Graph, constant: set[fx.Node], leaks: set[fx.Node]
     ) -> tuple[list[fx.Node], list[tuple[fx.Node, str, str]]]:
         """The nodes to fold, in graph order, and those declined with reason and hint."""
-        sources = _source_bytes(graph, constant)
+        sources = _Storage(graph)
         refused: dict[fx.Node, tuple[str, str]] = {}
         barred: set[fx.Node] = set()  # neither folded nor worth a word
         while True:
@@ -188,42 +191,47 @@ def _has_plain_value(node: fx.Node) -> bool:
 class _Storage:
     """What the stored constants weigh, before and after folding some nodes."""
 
-    def __init__(self, graph: fx.Graph, constant: set[fx.Node]) -> None:
-        self._constant = constant
-        self._attributes = [n for n in graph.nodes if n.op == "get_attr" and is_tensor(n)]
-        self.before = sum(_bytes(n) for n in self._attributes)
+    def __init__(self, graph: fx.Graph) -> None:
+        self._kept = {n: _storage(n) for n in graph.nodes if n.op == "get_attr" and is_tensor(n)}
+        self.before = sum(dict(self._kept.values()).values())
         self._sources: dict[fx.Node, int] = {}
 
     def of(self, node: fx.Node) -> int:
-        """Bytes of the attributes that ``node`` is computed from, each counted once."""
+        """Bytes of the tensors that ``node`` is computed from, each counted once."""
         if node not in self._sources:
-            self._sources[node] = sum(_bytes(n) for n in _attributes(node))
+            read = [self._kept[a] for a in _attributes(node)]
+            self._sources[node] = sum(dict(read).values())
         return self._sources[node]
 
     def total(self, folded: list[fx.Node]) -> int:
         """Bytes stored once ``folded`` are tensors and what only they read is gone."""
-        gone: set[fx.Node] = set()
         new = set(folded)
+        gone: set[fx.Node] = set()
         stack = list(folded)
         while stack:
-            node = stack.pop()
-            for source in node.all_input_nodes:
+            for source in stack.pop().all_input_nodes:
                 if source in gone or source in new:
                     continue
                 if all(u in new or u in gone for u in source.users):
                     gone.add(source)
                     stack.append(source)
-        kept = sum(_bytes(n) for n in self._attributes if n not in gone)
-        return kept + sum(_bytes(n) for n in folded if not _is_view_of_one(n) or _dies(n, gone))
+        stored: dict[object, int] = dict(s for n, s in self._kept.items() if n not in gone)
+        for node in folded:
+            if _is_view_of_one(node):
+                key, size = self._kept[_attributes(node)[0]]
+                stored[key] = size
+            else:
+                stored[node] = _bytes(node)
+        return sum(stored.values())
 
 
-def _source_bytes(graph: fx.Graph, constant: set[fx.Node]) -> _Storage:
-    return _Storage(graph, constant)
-
-
-def _dies(node: fx.Node, gone: set[fx.Node]) -> bool:
-    """True if a view's source is counted as gone: the view keeps that storage alive."""
-    return any(a in gone for a in _attributes(node))
+def _storage(node: fx.Node) -> tuple[object, int]:
+    """Which memory a stored tensor lies in, and how much that is."""
+    tensor = constants.tensor(node)
+    if tensor.layout != torch.strided:
+        return node, _bytes(node)
+    memory = tensor.untyped_storage()
+    return memory.data_ptr() or node, memory.nbytes()
 
 
 def _attributes(node: fx.Node) -> list[fx.Node]:
@@ -270,6 +278,20 @@ def _is_view_of_one(node: fx.Node) -> bool:
 
 
 # --- the rewrite ----------------------------------------------------------------------------------
+
+
+def _evaluate(chosen: list[fx.Node]) -> dict[fx.Node, torch.Tensor | str]:
+    """Values of the chosen nodes, or the reason why one cannot be computed here."""
+    try:
+        return dict(evaluate_constants(chosen))
+    except (RuntimeError, NotImplementedError):
+        out: dict[fx.Node, torch.Tensor | str] = {}
+        for node in chosen:
+            try:
+                out.update(evaluate_constants([node]))
+            except (RuntimeError, NotImplementedError) as error:
+                out[node] = f"it cannot be evaluated: {str(error).splitlines()[0]}"
+        return out
 
 
 def _stored(value: torch.Tensor) -> torch.Tensor:

@@ -158,7 +158,7 @@ class _Driver:
         nodes.replace(match.root, new)
         dead, survivors = self.sweep([match.root, *reversed(made)], set(match.nodes))
         left = [n for n in made if not n._erased]
-        calls = [n for n in dead if n.op == "call_function" and n not in made]
+        calls = [n for n in reversed(dead) if n.op == "call_function" and n not in made]
         self.applied.append(applied(rule.name, calls, [n for n in left if n.op != "get_attr"]))
         self.guard()
         # What lost a user may now be matched as an inner node of those that still read it.

@@ -56,9 +56,7 @@ class Symbols:
 def assignments(graph: fx.Graph) -> tuple[Symbols, Symbols]:
     """Two assignments of every input symbol: the trace's sizes, and their doubles."""
     found: dict[Any, int] = {}
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            continue
+    for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
         for size in sizes:

@@ -30,6 +30,7 @@ Maps = dict[Key, AffineMap]
 
 _MAX_ROOTS = 16
 _MAX_TAPS = 4096
+_MAX_MATRIX = 1 << 22
 _TRANSPARENT = {"contiguous", "clone", "alias", "detach"}
 _RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"}
 
@@ -124,6 +125,9 @@ class MapReader:
                 continue
             if inner.spatial != outer.spatial:
                 continue
+            if key[1] is u:  # over itself: nothing to compose
+                out[key] = outer
+                continue
             if kind == "conv":
                 reason = border_reason(outer, inner, key[1], u, node)
                 if reason is not None:
@@ -162,11 +166,19 @@ class MapReader:
 
     def _sum(self, total: records.Sum) -> Maps:
         left, right = self.of(total.left), self.of(total.right)
+        _bridge(left, right, total.left, total.right)
         out: Maps = {}
         for key, a in left.items():
             b = right.get(key)
-            if b is not None and addable(a, b):
+            if b is None:
+                continue
+            if addable(a, b):
                 out[key] = am.add([a, am.scale(b, total.alpha)])
+            elif a.stride != b.stride:
+                self.refusals[total.node] = (
+                    f"its terms read {key[1].name} with strides {a.stride} and {b.stride}: they "
+                    f"share no grid"
+                )
         return out
 
     def _pool(self, pool: records.AvgPool) -> Maps:
@@ -209,7 +221,8 @@ class MapReader:
 
     def _settle(self, node: fx.Node, key: Key, border: _Border, out: Maps) -> None:
         """A bordered map is a map once every side equals the bias."""
-        if all(torch.equal(v, border.base.bias) for _, v in border.sides.values()):
+        eps = torch.finfo(nodes.dtype(node)).eps
+        if all(border.base.bias_is(v, eps) for _, v in border.sides.values()):
             out[key] = border.base
         self.borders.setdefault(node, {})[key] = border
 
@@ -256,6 +269,8 @@ class MapReader:
                 if key[0] != kind or any(m is None for m in found):
                     continue
                 whole = [m for m in found if m is not None]
+                if [m.out_channels for m in whole] != [shape(p)[axis] for p in parts]:
+                    continue
                 if all(m.in_channels == whole[0].in_channels for m in whole) and all(
                     m.stride == whole[0].stride for m in whole
                 ):
@@ -327,7 +342,11 @@ class MapReader:
         }
 
     def _reshape(self, node: fx.Node) -> Maps:
-        """Reshapes are transparent to feature maps: rows laid side by side repeat the matrix."""
+        """Reshapes are transparent to feature maps: they keep the row-major order of elements.
+
+        A longer last axis lays rows side by side, which repeats the matrix; a shorter one leaves a
+        map whose rows span several axes.
+        """
         u = node.args[0]
         if not is_tensor(u) or not shape(node) or not shape(u):  # type: ignore[arg-type]
             return {}
@@ -338,11 +357,26 @@ class MapReader:
         for key, inner in self.of(u).items():  # type: ignore[arg-type]
             if key[0] != "feature":
                 continue
-            if new == inner.out_channels:
-                out[key] = inner
-            elif new % inner.out_channels == 0:
+            if new % inner.out_channels == 0 and new != inner.out_channels:
                 out[key] = am.repeat_features(inner, new // inner.out_channels)
+            else:
+                out[key] = inner
         return out
+
+
+def _bridge(left: Maps, right: Maps, a: fx.Node, b: fx.Node) -> None:
+    """Where one term is a matrix over a root and the other a convolution of it: two matrices."""
+    for ours, theirs, node in ((left, right, a), (right, left, b)):
+        for kind, root in list(theirs):
+            key = ("conv", root)
+            if kind != "feature" or (kind, root) in ours or key not in ours:
+                continue
+            base, sizes, results = ours[key], shape(root)[1:], shape(node)[1:]
+            if any(not isinstance(s, int) for s in (*sizes, *results)) or base.spatial > 3:
+                continue
+            size, result = tuple(map(int, sizes)), tuple(map(int, results))
+            if math.prod(size) * math.prod(result) <= _MAX_MATRIX:
+                ours[(kind, root)] = am.as_matrix(base, size[1:], result[1:])
 
 
 def identity_maps(node: fx.Node) -> Maps:
@@ -401,7 +435,7 @@ def border_reason(
         high.append(0 if known(last < extents[axis]) else 1)
     if not any(low) and not any(high):
         return None
-    if inner.has_bias:
+    if not inner.bias_is(0.0, torch.finfo(nodes.dtype(node)).eps):
         return (
             f"{node.name} pads with zeros where {middle.name} would have its bias "
             f"(exact inside, wrong at the border)"

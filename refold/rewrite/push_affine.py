@@ -108,6 +108,7 @@ class Pusher:
         self.gm, self.graph, self.rule, self.wants = gm, gm.graph, rule, wants
         self.budget = (max_growth - 1.0) * constants.stored_bytes(gm)
         self.refusals: dict[fx.Node, tuple[str, str]] = {}
+        self.escapes = False
 
     def run(self) -> PassResult:
         result = PassResult()
@@ -141,6 +142,9 @@ class Pusher:
     def push(self, record: records.Affine) -> Applied | None:
         """Tries up, then down; records why when neither works."""
         factor = _Factor(record.scale.get(), record.shift.get())
+        if factor.is_identity:
+            return None  # clean-up removes it, where no output would come to share storage
+        self.escapes = _escapes(record.node)
         if not bool(torch.isfinite(factor.scale).all() & torch.isfinite(factor.shift).all()):
             self.refusals[record.node] = (
                 "the scale or shift is not finite (zero variance without eps, or NaN weights)",
@@ -175,7 +179,7 @@ class Pusher:
         for edit in plan.edits:
             edit()
         nodes.replace(record.node, current())
-        for node in (record.node, record.reader):
+        for node in dict.fromkeys((record.node, record.reader)):
             if not node.users:
                 self.graph.erase_node(node)
         return done
@@ -197,7 +201,7 @@ class Pusher:
         for step in (self._up_terminal, self._up_affine, self._up_layout, self._up_passing):
             if step(u, factor, plan):
                 return None
-        raise Refused(f"{op_name(u)} does not commute with a scale and shift")
+        raise Refused(_not_linear(u))
 
     def _into_constant(
         self, u: fx.Node, consumer: fx.Node, factor: _Factor, plan: _Plan
@@ -231,14 +235,14 @@ class Pusher:
             plan.edits.append(
                 lambda: self._set_weights(
                     u, 1, conv.weight_node, conv.weight.map(conv.weight.shape, scaled),
-                    2, conv.bias_node, _shifted(conv.bias, scale, shift),
+                    2, conv.bias_node, _shifted(conv.bias, scale, shift, u),
                 )  # fmt: skip
             )
         elif (linear := records.linear(u)) is not None:
             scale, shift = factor.vectors(-1, linear.weight.shape[0])
             self._check_sharing(linear.weight_node)
             weight = linear.weight.map(linear.weight.shape, lambda w: w * scale[:, None])
-            bias = _shifted(linear.bias, scale, shift)
+            bias = _shifted(linear.bias, scale, shift, u)
             plan.edits.append(lambda: self._set_linear(linear, weight, bias))
         elif (norm := records.norm_affine(u)) is not None:
             self._up_norm(norm, factor, plan)
@@ -270,7 +274,7 @@ class Pusher:
         weight = constants.exact(norm.weight) if norm.weight is not None else None
         bias = constants.exact(norm.bias) if norm.bias is not None else None
         new_weight = Lazy(target, lambda: scale if weight is None else scale * weight.get())
-        new_bias = _shifted(bias, scale, shift) if norm.shifts else None
+        new_bias = _shifted(bias, scale, shift, u) if norm.shifts else None
         plan.edits.append(
             lambda: self._set_weights(
                 u, norm.weight_index, norm.weight, new_weight, norm.bias_index, norm.bias, new_bias
@@ -332,6 +336,9 @@ class Pusher:
         try:
             others = [r for r in source.users if r is not consumer]
             disjoint = disjoint or bool(others)
+            siblings = [*others, *(r for r in consumer.users if consumer is not u and r is not u)]
+            if self.escapes and any(_escapes(sibling) for sibling in siblings):
+                raise Refused("two outputs would share storage")
             scale = layout.pull(u, source, factor.scale, 1.0, disjoint, self.graph)
             shift = layout.pull(u, source, factor.shift, 0.0, disjoint, self.graph)
             affected = (scale != 1) | (shift != 0)
@@ -455,13 +462,21 @@ class Pusher:
     def _commutes(self, u: fx.Node, factor: _Factor) -> bool:
         """True if ``u(scale * x + shift) == scale * u(x) + shift`` for ``u``'s first input."""
         name = op_name(u)
-        spatial = {a for a in factor.varies() if a >= 2}
-        if name in _HOMOGENEOUS:
-            return self._homogeneous(u, factor)
-        if name in _MAX_POOLS:
-            return factor.is_positive and not spatial and len(nodes.shape(u)) > 2
+        rank = factor.scale.dim()
+        pooled = next((int(c) for c in name if c.isdigit()), 0)
+        spatial = {a for a in factor.varies() if a >= rank - pooled}
+        if name in _HOMOGENEOUS or name in _MAX_POOLS:
+            if not factor.is_positive:
+                raise Refused(f"a negative or zero scale does not pass {name}")
+            if name in _MAX_POOLS:
+                return not spatial
+            if factor.shifts:
+                raise Refused(f"a shift does not pass {name}")
+            return True
         if (pool := records.avg_pool(u)) is not None:
-            return not spatial and (pool.keeps_constants or not factor.shifts)
+            if factor.shifts and not pool.keeps_constants:
+                raise Refused(f"{name} averages zero padding in, which the shift would change")
+            return not spatial
         if name in _MEANS:
             return not spatial
         if name in _RESIZES:
@@ -471,14 +486,9 @@ class Pusher:
                 factor.varies() & (self._reduced(u) or set())
             )
         if (pad := records.pad(u)) is not None and pad.mode == "constant":
-            axes = range(factor.scale.dim() - len(pad.low), factor.scale.dim())
+            axes = range(rank - len(pad.low), rank)
             return pad.value == 0 and not factor.shifts and not (factor.varies() & set(axes))
         return False
-
-    def _homogeneous(self, u: fx.Node, factor: _Factor) -> bool:
-        if factor.shifts or not factor.is_positive:
-            return False
-        return op_name(u) not in ("prelu", "_prelu_kernel") or is_tensor(u.args[1])
 
     def _reduced(self, u: fx.Node) -> set[int] | None:
         args = nodes.arguments(u)
@@ -586,7 +596,7 @@ class Pusher:
                 shifts = [s for a, s in enumerate(factor.shift.shape) if a not in reduced]
                 factor = _Factor(factor.scale.reshape(sizes), factor.shift.reshape(shifts))
             return self._down(c, factor, plan)
-        raise Refused(f"{op_name(c)} does not commute with it")
+        raise Refused(_not_linear(c))
 
     def _gathered(self, c: fx.Node, n: fx.Node, factor: _Factor) -> _Factor:
         return _Factor(
@@ -622,9 +632,7 @@ class Pusher:
         self, node: fx.Node, weight_index: int, weight_node: Any, weight: Lazy,
         bias_index: int = -1, bias_node: Any = None, bias: Lazy | None = None,
     ) -> None:  # fmt: skip
-        like = weight_node if weight_node is not None else bias_node
-        if like is None:
-            like = node
+        like = next(n for n in (weight_node, bias_node, node) if n is not None)
         base = _name(like) if like.op == "get_attr" else node.name
         new = self._constant(node, base, weight, like)
         values: dict[int, Any] = {weight_index: new}
@@ -710,6 +718,23 @@ def set_arguments(node: fx.Node, values: dict[int, Any]) -> None:
     node.kwargs = {k: v for k, v in node.kwargs.items() if k not in names}
 
 
+def _not_linear(node: fx.Node) -> str:
+    return f"{op_name(node)} is not linear in its input, so a scale and shift cannot cross it"
+
+
+def _escapes(node: fx.Node) -> bool:
+    """True if the node's storage reaches an output of the graph through layout operations."""
+    seen, queue = {node}, [node]
+    while queue:
+        for user in queue.pop().users:
+            if user.op == "output":
+                return True
+            if user not in seen and layout.is_layout(user):
+                seen.add(user)
+                queue.append(user)
+    return False
+
+
 def _operand(reader: fx.Node, x: fx.Node) -> Callable[[], fx.Node]:
     """The node that stands where ``reader`` reads ``x`` now: an edit may replace ``x``."""
     index = reader.args.index(x)
@@ -724,12 +749,27 @@ def _reads(consumer: fx.Node, u: fx.Node) -> int:
     return sum(a is u for a in torch.utils._pytree.tree_leaves((consumer.args, consumer.kwargs)))
 
 
-def _shifted(bias: Lazy | None, scale: torch.Tensor, shift: torch.Tensor) -> Lazy | None:
+def _shifted(
+    bias: Lazy | None, scale: torch.Tensor, shift: torch.Tensor, node: fx.Node
+) -> Lazy | None:
+    """``scale * bias + shift``; what cancels to the rounding of the node's dtype is zero.
+
+    A network that subtracts its own bias before a zero pad (Diverse Branch Block) does so up to
+    rounding; the zero is what lets the pad be seen through.
+    """
     if bias is None and not bool(shift.any()):
         return None
-    return Lazy(
-        tuple(scale.shape), lambda: shift.clone() if bias is None else bias.get() * scale + shift
-    )
+    eps = torch.finfo(nodes.dtype(node)).eps
+
+    def compute() -> torch.Tensor:
+        if bias is None:
+            return shift.clone()
+        moved = bias.get() * scale
+        total = moved + shift
+        noise = 8 * eps * torch.maximum(moved.abs(), shift.abs())
+        return torch.where((total.abs() <= noise) & (shift != 0), 0.0, total)
+
+    return Lazy(tuple(scale.shape), compute)
 
 
 def _narrow(t: torch.Tensor, axis: int, start: int, size: int) -> torch.Tensor:

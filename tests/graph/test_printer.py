@@ -20,7 +20,9 @@ class Net(nn.Module):
     def forward(self, v):
         y = self.stem(v) * self.scale
         a, b = torch.chunk(y, 2, dim=1)
-        z = torch.cat([a, F.conv2d(b, self.stem[0].weight)[:, :4].mean((2, 3), keepdim=True) + a], 1)
+        z = torch.cat(
+            [a, F.conv2d(b, self.stem[0].weight)[:, :4].mean((2, 3), keepdim=True) + a], 1
+        )
         return {"z": z.to(torch.float64), "y": [y, z.reshape(z.shape[0], -1)]}
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from refold.errors import VerifierError
-from refold.graph import constants
+from refold.graph import constants, printer
 from refold.graph.verifier import signature, verify
 from tests.tracing import find, trace
 
@@ -117,7 +117,9 @@ def test_sharing_that_was_there_is_allowed() -> None:
 
 
 def test_copies_do_not_count_as_sharing() -> None:
-    graph = trace(lambda v: (v, v.transpose(1, 2).contiguous(), v.transpose(1, 2).reshape(2, -1)), T)
+    graph = trace(
+        lambda v: (v, v.transpose(1, 2).contiguous(), v.transpose(1, 2).reshape(2, -1)), T
+    )
     assert signature(graph).sharing == {("output 0", "input args_0")}
 
 
@@ -189,3 +191,13 @@ def _timed(run) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def test_higher_order_calls_are_passed_over() -> None:
+    class Branching(nn.Module):
+        def forward(self, v):
+            return torch.cond(v.sum() > 0, lambda t: t * 2, lambda t: t * 3, (torch.relu(v),)) + 1
+
+    graph = trace(Branching(), T)
+    verify(graph, signature(graph), repropagate=True)
+    assert "cond(" in printer.render(graph)

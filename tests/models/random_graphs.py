@@ -41,7 +41,7 @@ class RandomGraph(nn.Module):
                 try:
                     with torch.no_grad():
                         value = step(list(pool))
-                except RuntimeError:
+                except (RuntimeError, ValueError):
                     continue
                 if value.numel() == 0 or value.numel() > 20000 or value.abs().max() > 1e4:
                     continue

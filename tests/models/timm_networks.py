@@ -11,13 +11,14 @@ from refold.frontends.export import trace
 from refold.frontends.torchvision_shim import declare_torchvision_ops
 from tests.randomise import randomise
 
-# Name and image size; fixed-size models keep their own.
+# Name and image size. Fixed-size models keep their own; mobileone with random weights is so badly
+# conditioned at 64 pixels that its author's own fold is 1.6e-12 from it in float64.
 NETWORKS: dict[str, int] = {
     "repvgg_a0": 64,
     "repvgg_b1g4": 64,
-    "mobileone_s0": 64,
-    "mobileone_s1": 64,
-    "mobileone_s4": 64,
+    "mobileone_s0": 128,
+    "mobileone_s1": 128,
+    "mobileone_s4": 128,
     "fastvit_t8": 64,
     "fastvit_mci0": 64,
     "ghostnetv3_050": 64,

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 x = Var("x")
 T = torch.randn(2, 4, 3, 3)
 
-double_neg = rule_from_functions("double-neg", lambda v: -(-v), lambda v: v)
+double_neg = rule_from_functions("double-neg", lambda v: v.neg().neg(), lambda v: v)
 relu_to_sigmoid = rule_from_functions("relu-to-sigmoid", lambda v: v.relu(), lambda v: v.sigmoid())
 sigmoid_to_relu = rule_from_functions("sigmoid-to-relu", lambda v: v.sigmoid(), lambda v: v.relu())
 
@@ -30,7 +30,7 @@ def chain(function, count):
 
 
 def test_rewrites_enable_rewrites() -> None:
-    graph = trace(lambda v: torch.sigmoid(-torch.abs(-(-(-v)))) + 1, T)
+    graph = trace(lambda v: torch.sigmoid(-torch.abs(v.neg().neg().neg())) + 1, T)
     assert len(double_neg.run(graph).applied) == 1
     graph = trace(chain(torch.neg, 100), T)
     result = double_neg.run(graph)
@@ -76,7 +76,7 @@ def test_only_the_neighbourhood_of_a_rewrite_is_looked_at_again() -> None:
             checks.append(match.root.name)
             return "never"
 
-    graph = trace(lambda v: chain(torch.sigmoid, 100)(-(-v)), T)
+    graph = trace(lambda v: chain(torch.sigmoid, 100)(v.neg().neg()), T)
     apply_rules(graph, (Watch(), double_neg))
     assert len(checks) < 110
 
@@ -89,7 +89,7 @@ def test_a_decline_is_recorded_once_for_each_rule_and_node() -> None:
         def check(self, match):
             return "never"
 
-    graph = trace(lambda v: torch.sigmoid(-(-(-(-v)))) + 1, T)
+    graph = trace(lambda v: torch.sigmoid(v.neg().neg().neg().neg()) + 1, T)
     result = apply_rules(graph, (Never(), double_neg))
     assert [d.rule for d in result.declined] == ["never"]
 

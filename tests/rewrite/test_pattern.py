@@ -146,7 +146,9 @@ def test_constants_are_parameters_numbers_and_what_depends_on_them_alone() -> No
 def test_literals_tell_numbers_from_booleans() -> None:
     assert matches(Call(aten.mul, x, 1), trace(lambda v: v * 1.0, T))
     assert not matches(Call(aten.mul, x, True), trace(lambda v: v * 1, T))
-    assert not matches(Call(aten.dropout, x, Attr("p"), 0), trace(lambda v: F.dropout(v, 0.5, False), T))
+    assert not matches(
+        Call(aten.dropout, x, Attr("p"), 0), trace(lambda v: F.dropout(v, 0.5, False), T)
+    )
 
 
 def test_predicates_and_lists() -> None:

@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+import refold
+from refold.backends import onnxruntime as backend
+from refold.errors import BackendError, UsageError
+from tests.small_nets import ConvNet, PaddedMaxPool, seeded
+
+
+@pytest.mark.parametrize(("twice", "own"), [(False, 0), (True, 1)])
+def test_zero_pad_before_max_pool_stays_zero(twice, own, tmp_path):
+    # Everything is about -100: a border taken as -inf would show.
+    model, x = seeded(PaddedMaxPool(twice, own)), torch.randn(2, 2, 9, 9)
+    compiled = refold.compile_for_inference(model, x, target="ort")
+    torch.testing.assert_close(compiled(x), model(x))
+    assert any("Pad before MaxPool" in note for note in compiled.report.notes)
+
+    session = backend.open_session(compiled.save(tmp_path / "net.onnx"))
+    (got,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), model(x))
+
+
+def test_runtime_miscompiles_the_plain_spelling(tmp_path, monkeypatch):
+    """Why the other spelling exists; once this fails, the runtime was mended."""
+    monkeypatch.setattr("refold.backends.onnx.keep_pads_before_max_pool", lambda model: 0)
+    model, x = seeded(PaddedMaxPool()), torch.randn(2, 2, 9, 9)
+    with pytest.raises(refold.RefoldError, match="from the float64 reference"):
+        refold.compile_for_inference(model, x, target="ort")
+
+
+def test_pad_with_minus_infinity_is_left_to_the_runtime():
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            y = torch.nn.functional.pad(x - 100, (1, 1, 1, 1), value=-torch.inf)
+            return torch.nn.functional.max_pool2d(y, 3)
+
+    x = torch.randn(2, 2, 7, 7)
+    compiled = refold.compile_for_inference(Net(), x, target="ort")
+    torch.testing.assert_close(compiled(x), Net()(x))
+    assert not any("Pad" in note for note in compiled.report.notes)
+
+
+def test_threads_are_an_option(monkeypatch):
+    seen = {}
+    real = backend.open_session
+    monkeypatch.setattr(
+        backend,
+        "open_session",
+        lambda p, threads=0: seen.update(n=threads) or real(p, threads=threads),
+    )
+    model, x = seeded(ConvNet()), torch.randn(1, 3, 8, 8)
+    compiled = refold.compile_for_inference(model, x, target="ort", threads=1)
+    assert seen == {"n": 1}
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 3, 8, 8)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_negative_threads():
+    with pytest.raises(UsageError, match="threads must be 0"):
+        refold.compile_for_inference(ConvNet(), torch.randn(1, 3, 8, 8), target="ort", threads=-1)
+
+
+def test_bfloat16_is_refused_with_the_reason():
+    model = seeded(ConvNet()).to(torch.bfloat16)
+    with pytest.raises(BackendError, match="bfloat16, which NumPy"):
+        refold.compile_for_inference(
+            model, torch.randn(2, 3, 8, 8, dtype=torch.bfloat16), target="ort", verify=False
+        )
+
+
+def test_missing_runtime_names_the_extra(monkeypatch):
+    real = refold.backends.base.importlib.util.find_spec
+    monkeypatch.setattr(
+        refold.backends.base.importlib.util,
+        "find_spec",
+        lambda name, *a: None if name == "onnxruntime" else real(name, *a),
+    )
+    with pytest.raises(
+        refold.RefoldError, match=r"onnxruntime is not installed: pip install 'refold\[ort\]'"
+    ):
+        refold.compile_for_inference(ConvNet(), torch.randn(1, 3, 8, 8), target="ort")

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from refold.graph import printer
+from refold.passes.absorb_scale_shift import AbsorbScaleShift
+from tests import golden
+from tests.folding import Net, image, left, run
+from tests.tracing import trace
+
+
+def conv(i: int = 4, o: int = 4, k: int = 3, **options) -> nn.Conv2d:
+    return nn.Conv2d(i, o, k, **options)
+
+
+def mixed(*shape: int) -> torch.Tensor:
+    t = torch.randn(*shape)
+    t.view(-1)[0] = -abs(t.view(-1)[0]) - 0.1
+    return t
+
+
+def positive(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape) + 0.5
+
+
+def test_golden() -> None:
+    net = Net(
+        lambda s, x: F.relu(s.l(x) * s.g + s.h), l=nn.Linear(4, 5), g=mixed(5), h=mixed(5)
+    )  # fmt: skip
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    before = printer.render(trace(net, x, dynamic=True))
+    after, _ = run(AbsorbScaleShift(), net, x)
+    golden.check("absorb_scale_shift", f"{before}\n---\n{printer.render(after)}")
+
+
+SPELLINGS = {
+    "g*x": lambda g, x: g * x,
+    "x*g": lambda g, x: x * g,
+    "x/g": lambda g, x: x / g,
+    "x+h": lambda g, x: x + g,
+    "h+x": lambda g, x: g + x,
+    "x-h": lambda g, x: x - g,
+    "h-x": lambda g, x: g - x,
+    "-x": lambda g, x: -x,
+    "x*2": lambda g, x: x * 2.0,
+    "1-x": lambda g, x: 1.0 - x,
+    "x/4": lambda g, x: x / 4,
+    "add alpha": lambda g, x: torch.add(x, g, alpha=-3),
+    "add alpha constant first": lambda g, x: torch.add(g, x, alpha=-3),
+    "sub alpha": lambda g, x: torch.sub(x, g, alpha=2),
+    "rsub": lambda g, x: torch.rsub(x, g),
+    "addcmul": lambda g, x: torch.addcmul(g, x, g, value=0.5),
+    "addcmul constants": lambda g, x: torch.addcmul(x, g, g, value=0.5),
+}
+
+
+@given(
+    names=st.lists(st.sampled_from(sorted(SPELLINGS)), min_size=1, max_size=4),
+    shape=st.sampled_from(((4, 1, 1), (1, 4, 1, 1), (1,), ())),
+    bias=st.booleans(),
+)
+@settings(max_examples=50, deadline=None)
+def test_every_spelling_in_any_chain(names, shape, bias) -> None:
+    def forward(s, x):
+        y = s.c(x)
+        for name in names:
+            y = SPELLINGS[name](s.g, y)
+        return F.gelu(y)
+
+    # Like folding.EXACT, but negative scales must survive too: the constant has a negative entry.
+    net = Net(forward, c=conv(bias=bias), g=mixed(*shape) if shape else torch.tensor(-0.7))
+    gm, _ = run(AbsorbScaleShift(), net, image())
+    if "addcmul" in names and not shape:
+        return  # a 0-dimensional constant as addcmul's base is read as a number
+    assert left(gm) == {"conv": 1, "gelu": 1}, (names, gm.graph)
+
+
+@pytest.mark.parametrize(
+    "forward,parts",
+    [
+        (lambda s, x: F.relu(s.c(x)) * s.g, {"c": conv(), "g": positive(4, 1, 1)}),
+        (lambda s, x: F.leaky_relu(s.c(x), 0.2) * s.g, {"c": conv(), "g": positive(4, 1, 1)}),
+        (lambda s, x: F.max_pool2d(s.c(x), 2) * s.g + s.g, {"c": conv(), "g": positive(4, 1, 1)}),
+        (lambda s, x: s.c(x).mean((2, 3)) * s.g, {"c": conv(), "g": mixed(4)}),
+        (lambda s, x: s.c(x).permute(0, 2, 3, 1) * s.g, {"c": conv(), "g": mixed(4)}),
+        (lambda s, x: s.c(x).flatten(2).transpose(1, 2) * s.g + s.g, {"c": conv(), "g": mixed(4)}),
+        (lambda s, x: s.n(x) * s.g + s.h, {"n": nn.LayerNorm(6), "g": mixed(6), "h": mixed(6)}),
+        (lambda s, x: s.n(x) * s.g, {"n": nn.RMSNorm(6), "g": mixed(6)}),
+        (lambda s, x: s.n(x) * s.g + s.g, {"n": nn.GroupNorm(2, 4), "g": mixed(4, 1, 1)}),
+        (
+            lambda s, x: s.n(x) * s.g + s.g,
+            {"n": nn.LayerNorm(6, elementwise_affine=False), "g": mixed(6)},
+        ),
+        (lambda s, x: (s.c(x) + s.d(x).tanh() * s.g), {"c": conv(), "d": conv(), "g": mixed(4, 1, 1)}),
+        (lambda s, x: torch.cat([s.c(x), s.d(x)], 1) * s.g, {"c": conv(), "d": conv(), "g": mixed(8, 1, 1)}),
+        (lambda s, x: (s.c(x) - s.d(x)) * s.g + s.h, {"c": conv(), "d": conv(), "g": mixed(4, 1, 1), "h": mixed(4, 1, 1)}),
+        (lambda s, x: s.c(x).chunk(2, 1)[1] * 3.0, {"c": conv()}),
+    ],
+)  # fmt: skip
+def test_absorbs(forward, parts) -> None:
+    net = Net(forward, **parts)
+    gm, _ = run(AbsorbScaleShift(), net, image())
+    found = left(gm)
+    lone = "tanh" in found
+    assert {k: v for k, v in found.items() if k in ("mul", "div", "add")} == (
+        {"mul": 1, "add": 1} if lone else {}
+    )
+
+
+def test_one_part_of_a_split_scales_its_rows_alone() -> None:
+    def forward(s, x):
+        q, k, v = s.qkv(x).reshape(x.shape[0], 5, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.softmax((q * 0.5) @ k.transpose(-2, -1), -1) @ v
+
+    net = Net(forward, qkv=nn.Linear(8, 24))
+    gm, _ = run(AbsorbScaleShift(), net, torch.randn(2, 5, 8, dtype=torch.float64))
+    assert "mul" not in left(gm)
+
+
+def test_through_class_token_and_position_embedding() -> None:
+    """SSF after cat(cls, x) + pos: the scale goes to every part, the shift to the embedding."""
+
+    def forward(s, x):
+        y = s.c(x).flatten(2).transpose(1, 2)
+        y = torch.cat([s.cls.expand(x.shape[0], -1, -1), y], 1) + s.pos
+        return s.n(y * s.g + s.h)
+
+    net = Net(
+        forward, c=conv(4, 8), cls=mixed(1, 1, 8), pos=mixed(1, 21, 8), g=mixed(8), h=mixed(8),
+        n=nn.LayerNorm(8),
+    )  # fmt: skip
+    gm, _ = run(AbsorbScaleShift(), net, image())
+    found = left(gm)
+    assert "mul" not in found
+    assert found["add"] == 1
+
+
+@pytest.mark.parametrize(
+    "forward,parts,reason",
+    [
+        (lambda s, x: F.relu(s.c(x)) * s.g, {"c": conv(), "g": mixed(4, 1, 1)}, "negative or zero"),
+        (lambda s, x: F.relu(s.c(x)) * 0.0, {"c": conv()}, "negative or zero"),
+        (lambda s, x: F.relu(s.c(x)) + s.g, {"c": conv(), "g": positive(4, 1, 1)}, "shift does not pass"),
+        (lambda s, x: F.relu6(s.c(x)) * s.g, {"c": conv(), "g": positive(4, 1, 1)}, "not linear"),
+        (lambda s, x: F.silu(s.c(x)) * s.g, {"c": conv(), "g": positive(4, 1, 1)}, "not linear"),
+        (lambda s, x: s.c(x) * s.g, {"c": conv(), "g": mixed(4)}, "another axis"),
+        (lambda s, x: s.n(x) + s.g, {"n": nn.RMSNorm(6), "g": mixed(6)}, "no bias"),
+        (lambda s, x: (lambda y: (y * s.g, y.tanh()))(s.c(x)), {"c": conv(), "g": mixed(4, 1, 1)}, "other users"),
+        (lambda s, x: F.pad(s.c(x), (1, 1, 1, 1)) + s.g, {"c": conv(), "g": mixed(4, 1, 1)}, "not linear"),
+        (lambda s, x: F.gelu(x) * s.g, {"g": mixed(4, 1, 1)}, "not linear"),
+        (lambda s, x: torch.div(s.c(x), 2.0, rounding_mode="floor"), {"c": conv()}, "rounds"),
+    ],
+)  # fmt: skip
+def test_declines(forward, parts, reason) -> None:
+    # 6 x 6 outputs of 4 channels would hide nothing; width equals channels here on purpose.
+    gm, declined = run(AbsorbScaleShift(), Net(forward, **parts), image(4, 7, 6))
+    assert any(re.search(reason, d.reason) for d in declined), (declined, gm.graph)
+
+
+def test_a_promoting_constant_is_left_alone() -> None:
+    """fp16 conv times an fp32 vector is an fp32 result: not an affine map of the conv."""
+    layer = conv().half()
+    net = Net(lambda s, x: s.c(x) * s.g, c=layer, g=mixed(4, 1, 1))
+    net.c.half()
+    net.g.data = net.g.data.float()
+    with torch.no_grad():
+        gm = trace(net, image().half())
+        assert not AbsorbScaleShift().run(gm).modified
+
+
+def test_two_outputs_never_come_to_share_storage() -> None:
+    def forward(s, x):
+        a, b = s.c(x).chunk(2, 1)
+        return a * 2.0, b
+
+    gm, _ = run(AbsorbScaleShift(), Net(forward, c=conv()), image())
+    assert left(gm)["mul"] == 1

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from refold.graph import printer
+from refold.passes import PIPELINES
+from refold.passes.fold_branches import FoldBranches
+from tests import golden
+from tests.folding import Net, image, left, run
+from tests.tracing import trace
+
+FOLD = FoldBranches(prefer="nodes")
+
+
+def conv(i: int = 4, o: int = 4, k: int = 3, **options) -> nn.Conv2d:
+    return nn.Conv2d(i, o, k, **options)
+
+
+def bn(c: int = 4) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(c)
+
+
+def test_golden() -> None:
+    net = Net(
+        lambda s, x: F.relu(s.a(x) + s.c(x) + s.n(x)), a=conv(padding=1), c=conv(k=1), n=bn()
+    )  # fmt: skip
+    before = printer.render(trace(net, image(), dynamic=True))
+    after, _ = run(FoldBranches(), net, image())
+    golden.check("fold_branches", f"{before}\n---\n{printer.render(after)}")
+
+
+@st.composite
+def branches(draw: st.DrawFn):
+    """Branches of one 'same' grid: their kernels, dilations and groups differ."""
+    stride = draw(st.integers(1, 2))
+    parts: list[nn.Module] = []
+    for _ in range(draw(st.integers(2, 4))):
+        kernel = (draw(st.sampled_from((1, 3, 5))), draw(st.sampled_from((1, 3))))
+        dilation = draw(st.integers(1, 2))
+        padding = tuple(dilation * (k // 2) for k in kernel)
+        groups = draw(st.sampled_from((1, 2, 4)))
+        layer = nn.Conv2d(
+            4, 4, kernel, stride, padding, dilation, groups, bias=draw(st.booleans())
+        )
+        kind = draw(st.sampled_from(("plain", "norm", "pre", "scaled")))
+        if kind == "norm":
+            parts.append(nn.Sequential(layer, bn()))
+        elif kind == "pre" and kernel == (1, 1):
+            parts.append(nn.Sequential(bn(), layer))
+        else:
+            parts.append(layer)
+    if stride == 1:
+        extra = draw(st.sampled_from(("none", "identity", "norm", "pool")))
+        parts += {
+            "none": [], "identity": [nn.Identity()], "norm": [bn()],
+            "pool": [nn.AvgPool2d(3, 1, 1)],
+        }[extra]  # fmt: skip
+    signs = [draw(st.sampled_from((1, 1, -1))) for _ in parts]
+    return parts, signs
+
+
+@given(branches(), st.sampled_from(((7, 6), (8, 9))))
+@settings(max_examples=50, deadline=None)
+def test_any_branches_become_one_convolution(drawn, size) -> None:
+    parts, signs = drawn
+
+    def forward(s, x):
+        total = s.parts[0](x)
+        for part, sign in zip(s.parts[1:], signs[1:], strict=True):
+            total = total + part(x) if sign > 0 else total - part(x)
+        return F.relu(total)
+
+    gm, _ = run(FOLD, Net(forward, parts=nn.ModuleList(parts)), image(4, *size))
+    assert left(gm) == {"conv": 1, "relu": 1}, gm.graph
+
+
+@given(
+    first=st.sampled_from((1, 3)), second=st.sampled_from((1, 3)), pad=st.booleans(),
+    bias=st.booleans(), g1=st.sampled_from((1, 2, 4)), g2=st.sampled_from((1, 2, 4)),
+    s1=st.integers(1, 2), s2=st.integers(1, 2),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_sequences_fold_only_where_borders_allow(first, second, pad, bias, g1, g2, s1, s2) -> None:
+    padding = second // 2 if pad else 0
+    net = Net(
+        lambda s, x: F.relu(s.c(s.a(x))),
+        a=nn.Conv2d(4, 8, first, s1, first // 2, groups=g1, bias=bias),
+        c=nn.Conv2d(8, 4, second, s2, padding, groups=g2),
+    )
+    gm, declined = run(FOLD, net, image(4, 12, 11))
+    folded = left(gm)["conv"] == 1
+    # Zero padding after a bias, or after a kernel that reaches over the border, is not a map.
+    safe = padding == 0 or (not bias and first == 1)
+    assert folded == safe or (folded and not bias), (gm.graph, declined)
+    if not safe and not folded:
+        assert any(re.search("pad", d.reason) for d in declined)
+
+
+@pytest.mark.parametrize(
+    "forward,parts,expected",
+    [
+        (lambda s, x: s.c(F.pad(x, (1, 0, 2, 1))), {"c": conv()}, {"conv": 1}),
+        (lambda s, x: s.c(F.pad(x, (-1, 0, 0, 0))), {"c": conv()}, {"conv": 1}),
+        (lambda s, x: s.c(x)[:, :, ::2, ::2], {"c": conv(padding=1)}, {"conv": 1}),
+        (lambda s, x: s.c(x)[:, 1:3], {"c": conv()}, {"conv": 1}),
+        (lambda s, x: F.channel_shuffle(s.c(x), 2) + s.d(x), {"c": conv(), "d": conv()}, {"conv": 1, "add": 0}),
+        (lambda s, x: s.c(torch.cat([x, s.d(x)], 1)), {"d": conv(k=1), "c": conv(8)}, {"conv": 1}),
+        (lambda s, x: s.a(x) + s.b(s.c(x)) * 2, {"a": nn.Linear(6, 6), "c": nn.Linear(6, 2), "b": nn.Linear(2, 6)}, {"linear": 1, "add": 0}),
+        (lambda s, x: F.avg_pool2d(s.c(x), 3, 1, 1) + s.d(x), {"c": conv(k=1, bias=False), "d": conv(padding=1)}, {"conv": 1, "avg-pool": 0}),
+        (lambda s, x: s.a(x) + torch.tanh(x) + s.c(x), {"a": conv(padding=1), "c": conv(k=1)}, {"conv": 1, "add": 1}),
+    ],
+)  # fmt: skip
+def test_folds(forward, parts, expected) -> None:
+    gm, _ = run([FOLD, *PIPELINES["default"].passes[:2]], Net(forward, **parts), image())
+    found = left(gm)
+    assert {k: found.get(k, 0) for k in expected} == expected, gm.graph
+
+
+@pytest.mark.parametrize(
+    "forward,parts,reason",
+    [
+        (lambda s, x: s.c(s.a(x)), {"a": conv(k=1), "c": conv(padding=1)}, "bias"),
+        (lambda s, x: s.c(s.a(x)), {"a": conv(padding=1, bias=False), "c": conv(padding=1)}, "hides positions"),
+        (lambda s, x: s.c(x) + F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), {"c": conv(padding=1)}, "count_include_pad"),
+        (lambda s, x: s.a(x) + s.c(x), {"a": conv(stride=2, padding=1), "c": conv(k=4)}, "grid"),
+    ],
+)  # fmt: skip
+def test_declines(forward, parts, reason) -> None:
+    gm, declined = run(FOLD, Net(forward, **parts), image(4, 7, 7))
+    assert any(re.search(reason, d.reason) for d in declined), (declined, gm.graph)
+
+
+def test_dearer_merges_are_left_and_both_costs_are_said() -> None:
+    """Depthwise then pointwise is nine times the operations as one dense convolution."""
+    net = Net(
+        lambda s, x: s.p(s.d(x)), d=conv(64, 64, groups=64, padding=1), p=conv(64, 64, 1)
+    )  # fmt: skip
+    x = image(64, 28, 28)
+    gm, declined = run(FoldBranches(), net, x)
+    assert left(gm)["conv"] == 2
+    assert any(re.search(r"cost [\d.]+ us instead of [\d.]+ us|larger than", d.reason) for d in declined)
+    gm, _ = run(FOLD, net, x)
+    assert left(gm)["conv"] == 1
+
+
+def test_nothing_is_computed_twice() -> None:
+    """The inner convolution has another reader, so merging it into its user saves nothing."""
+    net = Net(
+        lambda s, x: (lambda y: (s.c(y), torch.tanh(y)))(s.a(x)), a=conv(), c=conv(k=1)
+    )  # fmt: skip
+    gm, _ = run(FOLD, net, image())
+    assert left(gm)["conv"] == 2
+
+
+def test_dynamic_height_and_width_fold_too() -> None:
+    net = Net(
+        lambda s, x: F.relu(s.n(s.a(x)) + s.c(x) + x), a=conv(padding=1), c=conv(k=1), n=bn()
+    )  # fmt: skip
+    auto = torch.export.Dim.AUTO
+    with torch.no_grad():
+        program = torch.export.export(
+            net, (image(),), strict=False, dynamic_shapes=({0: auto, 2: auto, 3: auto},)
+        )
+        gm = program.module(check_guards=False)
+        PIPELINES["default"].run(gm)
+        assert left(gm) == {"conv": 1, "relu": 1}
+        for size in ((1, 4, 5, 5), (3, 4, 8, 11)):
+            x = torch.randn(*size, dtype=torch.float64)
+            assert torch.allclose(gm(x), net(x), rtol=0, atol=1e-12)
+
+
+def test_a_second_run_changes_nothing() -> None:
+    net = Net(
+        lambda s, x: F.relu(s.a(x) + s.c(x)) + s.d(F.relu(x)), a=conv(padding=1), c=conv(k=1),
+        d=conv(padding=1),
+    )  # fmt: skip
+    with torch.no_grad():
+        gm = trace(net, image())
+        assert PIPELINES["default"].run(gm).modified
+        assert not any(r.result.applied for r in PIPELINES["default"].run(gm).runs)

@@ -1,0 +1,408 @@
+"""Constant subgraphs become tensors: the same numbers, no growth, no surprises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+from refold.frontends.export import trace
+from refold.graph import provenance
+from refold.graph.evaluate import Oracle
+from refold.graph.printer import render
+from refold.passes.fold_constants import FoldConstants
+from refold.rewrite.result import PassResult
+from tests import golden
+
+F64 = 1e-12  # float64 fold against the float64 oracle, relative
+F32 = 1e-6  # one rounding of each weight, a few of the sums
+
+
+class Does(nn.Module):
+    def __init__(self, function: Callable[..., Tensor], **parameters: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        for name, value in parameters.items():
+            if value.is_floating_point():
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def image(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 4, 6, 6, dtype=dtype)
+
+
+def calls(gm: fx.GraphModule) -> list[str]:
+    return [
+        n.target._schema.name.removeprefix("aten::")
+        for n in gm.graph.nodes
+        if n.op == "call_function" and hasattr(n.target, "_schema")
+    ]
+
+
+def folded(
+    model: nn.Module, x: Tensor, tolerance: float = F32, **options: float
+) -> tuple[fx.GraphModule, PassResult]:
+    program = trace(model.eval(), (x,))
+    gm = program.graph_module
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    reference = Oracle(gm)(x)
+    result = FoldConstants(**options).run(gm)
+    with torch.no_grad():
+        got = gm(x)
+    scale = float(reference.detach().abs().max())
+    assert float((got - reference).abs().max()) <= tolerance * scale
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key])
+    again = FoldConstants(**options).run(gm)
+    assert not again.modified
+    assert not again.applied
+    assert bool(result.applied) == result.modified
+    return gm, result
+
+
+def weight_norm(dtype: torch.dtype) -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 5, 3)).to(dtype)
+
+
+def old_weight_norm(dtype: torch.dtype) -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 5, 3), dim=None).to(dtype)
+
+
+def spectral_norm(dtype: torch.dtype) -> nn.Module:
+    return nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 5, 3)).to(dtype)
+
+
+def orthogonal(dtype: torch.dtype) -> nn.Module:
+    layer = nn.utils.parametrizations.orthogonal(nn.Linear(6, 6), orthogonal_map="matrix_exp")
+    return layer.to(dtype)
+
+
+def standardised(dtype: torch.dtype) -> nn.Module:
+    def function(s: Does, x: Tensor) -> Tensor:
+        w = F.batch_norm(s.w.reshape(1, 5, -1), None, None, s.g, training=True, eps=1e-6)
+        return F.conv2d(x, w.reshape_as(s.w))
+
+    return Does(function, w=torch.randn(5, 4, 3, 3), g=torch.rand(5) + 0.5).to(dtype)
+
+
+def generated(dtype: torch.dtype) -> nn.Module:
+    """A weight that is written piece by piece (central difference convolution)."""
+
+    def function(s: Does, x: Tensor) -> Tensor:
+        w = torch.zeros(5, 4, 9, dtype=s.w.dtype)
+        w[:, :, :] = s.w.reshape(5, 4, 9)
+        w[:, :, 4] = s.w.reshape(5, 4, 9)[:, :, 4] - s.w.sum((2, 3))
+        w[:, :, torch.tensor([0, 2])] = -w[:, :, torch.tensor([2, 0])]
+        w[:, 1:3, 8] *= 0.5
+        return F.conv2d(x, w.reshape(5, 4, 3, 3))
+
+    return Does(function, w=torch.randn(5, 4, 3, 3)).to(dtype)
+
+
+def averaged(dtype: torch.dtype) -> nn.Module:
+    def function(s: Does, x: Tensor) -> Tensor:
+        mix = torch.softmax(s.a, 0)
+        return F.conv2d(x, sum(mix[i] * w for i, w in enumerate((s.u, s.v, s.w))))
+
+    parameters = {k: torch.randn(5, 4, 3, 3) for k in "uvw"}
+    return Does(function, a=torch.randn(3), **parameters).to(dtype)
+
+
+SOURCES = {
+    "weight norm": weight_norm,
+    "weight norm over all": old_weight_norm,
+    "spectral norm": spectral_norm,
+    "orthogonal": orthogonal,
+    "weight standardisation": standardised,
+    "generated weight": generated,
+    "averaged experts": averaged,
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_parameter_only_subgraphs_become_plain_weights(name: str, dtype: torch.dtype) -> None:
+    model = SOURCES[name](dtype)
+    tolerance = F64 if dtype == torch.float64 else F32
+    gm, result = folded(model, image(dtype), tolerance)
+    assert calls(gm) in (["conv2d"], ["linear"])
+    assert len(result.applied) == 1
+    assert not result.declined
+
+
+def test_record_and_provenance() -> None:
+    gm, result = folded(nn.Sequential(weight_norm(torch.float32)), image())
+    (record,) = result.applied
+    assert record.rule == "fold-constants"
+    assert record.removed == ("_weight_norm",)
+    assert record.kinds == ("weight-norm",)
+    node = next(n for n in gm.graph.nodes if n.name == record.added[0])
+    origin = provenance.of(node)
+    assert origin["nodes"][-1] == "_weight_norm"
+    assert origin["rules"] == ["fold-constants"]
+    assert any("parametrizations" in m for m in origin["modules"])
+
+
+def test_a_fake_quantiser_keeps_its_grid() -> None:
+    def function(s: Does, x: Tensor) -> Tensor:
+        q = torch.clamp(torch.round(s.w / s.scale), -8, 7)
+        return F.conv2d(x, q * s.scale)
+
+    model = Does(function, w=torch.randn(5, 4, 3, 3), scale=torch.tensor(0.13))
+    gm, _ = folded(model, image())
+    assert calls(gm) == ["conv2d"]
+    stored = next(b for n, b in gm.named_buffers() if n.startswith("folded"))
+    own = torch.clamp(torch.round(model.w / model.scale), -8, 7) * model.scale
+    assert torch.equal(stored, own)
+
+
+def test_constants_shared_by_two_consumers_are_stored_once() -> None:
+    def function(s: Does, x: Tensor) -> Tensor:
+        w = s.v / s.v.norm()
+        return F.conv2d(F.conv2d(x, w, padding=1), w, padding=1)
+
+    gm, result = folded(Does(function, v=torch.randn(4, 4, 3, 3)), image())
+    assert len(result.applied) == 1
+    assert len([n for n in gm.graph.nodes if n.op == "get_attr"]) == 1
+
+
+def test_nothing_to_fold() -> None:
+    _, result = folded(nn.Conv2d(4, 5, 3), image())
+    assert not result.modified
+    assert not result.declined
+
+
+# --- policy ---------------------------------------------------------------------------------------
+
+
+def low_rank(s: Does, x: Tensor) -> Tensor:
+    return x @ (s.a @ s.b)
+
+
+def test_low_rank_product_stays_factored() -> None:
+    model = Does(low_rank, a=torch.randn(256, 4), b=torch.randn(4, 256))
+    gm, result = folded(model, torch.randn(2, 256))
+    assert calls(gm) == ["matmul", "matmul"]
+    (record,) = result.declined
+    assert "256 KiB" in record.reason
+    assert "8 KiB" in record.reason
+    assert record.hint
+
+
+def test_small_low_rank_product_is_folded() -> None:
+    model = Does(low_rank, a=torch.randn(32, 4), b=torch.randn(4, 32))
+    gm, _ = folded(model, torch.randn(2, 32))
+    assert calls(gm) == ["matmul"]
+
+
+def test_declined_product_still_gets_its_factors_folded() -> None:
+    model = Does(lambda s, x: x @ ((2 * s.a) @ s.b), a=torch.randn(256, 4), b=torch.randn(4, 256))
+    gm, result = folded(model, torch.randn(2, 256))
+    assert calls(gm) == ["matmul", "matmul"]
+    assert len(result.applied) == 1
+    assert len(result.declined) == 1
+
+
+def test_merge_into_a_weight_of_the_same_size_does_not_grow() -> None:
+    model = Does(
+        lambda s, x: F.linear(x, s.w + 0.5 * (s.a @ s.b)),
+        w=torch.randn(256, 256), a=torch.randn(256, 4), b=torch.randn(4, 256),
+    )  # fmt: skip
+    gm, result = folded(model, torch.randn(2, 256), max_growth=1.0)
+    assert calls(gm) == ["linear"]
+    assert not result.declined
+
+
+def test_growth_in_total_is_bounded() -> None:
+    def function(s: Does, x: Tensor) -> Tensor:
+        return F.linear(F.linear(F.linear(x, s.w), s.w * s.g), s.w.t() * s.h)
+
+    model = Does(function, w=torch.randn(256, 256), g=torch.randn(256, 1), h=torch.randn(256, 1))
+    gm, result = folded(model, torch.randn(2, 256))
+    assert [r.removed for r in result.applied] == [("t",)]  # a view stores nothing
+    assert calls(gm) == ["linear", "mul", "linear", "mul", "linear"]
+    assert len(result.declined) == 2
+    assert "growth of 1.25" in result.declined[0].reason
+    gm, result = folded(model, torch.randn(2, 256), max_growth=4.0)
+    assert calls(gm) == ["linear"] * 3
+    assert not result.declined
+
+
+def test_large_expand_is_not_written_out() -> None:
+    model = Does(lambda s, x: x + s.b.sin().expand(512, 128), b=torch.randn(1, 128))
+    gm, result = folded(model, torch.randn(512, 128))
+    assert sorted(set(calls(gm))) == ["add", "expand"]
+    assert len(result.applied) == 1
+    assert all(b.numel() <= 128 for b in gm.buffers())
+
+
+def test_view_of_a_parameter_stores_nothing() -> None:
+    model = Does(lambda s, x: x @ s.w.t(), w=torch.randn(256, 256))
+    gm, result = folded(model, torch.randn(2, 256), max_growth=1.0)
+    assert calls(gm) == ["matmul"]
+    assert result.modified
+    stored = next(b for n, b in gm.named_buffers() if n.startswith("folded"))
+    assert stored.untyped_storage().data_ptr() == model.w.untyped_storage().data_ptr()
+
+
+def test_pinned_nodes_stay() -> None:
+    program = trace(standardised(torch.float32), (image(),))
+    gm = program.graph_module
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and "batch_norm" in node.name:
+            node.meta["refold_pinned"] = True
+    FoldConstants().run(gm)
+    assert "batch_norm" in "".join(calls(gm))
+
+
+# --- what must not fold ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("draw", "says"),
+    [
+        (lambda s: torch.rand(4, 4), "rand draws random numbers"),
+        (lambda s: s.w * torch.randperm(4), "randperm draws random numbers"),
+        (lambda s: torch.empty(4, 4).uniform_(-1, 1) @ s.w, "uniform draws random numbers"),
+        (lambda s: torch.bernoulli(s.w.sigmoid()), "bernoulli draws random numbers"),
+    ],
+)
+def test_random_generators_are_refused_with_the_reason(draw: Callable, says: str) -> None:
+    model = Does(lambda s, x: x @ draw(s), w=torch.randn(4, 4))
+    gm = trace(model, (torch.randn(2, 4),)).graph_module
+    before = [c for c in calls(gm) if "rand" in c or "uniform" in c or "bernoulli" in c]
+    result = FoldConstants().run(gm)
+    assert says in [d.reason for d in result.declined]
+    assert all("buffer" in d.hint for d in result.declined)
+    assert [c for c in calls(gm) if "rand" in c or "uniform" in c or "bernoulli" in c] == before
+
+
+def test_written_buffer_is_not_constant() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("n", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.n += 1
+            return x * (self.n * 2)
+
+    gm = trace(Counts(), (torch.ones(2, 4),)).graph_module
+    result = FoldConstants().run(gm)
+    assert not result.applied
+    assert [float(gm(torch.ones(2, 4))[0, 0]) for _ in range(3)] == [2.0, 4.0, 6.0]
+
+
+def test_sizes_are_not_constant() -> None:
+    model = Does(lambda s, x: x + torch.arange(x.shape[0]).unsqueeze(1) * s.w, w=torch.ones(4))
+    gm = trace(model, (torch.zeros(2, 4),)).graph_module
+    FoldConstants().run(gm)
+    assert gm(torch.zeros(5, 4))[:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, x: (x, s.w * 2),
+        lambda s, x: (x, (s.w * 2).reshape(-1)),
+        lambda s, x: (s.w * 2, (s.w * 2)[:1]),
+        lambda s, x: (x, s.w.t()),
+    ],
+)
+def test_constant_output_is_a_tensor_of_its_own(function: Callable) -> None:
+    model = Does(function, w=torch.randn(3, 3))
+    x = torch.randn(2, 3)
+    gm = trace(model, (x,)).graph_module
+    FoldConstants().run(gm)
+    expected = [t.clone() for t in model(x)]
+    with torch.no_grad():
+        for out in gm(x)[1:] if gm(x)[0] is x else gm(x):
+            if out.untyped_storage().data_ptr() != model.w.untyped_storage().data_ptr():
+                out.fill_(9.0)
+    for got, want in zip(gm(x), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    assert not FoldConstants().run(gm).modified
+
+
+def test_nan_weights_fold_to_nan() -> None:
+    model = weight_norm(torch.float32)
+    with torch.no_grad():
+        model.parametrizations.weight.original1[0, 0, 0, 0] = float("nan")
+    gm = trace(model.eval(), (image(),)).graph_module
+    x = image()
+    own = gm(x)
+    FoldConstants().run(gm)
+    assert torch.equal(gm(x).isnan(), own.isnan())
+    assert own.isnan().any()
+
+
+def test_what_cannot_be_evaluated_is_declined() -> None:
+    model = Does(
+        lambda s, x: x @ torch.linalg.cholesky(s.w) + s.b * 2, w=-torch.eye(3), b=torch.ones(3)
+    )
+    gm = trace(model, (torch.randn(2, 3),), dynamic_batch=False).graph_module
+    result = FoldConstants().run(gm)
+    assert [r.kinds for r in result.applied] == [("mul",)]
+    assert "cannot be evaluated" in result.declined[0].reason
+
+
+# --- any constant expression ----------------------------------------------------------------------
+
+STEPS: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda a, b: a + b,
+    lambda a, b: a * b,
+    lambda a, b: a - b.mean(),
+    lambda a, b: a / (b.abs() + 1),
+    lambda a, b: a.t(),
+    lambda a, b: torch.tanh(a),
+    lambda a, b: a @ b,
+    lambda a, b: torch.round(a * 4) / 4,
+    lambda a, b: torch.where(a > b, a, b),
+    lambda a, b: torch.cat([a[:2], b[2:]]),
+    lambda a, b: a.flip(0).softmax(1),
+    lambda a, b: F.pad(a[1:, 1:], (1, 0, 1, 0)),
+]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, len(STEPS) - 1), st.integers(0, 9), st.integers(0, 9)),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_any_constant_expression(steps: list[tuple[int, int, int]], dtype: torch.dtype) -> None:
+    def function(s: Does, x: Tensor) -> Tensor:
+        values = [s.a, s.b]
+        for step, i, j in steps:
+            values.append(STEPS[step](values[i % len(values)], values[j % len(values)]))
+        return x @ values[-1]
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(4, 4, generator=generator, dtype=dtype) for _ in range(2))
+    x = torch.randn(2, 4, generator=generator, dtype=dtype)
+    gm, _ = folded(Does(function, a=a, b=b), x, F64 if dtype == torch.float64 else F32)
+    assert calls(gm) == ["matmul"]
+
+
+def test_golden() -> None:
+    def function(s: Does, x: Tensor) -> Tensor:
+        w = s.v / s.v.square().sum((1, 2, 3), keepdim=True).sqrt() * torch.tensor(2.0)
+        return F.conv2d(x, w).relu()
+
+    gm = trace(Does(function, v=torch.randn(5, 4, 3, 3)), (image(),)).graph_module
+    before = render(gm)
+    FoldConstants().run(gm)
+    golden.check("fold_constants", f"before:\n{before}\nafter:\n{render(gm)}")

@@ -1,0 +1,115 @@
+"""What every module must keep: layers, and for each pass a place, a test, a golden, a property."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from refold.passes import PASSES, PIPELINES
+from refold.rewrite.result import Pass
+
+ROOT = Path(__file__).resolve().parent.parent
+PASS_FILES = sorted(p for p in (ROOT / "refold/passes").glob("*.py") if p.stem != "__init__")
+MODULES = sorted((ROOT / "refold").rglob("*.py"))
+
+
+def name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Everything that a module imports, inside functions too, but not for type checking alone."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            module = node.module or ""
+            found.update({module, *(f"{module}.{alias.name}" for alias in node.names)})
+    return found
+
+
+def within(module: str, *packages: str) -> bool:
+    return any(module == p or module.startswith(p + ".") for p in packages)
+
+
+FORBIDDEN = {
+    "refold.graph": ("refold.rewrite", "refold.passes", "refold.frontends", "refold.backends"),
+    "refold.rewrite": ("refold.passes", "refold.frontends", "refold.backends"),
+    "refold.passes": ("refold.frontends", "refold.backends"),
+    "refold.frontends": ("refold.passes", "refold.backends"),
+    "refold.backends": ("refold.passes", "refold.frontends"),
+}
+UPPER = ("refold.compiler", "refold.cli", "refold.report")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_data_flows_one_way(path: Path) -> None:
+    used = imports(path)
+    own = name(path)
+    if own not in ("refold.cli", "refold.__main__"):
+        assert not [m for m in used if within(m, "refold.cli")]
+    for package, forbidden in FORBIDDEN.items():
+        if within(own, package):
+            assert not [m for m in used if within(m, *forbidden, *UPPER)]
+    if within(own, "refold.algebra"):
+        top = {m.partition(".")[0] for m in used if not within(m, "refold.algebra", "refold")}
+        assert top <= {"torch", *sys.stdlib_module_names}
+        assert not [m for m in used if within(m, "refold") and not within(m, "refold.algebra")]
+
+
+def test_star_imports_and_prints_are_nowhere() -> None:
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                assert all(alias.name != "*" for alias in node.names), path
+            if name(path) != "refold.cli" and isinstance(node, ast.Call):
+                assert not (isinstance(node.func, ast.Name) and node.func.id == "print"), path
+
+
+@pytest.mark.parametrize("path", PASS_FILES, ids=name)
+def test_every_pass_has_a_place_a_test_a_golden_and_a_property(path: Path) -> None:
+    module = name(path)
+    listed = [item for pipeline in PIPELINES.values() for item in pipeline.passes]
+    assert any(type(item).__module__ == module for item in listed), "it is in no pipeline"
+    assert any(kind.__module__ == module for kind in PASSES.values()), "it has no id in PASSES"
+    test = ROOT / "tests/passes" / f"test_{path.stem}.py"
+    assert test.exists(), f"it has no {test.name}"
+    text = test.read_text()
+    assert "golden.check(" in text, f"{test.name} has no golden"
+    assert "@given(" in text, f"{test.name} has no property test"
+
+
+@pytest.mark.parametrize("identifier", sorted(PASSES))
+def test_passes_keep_their_contract(identifier: str) -> None:
+    made = PASSES[identifier]()
+    assert isinstance(made, Pass)
+    assert made.name == identifier == identifier.lower().replace("_", "-")
+    assert made.exactness in ("exact", "reassociates", "approximate")
+    assert type(made).__dataclass_params__.frozen, "a pass is a frozen dataclass"
+    docstring = sys.modules[type(made).__module__].__doc__ or ""
+    assert "Before::" in docstring, "its module docstring shows a graph before ..."
+    assert "After::" in docstring, "... and after"
+
+
+def test_every_place_in_a_pipeline_says_why() -> None:
+    lines = (ROOT / "refold/passes/__init__.py").read_text().splitlines()
+    entries = [line for line in lines if line.startswith(" " * 8) and line.rstrip().count("(")]
+    for line in entries:
+        if any(f"{kind.__name__}(" in line for kind in PASSES.values()):
+            assert "  # " in line, f"{line.strip()} does not say why it stands there"

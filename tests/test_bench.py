@@ -1,0 +1,65 @@
+"""The parts of the benchmarks that can be wrong without anyone noticing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.common import interleaved, ratio
+from tools.readme_tables import fill
+
+
+def test_the_interval_holds_the_ratio() -> None:
+    slow = [2.0 + 0.01 * (i % 7) for i in range(40)]
+    fast = [1.0 + 0.01 * (i % 5) for i in range(40)]
+    found = ratio(slow, fast)
+    assert found["low"] <= found["ratio"] <= found["high"]
+    assert found["ratio"] == pytest.approx(2.0, abs=0.05)
+    assert ratio(slow, slow) == {"ratio": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_every_round_runs_everything_once() -> None:
+    calls: list[str] = []
+    runs = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = interleaved(runs, rounds=5, warmup=0)
+    assert all(len(taken) == 5 for taken in seconds.values())
+    rounds = [calls[i : i + 3] for i in range(0, 15, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 1
+
+
+def _result(**count: Any) -> dict[str, Any]:
+    return {
+        "date": "2026-01-01",
+        "versions": {"refold": "0"},
+        "machine": {"processor": "a processor", "cores": 2},
+        "settings": {},
+        "rows": [{"pattern": "a || b", "optimum": 1, "left": {"traced": count, "refold": count}}],
+    }
+
+
+def test_tables_are_made_between_their_markers(tmp_path: Path) -> None:
+    (tmp_path / "patterns.json").write_text(json.dumps(_result(linear=1, other=0)))
+    text = (
+        "before\n<!-- table:patterns-summary -->\nstale\n<!-- /table:patterns-summary -->\nafter\n"
+    )
+    filled = fill(text, tmp_path)
+    assert "| refold | 1 of 1 |" in filled
+    assert "stale" not in filled
+    assert filled.startswith("before\n")
+    assert filled.endswith("after\n")
+    assert fill(filled, tmp_path) == filled
+
+
+def test_a_failed_contender_reaches_nothing(tmp_path: Path) -> None:
+    (tmp_path / "patterns.json").write_text(json.dumps(_result(error="ValueError")))
+    text = "<!-- table:patterns-summary -->\n<!-- /table:patterns-summary -->"
+    assert "| refold | 0 of 1 |" in fill(text, tmp_path)
+
+
+def test_a_table_without_its_result_stays(tmp_path: Path) -> None:
+    text = "<!-- table:memory -->\nkept\n<!-- /table:memory -->"
+    assert fill(text, tmp_path) == text

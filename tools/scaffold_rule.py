@@ -1,0 +1,142 @@
+"""Writes the files of a new pass: ``python tools/scaffold_rule.py fold-something``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+RULE = '''"""TODO one sentence: what becomes what.
+
+TODO the algebra, and the conditions for exactness.
+
+Before::
+
+    TODO
+
+After::
+
+    TODO
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from refold.rewrite.driver import apply_rules
+from refold.rewrite.pattern import Call, Match, Var
+from refold.rewrite.result import PassResult
+from refold.rewrite.rule import Builder, RewriteRule
+
+aten = torch.ops.aten
+
+
+class {rule}(RewriteRule):
+    """TODO ``before`` is ``after``."""
+
+    name = "{id}"
+    pattern = Call(aten.neg, Call(aten.neg, Var("x")))
+
+    def check(self, match: Match) -> str | None:
+        """Why this match must stay as it is, or ``None``."""
+        return None
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        """Makes the replacement."""
+        result: fx.Node = match["x"]
+        return result
+
+
+@dataclass(frozen=True)
+class {cls}:
+    """The pass."""
+
+    name: str = "{id}"
+    exactness: str = "exact"
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Applies the rule to its fixpoint."""
+        return apply_rules(gm, ({rule}(),))
+'''
+
+TEST = """from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refold.graph import printer
+from refold.passes.{module} import {cls}
+from refold.rewrite.pipeline import Pipeline
+from tests import golden
+from tests.tracing import ops, trace
+
+PIPELINE = Pipeline("test", ({cls}(),))
+
+
+def model(v):
+    return torch.relu(v.neg().neg())  # TODO what the rule is for
+
+
+def test_golden() -> None:
+    graph = trace(model, torch.randn(2, 3))
+    before = printer.render(graph)
+    PIPELINE.run(graph, debug=True)
+    golden.check("{module}", f"before\\n{{before}}\\nafter\\n{{printer.render(graph)}}")
+
+
+@settings(max_examples=20, deadline=None, print_blob=True)
+@given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_it_keeps_the_numbers(sizes) -> None:
+    example = torch.randn(sizes, dtype=torch.float64)
+    graph = trace(model, example)
+    expected = graph(example)
+    PIPELINE.run(graph, debug=True)
+    assert ops(graph) == {{"relu": 1}}
+    torch.testing.assert_close(graph(example), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_it_declines() -> None:
+    graph = trace(lambda v: -v, torch.randn(2, 3))  # TODO what it must leave alone
+    (run,) = PIPELINE.run(graph).runs
+    assert not run.result.modified
+"""
+
+
+def scaffold(root: Path, identifier: str) -> list[Path]:
+    """Writes rule and test; refuses to overwrite."""
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", identifier):
+        raise SystemExit(f"{identifier!r} is not kebab-case, as in fold-batch-norm")
+    module = identifier.replace("-", "_")
+    cls = "".join(part.capitalize() for part in identifier.split("-"))
+    values = {"id": identifier, "module": module, "cls": cls, "rule": f"{cls}Rule"}
+    files = {
+        root / "refold/passes" / f"{module}.py": RULE,
+        root / "tests/passes" / f"test_{module}.py": TEST,
+    }
+    taken = [str(path) for path in files if path.exists()]
+    if taken:
+        raise SystemExit(f"there already: {', '.join(taken)}")
+    for path, text in files.items():
+        path.write_text(text.format(**values))
+    return list(files)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("id", help="id of the pass, in kebab-case")
+    identifier = parser.parse_args(arguments).id
+    for path in scaffold(Path(__file__).resolve().parent.parent, identifier):
+        print(f"wrote {path}")
+    cls = "".join(part.capitalize() for part in identifier.split("-"))
+    print("now add to refold/passes/__init__.py, with the reason for its place:")
+    print(f'    "{identifier}": {cls},  in PASSES')
+    print(f"        {cls}(),  # why here")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
