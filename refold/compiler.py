@@ -13,9 +13,16 @@ import torch
 from torch import fx
 
 from refold import numerics
-from refold.backends.base import Target, find_target, make_options, require
+from refold.backends.base import (
+    Artifact,
+    Runner,
+    Target,
+    find_target,
+    make_options,
+    require,
+)
 from refold.compiled import Compilation, CompiledModel, weight_origins
-from refold.errors import ExpectationError, UsageError, did_you_mean
+from refold.errors import ExpectationError, MissingDependencyError, UsageError, did_you_mean
 from refold.frontends.export import Program, trace
 from refold.graph import kinds
 from refold.inputs import InputCheck, as_call
@@ -190,15 +197,30 @@ def _compile(
         report.numerics = result.to_dict()
     with clock("lower"), torch.no_grad():
         artifact = target.lower(program, gm, settings.options)
-        runner = target.load(artifact, settings.options)
+        runner, missing = _load(target, artifact, settings.options)
     report.artifact = target.stats(artifact)
     report.notes = (*report.notes, *artifact.notes)
-    if settings.verify and runner is not gm:
+    if missing:
+        report.notes = (*report.notes, f"the artifact was not run here: {missing}")
+    elif settings.verify and runner is not gm:
         with clock("verify artifact"):
             result = numerics.verify(folded.original, runner, program)
         report.artifact_numerics = result.to_dict()
     weights = weight_origins(gm, folded.original)
     return Compilation(gm, check, target, artifact, runner, report, weights)
+
+
+def _load(target: Target, artifact: Artifact, options: Any) -> tuple[Runner, str]:
+    """The callable artifact; where its runtime is missing, a callable that says so, and why."""
+    try:
+        return target.load(artifact, options), ""
+    except MissingDependencyError as error:
+        reason = str(error)
+
+    def unavailable(*args: Any, **kwargs: Any) -> Any:
+        raise MissingDependencyError(reason)
+
+    return unavailable, reason
 
 
 def _fold(program: Program, pipeline: Pipeline, exclude: tuple[str, ...], clock: _Clock) -> _Folded:

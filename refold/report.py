@@ -16,6 +16,7 @@ from refold.rewrite.result import Applied, Declined
 
 SCHEMA = 1
 _SHOWN_DECLINES = 10
+_JOINED = "\N{NO-BREAK SPACE}"
 _NUMBERED = re.compile(r"\b[a-z]\w*_\d+\b|\d+(\.\d+)?")
 
 
@@ -197,6 +198,7 @@ class _Renderer:
 
     def _line(self, label: str, text: str, code: str) -> None:
         head = self._paint(f"{label:<10}", "2") if label else " " * 10
+        text = text.replace(_JOINED, " ").rstrip()
         self.lines.append(f" {head}{self._paint(text, code) if code else text}".rstrip())
 
     def _head(self) -> None:
@@ -253,7 +255,7 @@ class _Renderer:
         kinds = [k for k in _ordered({**before, **after}) if before.get(k, 0) != after.get(k, 0)]
         if kinds:
             changes = [f"{k} {before.get(k, 0)} -> {after.get(k, 0)}" for k in kinds]
-            self._row("calls", "   ".join(changes))
+            self._row("calls", _kept_together(changes))
 
     def _numerics(self) -> None:
         r = self.report
@@ -272,9 +274,13 @@ class _Renderer:
         r = self.report
         self._row(
             "size",
-            f"nodes {r.before.nodes} -> {r.after.nodes}   "
-            f"parameters {_count(r.before.parameters)} -> {_count(r.after.parameters)}   "
-            f"weights {_bytes(r.before.bytes)} -> {_bytes(r.after.bytes)}",
+            _kept_together(
+                [
+                    f"nodes {r.before.nodes} -> {r.after.nodes}",
+                    f"parameters {_count(r.before.parameters)} -> {_count(r.after.parameters)}",
+                    f"weights {_bytes(r.before.bytes)} -> {_bytes(r.after.bytes)}",
+                ]
+            ),
         )
         if r.artifact and r.target not in (None, "torch"):
             self._row(
@@ -282,11 +288,16 @@ class _Renderer:
                 f"{r.artifact.get('nodes', 0)} nodes, {_bytes(r.artifact.get('bytes', 0))}",
             )
         if r.timings:
-            self._row("time", "   ".join(f"{k} {_time(s)}" for k, s in r.timings.items()))
+            self._row("time", _kept_together(f"{k} {_time(s)}" for k, s in r.timings.items()))
 
     def _notes(self) -> None:
         for sentence in [*self.report.specialised, *self.report.notes]:
             self._row("note", sentence)
+
+
+def _kept_together(items: Iterable[str]) -> str:
+    """Items in a row, none of which is broken over two lines."""
+    return "   ".join(item.replace(" ", _JOINED) for item in items)
 
 
 def _shapes(inputs: Iterable[InputRecord]) -> str:

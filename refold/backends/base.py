@@ -57,7 +57,11 @@ class Target(Protocol):
         """Lowers the folded graph; ``program`` says what it was traced with."""
 
     def load(self, artifact: Artifact, options: Any) -> Runner:
-        """Makes the artifact callable over torch tensors, with the model's own signature."""
+        """Makes the artifact callable over torch tensors, with the model's own signature.
+
+        Raises:
+            MissingDependencyError: it can be written here, but not run.
+        """
 
     def save(self, artifact: Artifact, folder: Path, name: str) -> None:
         """Writes ``name`` (and files beside it) into an empty folder."""

@@ -13,7 +13,7 @@ from torch import fx
 
 from refold.backends import flat, onnx
 from refold.backends.base import Artifact, Runner, missing
-from refold.errors import BackendError, UsageError
+from refold.errors import BackendError, MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
     from refold.frontends.export import Program
@@ -63,9 +63,7 @@ class OnnxRuntimeTarget:
 
 def load(content: onnx.OnnxContent, *, threads: int = 0) -> Runner:
     """Loads a model in memory into a session with the model's own call convention."""
-    reason = missing(("onnxruntime",), "ort")
-    if reason:
-        raise BackendError(f"an ONNX model runs in ONNX Runtime here: {reason}")
+    _require_runtime()
     import onnx_ir
 
     signature = content.signature
@@ -114,6 +112,7 @@ def load_file(path: Path, program: Program) -> Runner:
 
 def open_session(path: Path, *, threads: int = 0) -> Any:
     """Opens an ONNX file with ONNX Runtime's default optimizations on the CPU."""
+    _require_runtime()
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -124,6 +123,12 @@ def open_session(path: Path, *, threads: int = 0) -> Any:
     except Exception as error:
         # The bindings raise classes of their own that share no base but Exception.
         raise BackendError(f"ONNX Runtime cannot load the model: {_first_line(error)}") from error
+
+
+def _require_runtime() -> None:
+    reason = missing(("onnxruntime",), "ort")
+    if reason:
+        raise MissingDependencyError(reason)
 
 
 def run_session(session: Any, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

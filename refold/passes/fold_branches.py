@@ -49,6 +49,7 @@ from refold.graph.kinds import kind, op_name
 from refold.graph.nodes import aten, hint, hints, same, shape
 from refold.rewrite import cost, maps
 from refold.rewrite.maps import Key, MapReader
+from refold.rewrite.push_affine import overflows
 from refold.rewrite.result import Declined, PassResult, applied, declined
 
 _PRODUCTS = ("conv", "linear", "matmul")
@@ -213,6 +214,11 @@ class _Folder:
             then = 1.0
         extra = cost.elementwise(hints(node), 2, node.meta["val"].element_size())
         then += len(rest) * (1.0 if per_node else extra)
+        if nodes.dtype(node) == torch.float16 and (
+            overflows(merged.weight) or overflows(Lazy.of(merged.bias))
+        ):
+            self.reader.refusals[node] = "the merged weights would overflow float16"
+            return None
         if not per_node and self._grows(merged, dead, node):
             self.dearer[node] = (
                 f"the merged weight would be more than {self.options.max_growth}x larger than the "

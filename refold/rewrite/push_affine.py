@@ -43,19 +43,6 @@ class Refused(Exception):
     """One step of a path cannot take the scale and shift."""
 
 
-@dataclass
-class _Plan:
-    edits: list[Edit] = field(default_factory=list)
-    touched: list[fx.Node] = field(default_factory=list)
-    removed: list[fx.Node] = field(default_factory=list)
-
-    def mark(self) -> tuple[int, int, int]:
-        return len(self.edits), len(self.touched), len(self.removed)
-
-    def rewind(self, mark: tuple[int, int, int]) -> None:
-        del self.edits[mark[0] :], self.touched[mark[1] :], self.removed[mark[2] :]
-
-
 @dataclass(frozen=True)
 class _Factor:
     """``scale * x + shift``: float64, rank of the tensor, every axis 1 or full."""
@@ -86,6 +73,32 @@ class _Factor:
         if self.varies() - {axis % self.scale.dim()}:
             raise Refused("the constant varies along another axis than the channels")
         return self.scale.reshape(-1).expand(size), self.shift.reshape(-1).expand(size)
+
+
+@dataclass
+class _Plan:
+    """Edits to make, nodes whose value changes or that go, and parts of a tensor still to push.
+
+    ``parts`` holds, per tensor that several paths reach through disjoint slices, its reader on the
+    path and the joint factor; it is pushed once, when every path has arrived.
+    """
+
+    edits: list[Edit] = field(default_factory=list)
+    touched: list[fx.Node] = field(default_factory=list)
+    removed: list[fx.Node] = field(default_factory=list)
+    parts: dict[fx.Node, tuple[fx.Node, _Factor]] = field(default_factory=dict)
+
+    def touch(self, node: fx.Node) -> None:
+        if node in self.touched:
+            raise Refused(f"the path reaches {node.name} twice")
+        self.touched.append(node)
+
+    def mark(self) -> tuple[int, int, int, dict[fx.Node, tuple[fx.Node, _Factor]]]:
+        return len(self.edits), len(self.touched), len(self.removed), dict(self.parts)
+
+    def rewind(self, mark: tuple[int, int, int, dict[fx.Node, tuple[fx.Node, _Factor]]]) -> None:
+        del self.edits[mark[0] :], self.touched[mark[1] :], self.removed[mark[2] :]
+        self.parts = mark[3]
 
 
 class Pusher:
@@ -154,6 +167,9 @@ class Pusher:
         plan = _Plan()
         try:
             self._up(record.x, record.reader, factor, plan)
+            while plan.parts:  # the last in the graph first: its path may lead to an earlier one
+                source = max(plan.parts)
+                self._up_shared(source, *plan.parts.pop(source), plan)
             return self._commit(record, plan)
         except Refused as refusal:
             upward = str(refusal)
@@ -232,22 +248,27 @@ class Pusher:
                 rows = scale.reshape(conv.groups, 1, w.shape[1], *(1,) * (w.dim() - 2))
                 return (blocks * rows).reshape(w.shape)
 
+            weight = conv.weight.map(conv.weight.shape, scaled)
+            bias = _shifted(conv.bias, scale, shift, u)
+            self._check_range(u, weight)
+            self._check_range(u, bias)
             plan.edits.append(
                 lambda: self._set_weights(
-                    u, 1, conv.weight_node, conv.weight.map(conv.weight.shape, scaled),
-                    2, conv.bias_node, _shifted(conv.bias, scale, shift, u),
-                )  # fmt: skip
+                    u, 1, conv.weight_node, weight, 2, conv.bias_node, bias
+                )
             )
         elif (linear := records.linear(u)) is not None:
             scale, shift = factor.vectors(-1, linear.weight.shape[0])
             self._check_sharing(linear.weight_node)
             weight = linear.weight.map(linear.weight.shape, lambda w: w * scale[:, None])
             bias = _shifted(linear.bias, scale, shift, u)
+            self._check_range(u, weight)
+            self._check_range(u, bias)
             plan.edits.append(lambda: self._set_linear(linear, weight, bias))
         elif (norm := records.norm_affine(u)) is not None:
             self._up_norm(norm, factor, plan)
-        elif is_call(u, aten.embedding.default) and records_embedding(u) is not None:
-            table = records_embedding(u)
+        elif is_call(u, aten.embedding.default) and _embedding_table(u) is not None:
+            table = _embedding_table(u)
             assert table is not None
             scale, shift = factor.vectors(-1, table.shape[1])
             self._check_sharing(u.args[0])  # type: ignore[arg-type]
@@ -255,7 +276,7 @@ class Pusher:
             plan.edits.append(lambda: self._set_weights(u, 0, u.args[0], new))
         else:
             return False
-        plan.touched.append(u)
+        plan.touch(u)
         return True
 
     def _up_norm(self, norm: records.NormAffine, factor: _Factor, plan: _Plan) -> None:
@@ -300,13 +321,13 @@ class Pusher:
             plan.rewind(mark)
         if record.is_norm and not (both.varies() - {1}):
             plan.edits.append(lambda: self._emit_norm(u, current(), both))
-            plan.touched.append(u)
+            plan.touch(u)
             return True
         # A plain shift lets the scale pass and scales itself.
         if bool((inner.scale == 1).all()) and not factor.scale.eq(1).all():
             self._up(record.x, record.reader, _Factor(factor.scale, torch.zeros_like(factor.shift)), plan)
             plan.edits.append(lambda: self._emit_affine(u, current(), torch.ones(()), both.shift))
-            plan.touched.append(u)
+            plan.touch(u)
             return True
         keeps_kind = (
             (not inner.shifts and not both.shifts)
@@ -314,7 +335,7 @@ class Pusher:
         )  # fmt: skip
         if keeps_kind:
             plan.edits.append(lambda: self._emit_affine(u, current(), both.scale, both.shift))
-            plan.touched.append(u)
+            plan.touch(u)
             return True
         raise Refused(f"{u.name} is a lone scale or shift")
 
@@ -347,15 +368,21 @@ class Pusher:
         except layout.Unproven as unproven:
             raise Refused(str(unproven)) from unproven
         pulled = _Factor(scale, shift)
-        if others:  # readers of other elements see a factor of one
-            self._up_shared(source, consumer, pulled, plan)
-        else:
+        if not disjoint:
             self._up(source, consumer, pulled, plan)
+            return True
+        if source in plan.parts:  # another slice of it: where one factor acts, the other is one
+            before = plan.parts[source][1]
+            pulled = _Factor(before.scale * pulled.scale, before.shift + pulled.shift)
+        plan.parts[source] = (consumer, pulled)
         return True
 
     def _up_shared(self, u: fx.Node, consumer: fx.Node, factor: _Factor, plan: _Plan) -> None:
+        """Pushes into a tensor whose other readers read elements with a factor of one."""
         if factor.is_identity:
             return
+        if list(u.users) == [consumer]:
+            return self._up(u, consumer, factor, plan)
         if u.op != "call_function" or nodes.pinned(u):
             raise Refused(f"{u.name} has other users")
         if not self._up_terminal(u, factor, plan) and not self._up_layout(u, factor, plan):
@@ -363,7 +390,7 @@ class Pusher:
 
     def _up_passing(self, u: fx.Node, factor: _Factor, plan: _Plan) -> bool:
         name = op_name(u)
-        plan.touched.append(u)
+        plan.touch(u)
         if is_call(u, aten.cat.default):
             self._up_cat(u, factor, plan)
         elif (total := records.add(u)) is not None:
@@ -551,12 +578,14 @@ class Pusher:
                 extra = torch.einsum("goi,gi->go", w, shift.reshape(conv.groups, -1)).reshape(-1)
                 return extra if conv.bias is None else extra + conv.bias.get()
 
+            weight = conv.weight.map(conv.weight.shape, scaled)
             bias = Lazy((conv.out_channels,), moved) if factor.shifts else conv.bias
+            self._check_range(c, weight)
+            self._check_range(c, bias)
             plan.edits.append(
                 lambda: self._set_weights(
-                    c, 1, conv.weight_node, conv.weight.map(conv.weight.shape, scaled),
-                    2, conv.bias_node, bias,
-                )  # fmt: skip
+                    c, 1, conv.weight_node, weight, 2, conv.bias_node, bias
+                )
             )
         elif (linear := records.linear(c)) is not None and linear.x is n:
             scale, shift = factor.vectors(-1, linear.weight.shape[1])
@@ -568,14 +597,16 @@ class Pusher:
                 return extra if linear.bias is None else extra + linear.bias.get()
 
             bias = Lazy((weight.shape[0],), total) if factor.shifts else linear.bias
+            self._check_range(c, weight)
+            self._check_range(c, bias)
             plan.edits.append(lambda: self._set_linear(linear, weight, bias))
         else:
             return False
-        plan.touched.append(c)
+        plan.touch(c)
         return True
 
     def _down_passing(self, c: fx.Node, n: fx.Node, factor: _Factor, plan: _Plan) -> None:
-        plan.touched.append(c)
+        plan.touch(c)
         if c.args and c.args[0] is n and layout.is_layout(c):
             try:
                 if not is_tensor(c):
@@ -688,6 +719,11 @@ class Pusher:
                 )
         nodes.replace(node, out)
 
+    def _check_range(self, node: fx.Node, value: Lazy | None) -> None:
+        """fp16 overflows where its parts did not; wider dtypes do not come near their limits."""
+        if value is not None and nodes.dtype(node) == torch.float16 and overflows(value):
+            raise Refused(f"the folded weights of {node.name} would overflow float16")
+
     def _check_sharing(self, weight: fx.Node) -> None:
         readers = len(weight.users)
         size = constants.size_in_bytes(weight)
@@ -701,7 +737,12 @@ class Pusher:
         self.budget -= size
 
 
-def records_embedding(node: fx.Node) -> Lazy | None:
+def overflows(value: Lazy) -> bool:
+    """True if a constant does not fit float16."""
+    return bool((value.get().abs() > torch.finfo(torch.float16).max).any())
+
+
+def _embedding_table(node: fx.Node) -> Lazy | None:
     table = node.args[0]
     return constants.exact(table) if isinstance(table, fx.Node) else None
 

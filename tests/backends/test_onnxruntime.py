@@ -3,7 +3,7 @@ import torch
 
 import refold
 from refold.backends import onnxruntime as backend
-from refold.errors import BackendError, UsageError
+from refold.errors import BackendError, MissingDependencyError, UsageError
 from tests.small_nets import ConvNet, PaddedMaxPool, seeded
 
 
@@ -69,14 +69,27 @@ def test_bfloat16_is_refused_with_the_reason():
         )
 
 
-def test_missing_runtime_names_the_extra(monkeypatch):
+@pytest.fixture
+def no_runtime(monkeypatch):
     real = refold.backends.base.importlib.util.find_spec
     monkeypatch.setattr(
         refold.backends.base.importlib.util,
         "find_spec",
         lambda name, *a: None if name == "onnxruntime" else real(name, *a),
     )
-    with pytest.raises(
-        refold.RefoldError, match=r"onnxruntime is not installed: pip install 'refold\[ort\]'"
-    ):
+
+
+def test_missing_runtime_names_the_extra(no_runtime):
+    message = r"onnxruntime is not installed: pip install 'refold\[ort\]'"
+    with pytest.raises(MissingDependencyError, match=message):
         refold.compile_for_inference(ConvNet(), torch.randn(1, 3, 8, 8), target="ort")
+
+
+def test_onnx_is_written_without_a_runtime(no_runtime, tmp_path):
+    compiled = refold.compile_for_inference(ConvNet(), torch.randn(1, 3, 8, 8), target="onnx")
+    assert compiled.save(tmp_path / "net.onnx").is_file()
+    assert compiled.report.numerics["passed"]
+    assert compiled.report.artifact_numerics is None
+    assert any("was not run here: onnxruntime is not" in n for n in compiled.report.notes)
+    with pytest.raises(MissingDependencyError, match="onnxruntime is not installed"):
+        compiled(torch.randn(1, 3, 8, 8))

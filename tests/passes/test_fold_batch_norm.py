@@ -165,3 +165,16 @@ def test_sharing_a_large_weight_is_not_undone_past_the_budget() -> None:
     assert any("shared by 2 layers" in d.reason for d in declined)
     gm, _ = run(FoldBatchNorm(max_growth=3.0), net, image(64))
     assert "batch-norm" not in left(gm)
+
+
+def test_fp16_overflow_declines() -> None:
+    net = Net(lambda s, x: s.b(s.c(x)), c=conv(), b=nn.BatchNorm2d(4))
+    net.b.running_var.fill_(1e-6)
+    net.b.weight.data.fill_(200.0)
+    net.c.weight.data.fill_(10.0)
+    net.half()
+    with torch.no_grad():
+        gm = trace(net, image().half())
+        result = FoldBatchNorm().run(gm)
+    assert not result.modified
+    assert "overflow float16" in result.declined[0].reason
