@@ -165,7 +165,8 @@ def _verify(arguments: argparse.Namespace, progress: _Progress) -> int:
     progress("load")
     candidate = _load_artifact(Path(arguments.artifact), program, trust=arguments.trust)
     progress("verify")
-    result = numerics.verify(program.graph_module, candidate, program)
+    known = numerics.references(program.graph_module, program)
+    result = numerics.verify(program.graph_module, candidate, known)
     progress.close()
     if arguments.json:
         print(json.dumps({"artifact": arguments.artifact, **result.to_dict()}, indent=2))

@@ -40,6 +40,7 @@ class _Settings:
     pipeline: Pipeline
     dynamic_shapes: Any = None
     verify: bool = True
+    consume: bool = False
     expect: Mapping[str, int] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     trust: bool = False
@@ -54,6 +55,7 @@ def compile_for_inference(
     dynamic_shapes: Any = None,
     pipeline: str | Pipeline = "default",
     verify: bool = True,
+    consume: bool = False,
     expect: Mapping[str, int] | None = None,
     exclude: Sequence[str] = (),
     trust: bool = False,
@@ -73,6 +75,9 @@ def compile_for_inference(
         dynamic_shapes: as for ``torch.export.export``; by default the batch is dynamic.
         pipeline: a name (``default``, ``min-nodes``) or a :class:`Pipeline`.
         verify: compare the results with the unfolded model in float64, before and after lowering.
+        consume: release the weights of ``model`` that were folded away, one by one as they are
+            replaced, so that the two copies never exist at once. Destructive: the model cannot be
+            used, or compiled, again.
         expect: the least number of calls that must go, by kind, e.g. ``{"batch-norm": 53}``.
         exclude: globs of module paths that no pass touches.
         trust: load a ``.pt2`` whose own settings ask for pickle.
@@ -96,6 +101,7 @@ def compile_for_inference(
         pipeline=_pipeline(pipeline),
         dynamic_shapes=dynamic_shapes,
         verify=verify,
+        consume=consume,
         expect=dict(expect or {}),
         exclude=_globs(exclude),
         trust=trust,
@@ -172,7 +178,6 @@ class _Clock:
 
 @dataclass(frozen=True)
 class _Folded:
-    original: fx.GraphModule
     before: GraphRecord
     after: GraphRecord
     passes: tuple[PassRecord, ...]
@@ -187,13 +192,20 @@ def _compile(
             model, args, kwargs, dynamic_shapes=settings.dynamic_shapes, trust=settings.trust
         )
     check = InputCheck.of(program, model)
-    folded = _fold(program, settings.pipeline, settings.exclude, clock)
+    known = numerics.References()
+    original = copy_sharing_tensors(program.graph_module)
+    if settings.verify:
+        with clock("reference"):
+            known = numerics.references(original, program)
+    owner = model if settings.consume else None
+    folded = _fold(program, settings.pipeline, settings.exclude, clock, owner)
     gm, target = program.graph_module, settings.target
     report = _report(model, program, folded, settings.pipeline, target.name, clock)
     _expect(settings.expect, report)
     if settings.verify:
         with clock("verify"):
-            result = numerics.verify(folded.original, gm, program, folded_gm=gm)
+            whole = None if settings.consume else original
+            result = numerics.verify(whole, gm, known, folded_gm=gm)
         report.numerics = result.to_dict()
     with clock("lower"), torch.no_grad():
         artifact = target.lower(program, gm, settings.options)
@@ -204,9 +216,9 @@ def _compile(
         report.notes = (*report.notes, f"the artifact was not run here: {missing}")
     elif settings.verify and runner is not gm:
         with clock("verify artifact"):
-            result = numerics.verify(folded.original, runner, program)
+            result = numerics.verify(whole, runner, known)
         report.artifact_numerics = result.to_dict()
-    weights = weight_origins(gm, folded.original)
+    weights = weight_origins(gm, original)
     return Compilation(gm, check, target, artifact, runner, report, weights)
 
 
@@ -223,12 +235,17 @@ def _load(target: Target, artifact: Artifact, options: Any) -> tuple[Runner, str
     return unavailable, reason
 
 
-def _fold(program: Program, pipeline: Pipeline, exclude: tuple[str, ...], clock: _Clock) -> _Folded:
+def _fold(
+    program: Program,
+    pipeline: Pipeline,
+    exclude: tuple[str, ...],
+    clock: _Clock,
+    consumed: Any = None,
+) -> _Folded:
     gm = program.graph_module
-    original = copy_sharing_tensors(gm)
     before = _graph_record(gm)
     with clock("fold"):
-        result = pipeline.run(gm, exclude=exclude)
+        result = pipeline.run(gm, exclude=exclude, consumed=consumed)
     passes = tuple(
         PassRecord(
             run.name,
@@ -240,7 +257,7 @@ def _fold(program: Program, pipeline: Pipeline, exclude: tuple[str, ...], clock:
         )
         for run in result.runs
     )
-    return _Folded(original, before, _graph_record(gm), passes)
+    return _Folded(before, _graph_record(gm), passes)
 
 
 def copy_sharing_tensors(gm: fx.GraphModule) -> fx.GraphModule:

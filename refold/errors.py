@@ -1,4 +1,4 @@
-"""Every error refold raises on purpose. Each says what was expected, what came, where, and the fix."""
+"""The errors of refold: each says what was expected, what came, where, and the fix."""
 
 from __future__ import annotations
 

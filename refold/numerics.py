@@ -73,50 +73,72 @@ class Numerics:
         return {**asdict(self), "summary": self.summary}
 
 
-def verify(
-    original: fx.GraphModule,
-    candidate: Callable[..., Any],
-    program: Program,
-    *,
-    folded_gm: fx.GraphModule | None = None,
-    runs: int = 4,
-) -> Numerics:
-    """Compares a candidate with the float64 oracle of the original graph.
+@dataclass
+class References:
+    """What the original computes: inputs, float64 results and the model's own, for comparisons.
 
-    Args:
-        original: the IR before any pass.
-        candidate: anything with the model's signature.
-        program: the trace; gives the inputs and what is dynamic about them.
-        folded_gm: the IR after the passes, to find the first node that deviates.
-        runs: how many inputs to compare, at least.
-
-    Raises:
-        VerificationError: structure, shape, dtype, NaN pattern or numbers differ.
+    They outlive the original, so that a compilation may release its weights.
     """
+
+    calls: list[Call] = field(default_factory=list)
+    exact: list[Any] = field(default_factory=list)
+    own: list[Any] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def references(original: fx.GraphModule, program: Program, *, runs: int = 4) -> References:
+    """Runs the original in float64 and in its own dtype on at least ``runs`` inputs.
+
+    A graph that draws random numbers gives no references, and a note.
+    """
+    found = References()
     drawn = next((n for n in original.graph.nodes if _draws(n)), None)
     if drawn is not None:
         where = provenance.source_line(drawn)
         place = f"{drawn.name}{f' at {where}' if where else ''}"
-        return Numerics(notes=[f"{place} draws random numbers: two runs cannot be compared"])
-    result = Numerics()
+        found.notes.append(f"{place} draws random numbers: two runs cannot be compared")
+        return found
     oracle = Oracle(original)
-    graphs = [g for g in (original, folded_gm, candidate) if isinstance(g, fx.GraphModule)]
-    leaves: dict[int, _Leaf] = {}
-    calls: list[Call] = []
     for call, generated in _calls(program, runs):
         try:
-            reference = oracle.run(*fresh(call))
-            with _state_kept(*graphs), torch.no_grad():
+            exact = oracle.run(*fresh(call))
+            with _state_kept(original), torch.no_grad():
                 own = original(*fresh(call)[0], **fresh(call)[1])
         except Exception as error:
             if not generated:
                 raise
-            result.notes.append(f"{_shapes(call)}: the original fails on it ({_first(error)})")
+            found.notes.append(f"{_shapes(call)}: the original fails on it ({_first(error)})")
             continue
-        got = _run_candidate(candidate, graphs, call)
-        calls.append(call)
-        _compare(leaves, got, own, reference, call)
-    result.inputs = len(calls)
+        found.calls.append(call)
+        found.exact.append(exact)
+        found.own.append(own)
+    return found
+
+
+def verify(
+    original: fx.GraphModule | None,
+    candidate: Callable[..., Any],
+    found: References,
+    *,
+    folded_gm: fx.GraphModule | None = None,
+) -> Numerics:
+    """Compares a candidate with the float64 oracle of the original graph.
+
+    Args:
+        original: the IR before any pass, to find the first node that deviates; ``None`` where its
+            weights were released.
+        candidate: anything with the model's signature.
+        found: what the original computes (:func:`references`).
+        folded_gm: the IR after the passes, to find the first node that deviates.
+
+    Raises:
+        VerificationError: structure, shape, dtype, NaN pattern or numbers differ.
+    """
+    result = Numerics(inputs=len(found.calls), notes=list(found.notes))
+    graphs = [g for g in (original, folded_gm, candidate) if isinstance(g, fx.GraphModule)]
+    leaves: dict[int, _Leaf] = {}
+    for call, exact, own in zip(found.calls, found.exact, found.own, strict=True):
+        _compare(leaves, _run_candidate(candidate, graphs, call), own, exact, call)
     for leaf in leaves.values():
         leaf.settle()
     ranked = sorted(leaves.values(), key=lambda x: x.error / x.tolerance if x.tolerance else 0.0)
@@ -125,8 +147,8 @@ def verify(
         result.error, result.own_error = worst.error, worst.own_error
         result.tolerance, result.worst_output = worst.tolerance, worst.name
         if not worst.error <= worst.tolerance:
-            raise _too_far(worst, original, folded_gm, calls)
-    _settle_flips(result, leaves, original, folded_gm, calls)
+            raise _too_far(worst, original, folded_gm, found.calls)
+    _settle_flips(result, leaves, original, folded_gm, found.calls)
     return result
 
 
@@ -346,24 +368,24 @@ def _same_class(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _settle_flips(
     result: Numerics,
     leaves: dict[int, _Leaf],
-    original: fx.GraphModule,
+    original: fx.GraphModule | None,
     folded: fx.GraphModule | None,
     calls: list[Call],
 ) -> None:
     """Counts flips that rounding explains; raises on the others."""
-    outputs = pytree.tree_leaves(original.graph.output_node().args[0])
+    outputs = pytree.tree_leaves(original.graph.output_node().args[0]) if original else []
     for leaf in leaves.values():
         for at, a, b, r in leaf.differing:
             flipped = a != b
             count = int(flipped.sum())
-            node = outputs[leaf.index]
+            node = outputs[leaf.index] if original is not None else None
             explained = None
-            if folded is not None:
+            if folded is not None and original is not None:
                 explained = _follows_from_floats(leaf.index, a, original, folded, calls[at])
             if explained is None:
                 natural = OWN_ERROR_FACTOR * int((b != r).sum())
-                explained = int((a != r).sum()) <= natural or _within_margin(
-                    node, original, calls[at], a, b
+                explained = int((a != r).sum()) <= natural or (
+                    original is not None and _within_margin(node, original, calls[at], a, b)
                 )
             if not explained:
                 layer = _name_of(node) if isinstance(node, fx.Node) else leaf.name
@@ -505,7 +527,10 @@ def _watched(
 
 
 def _too_far(
-    leaf: _Leaf, original: fx.GraphModule, folded: fx.GraphModule | None, calls: list[Call]
+    leaf: _Leaf,
+    original: fx.GraphModule | None,
+    folded: fx.GraphModule | None,
+    calls: list[Call],
 ) -> VerificationError:
     call = calls[min(leaf.worst_call, len(calls) - 1)]
     text = (
@@ -514,7 +539,7 @@ def _too_far(
         f"{leaf.own_error:.2e} from it. Worst for inputs {_shapes(call)}"
     )
     layer = None
-    if folded is not None:
+    if folded is not None and original is not None:
         found = first_deviation(original, folded, call, leaf.tolerance)
         if found is None:
             text += (

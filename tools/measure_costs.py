@@ -57,7 +57,11 @@ def linear_rate(launch: float) -> float:
     """GFLOP/s of linears over 49 to 196 rows."""
     rates = []
     for rows, features in ((196, 192), (196, 384), (49, 768), (64, 256)):
-        x, w, b = torch.randn(rows, features), torch.randn(features, features), torch.randn(features)
+        x, w, b = (
+            torch.randn(rows, features),
+            torch.randn(features, features),
+            torch.randn(features),
+        )
         spent = seconds(lambda x=x, w=w, b=b: F.linear(x, w, b))
         rates.append(2.0 * rows * features**2 / max(spent - launch * 1e-6, spent / 4) / 1e9)
     return statistics.median(rates)

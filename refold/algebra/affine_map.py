@@ -20,8 +20,9 @@ Sources: Ding et al., RepVGG (CVPR 2021, section 3.3) for branches, Diverse Bran
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -143,7 +144,9 @@ def matrix(weight: Lazy, bias: torch.Tensor) -> AffineMap:
     return AffineMap(weight, bias, 1, (), (), (), _largest(bias))
 
 
-def average_pool(channels: int, kernel: Ints, stride: Ints, padding: Ints, divisor: int) -> AffineMap:
+def average_pool(
+    channels: int, kernel: Ints, stride: Ints, padding: Ints, divisor: int
+) -> AffineMap:
     """An average pool whose divisor is the same everywhere."""
     weight = Lazy(
         (channels, 1, *kernel),
@@ -163,8 +166,10 @@ def window(channels: int, start: Ints, step: Ints) -> AffineMap:
 def select(base: AffineMap, index: torch.Tensor) -> AffineMap:
     """Keeps the output channels ``index`` (int64), in that order."""
     count = int(index.numel())
-    if base.is_diagonal and count == base.out_channels and torch.equal(
-        index, torch.arange(count, device=index.device)
+    if (
+        base.is_diagonal
+        and count == base.out_channels
+        and torch.equal(index, torch.arange(count, device=index.device))
     ):
         return base
     dense = regroup(base, 1)
@@ -176,7 +181,7 @@ def scale(base: AffineMap, factor: float) -> AffineMap:
     """``factor * y``."""
     if factor == 1.0:
         return base
-    weight = base.weight.map(base.weight.shape, lambda w: w * factor)
+    weight = base.weight.times(torch.tensor(factor, dtype=torch.float64))
     reach = base.reach * abs(factor)
     return replace(base, weight=weight, bias=base.bias * factor, reach=reach)
 
@@ -222,7 +227,9 @@ def embed(base: AffineMap, kernel: Ints, origin: Ints) -> AffineMap:
         out[(slice(None), slice(None), *region)] = w
         return out
 
-    support = tuple(frozenset(t + a for t in taps) for taps, a in zip(base.support, low, strict=True))
+    support = tuple(
+        frozenset(t + a for t in taps) for taps, a in zip(base.support, low, strict=True)
+    )
     return replace(base, weight=base.weight.map(shape, place), origin=origin, support=support)
 
 
@@ -233,10 +240,17 @@ def add(maps: Sequence[AffineMap]) -> AffineMap:
     shape = (maps[0].out_channels, maps[0].in_channels // groups, *kernel)
 
     def total() -> torch.Tensor:
-        out = torch.zeros(shape, dtype=torch.float64, device=maps[0].bias.device)
+        # Accumulating into a term saves a full tensor.
+        whole = next((m for m in maps if m.weight.shape == shape and m.weight.fresh), None)
+        out = whole.weight.get() if whole else torch.zeros(shape, dtype=torch.float64)
         for m in maps:
+            if m is whole:
+                continue
             low = (o - b for o, b in zip(origin, m.origin, strict=True))
             region = tuple(slice(a, a + k) for a, k in zip(low, m.kernel, strict=True))
+            if m.weight.shape == shape:
+                m.weight.add_to(out)
+                continue
             target, w = out[(slice(None), slice(None), *region)], m.weight.get()
             if m.groups != groups:  # write the blocks of the finer map on their diagonal
                 ratio = m.groups // groups
@@ -249,7 +263,7 @@ def add(maps: Sequence[AffineMap]) -> AffineMap:
     bias = torch.stack([m.bias for m in maps]).sum(0)
     support = _union([embed(m, kernel, origin) for m in maps])
     return replace(
-        maps[0], weight=Lazy(shape, total), bias=bias, groups=groups, origin=origin,
+        maps[0], weight=Lazy(shape, total, fresh=True), bias=bias, groups=groups, origin=origin,
         support=support, reach=max(m.reach for m in maps),
     )  # fmt: skip
 
@@ -313,13 +327,22 @@ def compose(outer: AffineMap, inner: AffineMap) -> AffineMap:
     groups, product, per_group = _block_product(outer, inner)
     shape = (outer.out_channels, per_group, *kernel)
 
+    bias, reach = outer.bias, outer.reach
+    if inner.has_bias:
+        moved = apply_taps(outer, inner.bias)
+        bias, reach = bias + moved, max(reach, _largest(moved))
+    if outer.is_diagonal:
+        rows = outer.weight.get().reshape(-1, *(1,) * (len(inner.weight.shape) - 1))
+        return replace(inner, weight=inner.weight.times(rows), bias=bias, reach=reach)
+
     def compute() -> torch.Tensor:
         w_out, w_in = outer.weight.get(), inner.weight.get()
         if all(k == 1 for k in outer.kernel):
             return product(w_out.reshape(w_out.shape[:2]), w_in).reshape(shape)
         out = w_out.new_zeros(shape)
         for tap in _taps(outer.kernel):
-            part = w_out[(slice(None), slice(None), *tap)]
+            at: tuple[Any, ...] = (slice(None), slice(None), *tap)
+            part = w_out[at]
             if not part.any():
                 continue
             region = tuple(
@@ -329,15 +352,14 @@ def compose(outer: AffineMap, inner: AffineMap) -> AffineMap:
             out[(slice(None), slice(None), *region)] += product(part, w_in)
         return out
 
-    bias, reach = outer.bias, outer.reach
-    if inner.has_bias:
-        moved = apply_taps(outer, inner.bias)
-        bias, reach = bias + moved, max(reach, _largest(moved))
     support = tuple(
         frozenset(s * a + b for a in so for b in si)
         for s, so, si in zip(inner.stride, outer.support, inner.support, strict=True)
     )
-    return AffineMap(Lazy(shape, compute), bias, groups, stride, origin, support, reach)
+    weight = Lazy(shape, compute, fresh=True)
+    if not kernel and outer.groups == inner.groups == 1:
+        weight = Lazy.product(outer.weight, inner.weight)
+    return AffineMap(weight, bias, groups, stride, origin, support, reach)
 
 
 def _largest(vector: torch.Tensor) -> float:
@@ -359,7 +381,10 @@ def _taps(kernel: Ints) -> list[Ints]:
     return [tuple(row) for row in grid.tolist()]
 
 
-def _block_product(outer: AffineMap, inner: AffineMap):  # type: ignore[no-untyped-def]
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _block_product(outer: AffineMap, inner: AffineMap) -> tuple[int, Product, int]:
     """The product of two block-diagonal channel maps: groups, a function, inputs per group.
 
     The function takes ``outer[o, m / g_o]`` (one tap) and ``inner[m, i / g_i, *kernel]``.
@@ -448,9 +473,7 @@ def _execution(base: AffineMap, padding: Ints, tail: Ints, dilation: Ints) -> Ex
     low = tuple(min(taps) for taps in base.support)
     high = tuple(max(taps) for taps in base.support)
     before = tuple(p - (o - a) for p, o, a in zip(padding, base.origin, low, strict=True))
-    span = tuple(
-        b + (h - a) + 1 + t for b, h, a, t in zip(before, high, low, tail, strict=True)
-    )
+    span = tuple(b + (h - a) + 1 + t for b, h, a, t in zip(before, high, low, tail, strict=True))
     kernel = tuple((s - 1) // d + 1 for s, d in zip(span, dilation, strict=True))
 
     def place(w: torch.Tensor) -> torch.Tensor:

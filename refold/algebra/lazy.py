@@ -14,17 +14,22 @@ class Lazy:
     once, at the end. Nothing is cached: a chain costs its own arithmetic and no standing memory.
     """
 
-    def __init__(self, shape: tuple[int, ...], compute: Callable[[], torch.Tensor]) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], compute: Callable[[], torch.Tensor], *, fresh: bool = False
+    ) -> None:
         self.shape = tuple(int(s) for s in shape)
         self._compute = compute
+        self._factors: tuple[Lazy, Lazy] | None = None
+        self.fresh = fresh  # every call makes a tensor of its own, which may be written
 
     @staticmethod
     def of(tensor: torch.Tensor) -> Lazy:
         """Wraps a tensor of any floating dtype; it is widened when it is asked for."""
-        return Lazy(tuple(tensor.shape), lambda: tensor.detach().to(torch.float64))
+        widens = tensor.dtype != torch.float64
+        return Lazy(tuple(tensor.shape), lambda: tensor.detach().to(torch.float64), fresh=widens)
 
     def get(self) -> torch.Tensor:
-        """Computes the tensor (float64). Callers must not write into it."""
+        """Computes the tensor (float64). Callers may write into it only if it is ``fresh``."""
         with torch.no_grad():
             out = self._compute()
         assert tuple(out.shape) == self.shape, (tuple(out.shape), self.shape)
@@ -33,6 +38,31 @@ class Lazy:
     def map(self, shape: tuple[int, ...], function: Callable[[torch.Tensor], torch.Tensor]) -> Lazy:
         """A lazy tensor computed from this one."""
         return Lazy(shape, lambda: function(self.get()))
+
+    def times(self, factor: torch.Tensor) -> Lazy:
+        """The product with a factor that broadcasts against it, without a second full tensor."""
+        of_rows = factor.numel() == 1 or (factor.dim() == 2 and factor.shape[1] == 1)
+        if self._factors is not None and of_rows:
+            return Lazy.product(self._factors[0].times(factor), self._factors[1])
+        return Lazy(
+            self.shape,
+            lambda: self.get().mul_(factor) if self.fresh else self.get() * factor,
+            fresh=True,
+        )
+
+    @staticmethod
+    def product(left: Lazy, right: Lazy) -> Lazy:
+        """The matrix product ``left @ right``; a sum takes it in without holding it."""
+        out = Lazy((left.shape[0], right.shape[1]), lambda: left.get() @ right.get(), fresh=True)
+        out._factors = (left, right)
+        return out
+
+    def add_to(self, out: torch.Tensor) -> None:
+        """``out += self``, in place."""
+        if self._factors is None:
+            out += self.get()
+        else:
+            out.addmm_(self._factors[0].get(), self._factors[1].get())
 
     def numel(self) -> int:
         count = 1

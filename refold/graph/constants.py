@@ -9,7 +9,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from refold.algebra.lazy import Lazy
 from refold.graph import nodes
@@ -124,12 +124,27 @@ def materialise(node: fx.Node) -> None:
     setattr(gm, str(node.target), value.get().to(dtype=dtype, device=device).contiguous())
 
 
-def materialise_all(gm: fx.GraphModule, *, release: bool = True) -> None:
-    """Computes every pending constant that is still read; ``release`` forgets how it was made."""
+def release(gm: fx.GraphModule, owner: nn.Module) -> None:
+    """Empties the tensors of ``owner`` that no constant of the graph reads as they are.
+
+    What pending constants are made of lives on inside them, and goes with the last of them.
+    """
+    kept = {
+        tensor(n).untyped_storage().data_ptr()
+        for n in gm.graph.find_nodes(op="get_attr")
+        if is_get_attr(n) and "refold_lazy" not in n.meta
+    }
+    for t in [*owner.parameters(), *owner.buffers()]:
+        if t.untyped_storage().data_ptr() not in kept:
+            t.data = t.data.new_empty(0)
+
+
+def materialise_all(gm: fx.GraphModule, *, forget: bool = True) -> None:
+    """Computes every pending constant that is still read; ``forget`` drops how it was made."""
     for node in gm.graph.find_nodes(op="get_attr"):
         if node.users:
             materialise(node)
-        if release:
+        if forget:
             node.meta.pop("refold_exact", None)
 
 

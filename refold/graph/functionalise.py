@@ -21,7 +21,16 @@ from torch.utils import _pytree as pytree
 
 from refold.graph.constants import is_mutation
 from refold.graph.kinds import op_name
-from refold.graph.nodes import aten, call, fake_execution, fake_mode, fake_result, is_call, is_tensor, same
+from refold.graph.nodes import (
+    aten,
+    call,
+    fake_execution,
+    fake_mode,
+    fake_result,
+    is_call,
+    is_tensor,
+    same,
+)
 
 RULE = "functionalise"
 

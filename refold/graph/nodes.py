@@ -55,7 +55,7 @@ def dtype(node: fx.Node) -> torch.dtype:
 
 
 def hint(size: Size) -> int:
-    """The size that the trace saw, for costs and for running layout operations; never for proofs."""
+    """The size that the trace saw: for costs and for running layouts, never for proofs."""
     if isinstance(size, torch.SymInt):
         known = size.node.hint
         return int(known) if known is not None else 8
@@ -119,7 +119,9 @@ def call(
 def fake_result(node: fx.Node) -> Any:
     """Runs a call on the fake values of its arguments."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if hasattr(a, "fake_mode")]
+    tensors = [
+        a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if hasattr(a, "fake_mode")
+    ]
     mode = tensors[0].fake_mode if tensors else fake_mode(node.graph)
     with fake_execution(mode):
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -148,8 +150,6 @@ def replace(old: fx.Node, new: fx.Node) -> None:
 
 def is_output(node: fx.Node) -> bool:
     return any(u.op == "output" for u in node.users)
-
-
 
 
 def pinned(node: fx.Node) -> bool:

@@ -22,8 +22,11 @@ Ints = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution with constant weights. ``weight`` is ``[O, I / groups, *k]``; transposed ones
-    are ``[I, O / groups, *k]``. ``padding`` is the low side's (``same`` may add one high)."""
+    """A convolution with constant weights.
+
+    ``weight`` is ``[O, I / groups, *k]``, ``[I, O / groups, *k]`` where transposed. ``padding`` is
+    the low side's (``same`` may add one high).
+    """
 
     node: fx.Node
     x: fx.Node
@@ -102,8 +105,11 @@ class Sum:
 
 @dataclass(frozen=True)
 class AvgPool:
-    """An average pool. ``uniform``: every window divides by the same number, ``divisor``.
-    ``keeps_constants``: a constant input comes out unchanged."""
+    """An average pool.
+
+    ``uniform``: every window divides by the same number, ``divisor``. ``keeps_constants``: a
+    constant input comes out unchanged.
+    """
 
     node: fx.Node
     x: fx.Node
@@ -158,7 +164,7 @@ def conv(node: object) -> Conv | None:
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
     transposed = node.target in _TRANSPOSED
-    spatial = _TRANSPOSED.get(node.target) or _CONVS.get(node.target)  # type: ignore[arg-type]
+    spatial = _TRANSPOSED.get(node.target) or _CONVS.get(node.target)  # type: ignore[call-overload]
     is_general = node.target is aten.convolution.default
     if not spatial and not is_general:
         return None
@@ -236,18 +242,20 @@ def linear(node: object) -> Linear | None:
 
 def _einsum_product(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     """``...i,oi->...o`` and ``...i,io->...o``: data, matrix, whether the matrix is ``[I, O]``."""
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    equation = str(node.args[0]).replace(" ", "")
+    operands: Any = node.args[1]
     inputs, arrow, result = equation.partition("->")
     terms = inputs.split(",")
     if not arrow or len(terms) != 2 or len(operands) != 2:  # type: ignore[arg-type]
         return None
-    (left, right), (x, w) = terms, operands  # type: ignore[misc]
+    left, right = terms
+    x, w = operands
     if constants.exact(x) is not None:
         left, right, x, w = right, left, w, x  # type: ignore[has-type]
     if len(right) != 2 or len(set(right)) != 2 or "." in right or not left or not result:
         return None
     inner = left[-1]
-    if inner not in right or len(set(left)) != len(left) and "." not in left:
+    if inner not in right or (len(set(left)) != len(left) and "." not in left):
         return None
     outer = right.replace(inner, "")
     if outer in left or result != left[:-1] + outer:
@@ -270,9 +278,7 @@ def _constant(value: Any, rank: int) -> Lazy | None:
 
 
 def _combine(a: Lazy, b: Lazy, function: Any) -> Lazy:
-    return Lazy(
-        tuple(torch.broadcast_shapes(a.shape, b.shape)), lambda: function(a.get(), b.get())
-    )
+    return Lazy(tuple(torch.broadcast_shapes(a.shape, b.shape)), lambda: function(a.get(), b.get()))
 
 
 def affine(node: object) -> Affine | None:
@@ -292,7 +298,8 @@ def affine(node: object) -> Affine | None:
 def _arithmetic(node: fx.Node) -> Affine | None:
     rank = len(shape(node))
     one, zero = _constant(1.0, rank), _constant(0.0, rank)
-    assert one is not None and zero is not None
+    assert one is not None
+    assert zero is not None
 
     def make(x: Any, scale: Lazy | None, shift: Lazy | None) -> Affine | None:
         if not is_tensor(x) or scale is None or shift is None:

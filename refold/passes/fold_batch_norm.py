@@ -60,10 +60,11 @@ class FoldBatchNorm:
             ):
                 result.declined.append(
                     declined(
-                        self.name, node,
+                        self.name,
+                        node,
                         "it normalises with the statistics of the batch (training mode, or no "
                         "running statistics), so it is not a constant scale and shift",
                         "export with running statistics: track_running_stats=True and .eval()",
-                    )  # fmt: skip
+                    )
                 )
         return result

@@ -37,6 +37,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -54,6 +55,7 @@ from refold.rewrite.result import Declined, PassResult, applied, declined
 
 _PRODUCTS = ("conv", "linear", "matmul")
 _CONVS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+_NOTHING = 1e-6  # a gain below this share is rounding of equal costs
 _GROWS_FROM = 1 << 20  # bytes below which a larger constant is never refused
 
 
@@ -132,7 +134,7 @@ class _Folder:
             return None
         best: _Choice | None = None
         for choice in self._candidates(node):
-            if choice.gain <= 0.02 * choice.now:
+            if choice.gain <= _NOTHING * choice.now:
                 if choice.gain < 0 and self.options.prefer == "cost":
                     self.dearer.setdefault(
                         node,
@@ -343,9 +345,13 @@ class _Folder:
     def _constant(self, node: fx.Node, label: str, data: Lazy, like: fx.Node) -> fx.Node:
         return constants.add(self.gm, f"{node.name}.{label}", data, like.meta["val"])
 
-    def _call(self, target: object, args: tuple[object, ...], sources: list[fx.Node]) -> fx.Node:
+    def _call(self, target: Any, args: tuple[Any, ...], sources: list[fx.Node]) -> fx.Node:
         return nodes.call(
-            self.gm.graph, target, args, rule=self.options.name, sources=sources  # type: ignore[arg-type]
+            self.gm.graph,
+            target,
+            args,
+            rule=self.options.name,
+            sources=sources,  # type: ignore[arg-type]
         )
 
     # -- applying -------------------------------------------------------------------------------
@@ -367,9 +373,11 @@ class _Folder:
         provenance.derive(new, sources, self.options.name)
         result.applied.append(
             applied(
-                self.options.name, choice.dead, [new],
+                self.options.name,
+                choice.dead,
+                [new],
                 f"{_summary(choice.dead)} over {choice.key[1].name} into one {kind(new)}",
-            )  # fmt: skip
+            )
         )
         nodes.replace(node, new)
         dead = set(choice.dead)

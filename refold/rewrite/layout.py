@@ -7,6 +7,7 @@ or differs between the two, is not proven and declines.
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ class Symbols:
 
 
 def assignments(graph: fx.Graph) -> tuple[Symbols, Symbols]:
-    """Two assignments of every input symbol: the trace's sizes, and their doubles."""
+    """Two assignments of every input symbol: the trace's sizes, and larger multiples of them."""
     found: dict[Any, int] = {}
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
@@ -64,7 +65,7 @@ def assignments(graph: fx.Graph) -> tuple[Symbols, Symbols]:
                 for symbol in size.node.expr.free_symbols:
                     if size.node.expr == symbol and size.node.hint is not None:
                         found[symbol] = int(size.node.hint)
-    return Symbols(found), Symbols({k: 2 * v for k, v in found.items()})
+    return Symbols(found), Symbols({k: v + 1 if v == 2 else 2 * v for k, v in found.items()})
 
 
 def is_layout(node: fx.Node) -> bool:
@@ -95,7 +96,7 @@ def source_of(node: fx.Node) -> fx.Node | None:
 
 
 def index_of(node: fx.Node, source: fx.Node, symbols: Symbols) -> torch.Tensor:
-    """Runs the layout from ``source`` to ``node`` on an arange of the source; returns int64 indices.
+    """Runs a layout from ``source`` to ``node`` on an arange of the source: int64 indices.
 
     ``source`` is ``node``'s input, or the input of the split whose part ``node`` takes.
     """
@@ -146,60 +147,76 @@ def reduce(value: torch.Tensor, read: torch.Tensor | None, fill: float) -> torch
     return torch.where(lowest > highest, fill, lowest)
 
 
-def pull(
-    node: fx.Node, source: fx.Node, value: torch.Tensor, fill: float, disjoint: bool, graph: fx.Graph
-) -> torch.Tensor:
-    """Moves a per-element constant from a layout's output to its input.
+Pair = tuple[torch.Tensor, torch.Tensor]  # a scale and a shift; one and zero where none acts
+_NEUTRAL = (1.0, 0.0)
+
+
+def pull(node: fx.Node, source: fx.Node, pair: Pair, disjoint: bool, graph: fx.Graph) -> Pair:
+    """Moves a per-element scale and shift from a layout's output to its input.
 
     Args:
         node: the layout operation (or the part of a split).
         source: its tensor input.
-        value: broadcastable against ``node``.
-        fill: what unread elements hold if ``disjoint``; otherwise they are free.
-        disjoint: other readers of ``source`` exist, and must see ``fill``.
+        pair: scale and shift, broadcastable against ``node``.
+        disjoint: other readers of ``source`` exist, so unread elements keep scale 1 and shift 0;
+            otherwise they are free.
         graph: the graph, for its symbols.
 
     Raises:
         Unproven: two outputs of one element disagree, or an axis is symbolic.
     """
-    results: list[torch.Tensor] = []
+    results: list[Pair] = []
     for symbols in assignments(graph):
         index = index_of(node, source, symbols)
         sizes = symbols.shape(source)
-        flat = torch.full((int(torch.tensor(sizes).prod()),), fill, dtype=torch.float64)
-        spread = value.expand(index.shape)
-        flat[index.reshape(-1)] = spread.reshape(-1)
-        if not torch.equal(flat[index], spread):
-            raise Unproven("one element would need two different factors")
         read = None
         if not disjoint:
-            read = torch.zeros(flat.shape, dtype=torch.bool)
+            read = torch.zeros(math.prod(sizes), dtype=torch.bool)
             read[index.reshape(-1)] = True
-            read = read.reshape(sizes)
-        results.append(reduce(flat.reshape(sizes), read, fill))
+            read = None if bool(read.all()) else read.reshape(sizes)
+        moved = (_scatter(v, index, sizes, read, f) for v, f in zip(pair, _NEUTRAL, strict=True))
+        results.append((next(moved), next(moved)))
         if not symbols.values:
             break
     return _proven(results)
 
 
-def push(
-    node: fx.Node, source: fx.Node, value: torch.Tensor, graph: fx.Graph
-) -> torch.Tensor:
-    """Moves a per-element constant from a layout's input to its output."""
-    results: list[torch.Tensor] = []
+def _scatter(
+    value: torch.Tensor, index: torch.Tensor, sizes: tuple[int, ...],
+    read: torch.Tensor | None, fill: float,
+) -> torch.Tensor:  # fmt: skip
+    if value.numel() == 1 and float(value) == fill:
+        return torch.full((1,) * len(sizes), fill, dtype=torch.float64)
+    flat = torch.full((math.prod(sizes),), fill, dtype=torch.float64)
+    spread = value.expand(index.shape)
+    flat[index.reshape(-1)] = spread.reshape(-1)
+    if not torch.equal(flat[index], spread):
+        raise Unproven("one element would need two different factors")
+    return reduce(flat.reshape(sizes), read, fill)
+
+
+def push(node: fx.Node, source: fx.Node, pair: Pair, graph: fx.Graph) -> Pair:
+    """Moves a per-element scale and shift from a layout's input to its output."""
+    results: list[Pair] = []
     for symbols in assignments(graph):
         index = index_of(node, source, symbols)
-        flat = value.expand(symbols.shape(source)).reshape(-1)
-        results.append(reduce(flat[index], None, 0.0))
+        moved = (
+            reduce(v.expand(symbols.shape(source)).reshape(-1)[index], None, 0.0)
+            if v.numel() > 1
+            else v.reshape((1,) * index.dim())
+            for v in pair
+        )
+        results.append((next(moved), next(moved)))
         if not symbols.values:
             break
     return _proven(results)
 
 
-def _proven(results: list[torch.Tensor]) -> torch.Tensor:
+def _proven(results: list[Pair]) -> Pair:
     first, last = results[0], results[-1]
-    if first.shape != last.shape or not torch.equal(first, last):
-        raise Unproven("the constant depends on a dynamic axis")
+    for a, b in zip(first, last, strict=True):
+        if a.shape != b.shape or not torch.equal(a, b):
+            raise Unproven("the constant depends on a dynamic axis")
     return first
 
 

@@ -101,7 +101,7 @@ class MapReader:
         if is_call(node, aten.slice_scatter.default):
             return self._slice_scatter(node)
         name = op_name(node)
-        if name in _TRANSPARENT or is_call(node, aten.dropout.default) and node.args[2] is False:
+        if name in _TRANSPARENT or (is_call(node, aten.dropout.default) and node.args[2] is False):
             return self._same(node)
         if name in _RESHAPES:
             return self._reshape(node)
@@ -179,7 +179,20 @@ class MapReader:
                     f"its terms read {key[1].name} with strides {a.stride} and {b.stride}: they "
                     f"share no grid"
                 )
+        if not out:
+            self._explain_pads(total, left, right)
         return out
+
+    def _explain_pads(self, total: records.Sum, left: Maps, right: Maps) -> None:
+        """Says why branches that pad one tensor in different modes do not merge."""
+        for term, others in ((total.left, right), (total.right, left)):
+            conv = records.conv(term)
+            pad = records.pad(conv.x) if conv is not None else None
+            if pad is not None and pad.mode != "constant" and ("conv", pad.x) in others:
+                self.refusals[total.node] = (
+                    f"its branches pad {pad.x.name} in different modes ({pad.mode} and another): "
+                    f"they differ at the border"
+                )
 
     def _pool(self, pool: records.AvgPool) -> Maps:
         if not pool.uniform:
@@ -468,8 +481,6 @@ def _side(
     if (axis, 1) in sides:
         width = sides[(axis, 1)][0]
         first = start if start >= 0 else extent + start
-        if same(first, extent - width) and (
-            same(end, extent) or known(end >= extent)
-        ):
+        if same(first, extent - width) and (same(end, extent) or known(end >= extent)):
             return 1
     return None

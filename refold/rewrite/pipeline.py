@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 
-from torch import fx
+from torch import fx, nn
 
 from refold.errors import UsageError, VerifierError, did_you_mean
 from refold.graph import constants, provenance
@@ -129,6 +129,7 @@ class Pipeline:
         debug: bool = False,
         progress: Callable[[str], None] | None = None,
         compare: Compare | None = None,
+        consumed: nn.Module | None = None,
     ) -> PipelineResult:
         """Runs the passes on a graph, in place, and verifies what each leaves.
 
@@ -141,6 +142,8 @@ class Pipeline:
             compare: in debug mode called with the graph before a pass, the graph after it, and
                 the pass's id; it raises where their numbers differ.
 
+            consumed: the module whose folded weights are released as they are replaced.
+
         Raises:
             UsageError: a glob matches no module.
             VerifierError: a pass left an invalid graph; the message names the pass.
@@ -152,8 +155,10 @@ class Pipeline:
                 progress(item.name)
             result.runs.append(_run_pass(item, gm, debug=debug, compare=compare))
         if result.modified:
-            constants.materialise_all(gm)
             constants.sweep(gm)
+            if consumed is not None:
+                constants.release(gm, consumed)
+            constants.materialise_all(gm)
             gm.recompile()
         return result
 
@@ -173,7 +178,7 @@ def _run_pass(item: Pass, gm: fx.GraphModule, *, debug: bool, compare: Compare |
     except VerifierError as error:
         raise VerifierError(f"after pass {item.name!r}: {error}") from error
     if copy is not None and compare is not None and result.modified:
-        constants.materialise_all(gm, release=False)
+        constants.materialise_all(gm, forget=False)
         gm.recompile()
         compare(copy, gm, item.name)
     return PassRun(item.name, result, seconds, before, after)

@@ -28,7 +28,7 @@ from refold.rewrite import layout
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
 Edit = Callable[[], None]
-_SMALL = 1 << 16  # bytes below which un-sharing a weight is never refused
+_SMALL = 1 << 13  # bytes below which un-sharing a weight is never refused
 
 _HOMOGENEOUS = {"relu", "leaky_relu", "prelu", "_prelu_kernel"}
 _MAX_POOLS = {"max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d"}
@@ -64,9 +64,7 @@ class _Factor:
 
     def varies(self) -> set[int]:
         """Axes along which the scale or the shift varies."""
-        return {
-            a for t in (self.scale, self.shift) for a in range(t.dim()) if t.shape[a] != 1
-        }
+        return {a for t in (self.scale, self.shift) for a in range(t.dim()) if t.shape[a] != 1}
 
     def vectors(self, axis: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and shift as ``[size]`` vectors along the one axis they may vary on."""
@@ -219,9 +217,7 @@ class Pusher:
                 return None
         raise Refused(_not_linear(u))
 
-    def _into_constant(
-        self, u: fx.Node, consumer: fx.Node, factor: _Factor, plan: _Plan
-    ) -> None:
+    def _into_constant(self, u: fx.Node, consumer: fx.Node, factor: _Factor, plan: _Plan) -> None:
         base = constants.exact(u)
         if base is None:
             raise Refused(f"{u.name} is not a constant")
@@ -241,26 +237,22 @@ class Pusher:
             scale, shift = factor.vectors(1, conv.out_channels)
             self._check_sharing(conv.weight_node)
 
-            def scaled(w: torch.Tensor) -> torch.Tensor:
-                if not conv.transposed:
-                    return w * scale.reshape(-1, *(1,) * (w.dim() - 1))
-                blocks = w.reshape(conv.groups, -1, *w.shape[1:])
-                rows = scale.reshape(conv.groups, 1, w.shape[1], *(1,) * (w.dim() - 2))
-                return (blocks * rows).reshape(w.shape)
-
-            weight = conv.weight.map(conv.weight.shape, scaled)
+            rows = scale.reshape(-1, *(1,) * (conv.spatial + 1))
+            weight = conv.weight.times(rows)
+            if conv.transposed:
+                weight = conv.weight.map(
+                    conv.weight.shape, lambda w: _scale_outputs(w, conv, scale)
+                )
             bias = _shifted(conv.bias, scale, shift, u)
             self._check_range(u, weight)
             self._check_range(u, bias)
             plan.edits.append(
-                lambda: self._set_weights(
-                    u, 1, conv.weight_node, weight, 2, conv.bias_node, bias
-                )
+                lambda: self._set_weights(u, 1, conv.weight_node, weight, 2, conv.bias_node, bias)
             )
         elif (linear := records.linear(u)) is not None:
             scale, shift = factor.vectors(-1, linear.weight.shape[0])
             self._check_sharing(linear.weight_node)
-            weight = linear.weight.map(linear.weight.shape, lambda w: w * scale[:, None])
+            weight = linear.weight.times(scale[:, None])
             bias = _shifted(linear.bias, scale, shift, u)
             self._check_range(u, weight)
             self._check_range(u, bias)
@@ -307,9 +299,7 @@ class Pusher:
         if record is None:
             return False
         inner = _Factor(record.scale.get(), record.shift.get())
-        both = _Factor(
-            factor.scale * inner.scale, factor.scale * inner.shift + factor.shift
-        )
+        both = _Factor(factor.scale * inner.scale, factor.scale * inner.shift + factor.shift)
         current = _operand(record.reader, record.x)
         mark = plan.mark()
         try:
@@ -325,7 +315,9 @@ class Pusher:
             return True
         # A plain shift lets the scale pass and scales itself.
         if bool((inner.scale == 1).all()) and not factor.scale.eq(1).all():
-            self._up(record.x, record.reader, _Factor(factor.scale, torch.zeros_like(factor.shift)), plan)
+            self._up(
+                record.x, record.reader, _Factor(factor.scale, torch.zeros_like(factor.shift)), plan
+            )
             plan.edits.append(lambda: self._emit_affine(u, current(), torch.ones(()), both.shift))
             plan.touch(u)
             return True
@@ -360,8 +352,9 @@ class Pusher:
             siblings = [*others, *(r for r in consumer.users if consumer is not u and r is not u)]
             if self.escapes and any(_escapes(sibling) for sibling in siblings):
                 raise Refused("two outputs would share storage")
-            scale = layout.pull(u, source, factor.scale, 1.0, disjoint, self.graph)
-            shift = layout.pull(u, source, factor.shift, 0.0, disjoint, self.graph)
+            scale, shift = layout.pull(
+                u, source, (factor.scale, factor.shift), disjoint, self.graph
+            )
             affected = (scale != 1) | (shift != 0)
             if any(layout.overlaps(o, source, affected, self.graph) for o in others):
                 raise Refused(f"{source.name} has other users")
@@ -477,9 +470,12 @@ class Pusher:
         free = rank - 2 if side is right else rank - 1
         if free in factor.varies() or len(nodes.shape(side)) != rank:  # type: ignore[arg-type]
             raise Refused("the constant varies along both axes of a product")
-        if any(a < rank - 2 for a in factor.varies()) and not nodes.same(
-            nodes.shape(side)[:-2],  # type: ignore[arg-type]
-            nodes.shape(u)[:-2],
+        if (
+            any(a < rank - 2 for a in factor.varies())
+            and not nodes.same(
+                nodes.shape(side)[:-2],  # type: ignore[arg-type]
+                nodes.shape(u)[:-2],
+            )
         ):
             raise Refused("the product broadcasts this operand")
         return self._up(side, u, factor, plan)  # type: ignore[arg-type]
@@ -520,7 +516,7 @@ class Pusher:
     def _reduced(self, u: fx.Node) -> set[int] | None:
         args = nodes.arguments(u)
         source = args["self"]
-        if args["dtype"] is not None or not args["keepdim"] and not args["dim"]:
+        if args["dtype"] is not None or (not args["keepdim"] and not args["dim"]):
             return None
         rank = len(nodes.shape(source))
         return {int(d) % rank for d in args["dim"] or range(rank)}
@@ -557,8 +553,8 @@ class Pusher:
 
     def _down_terminal(self, c: fx.Node, n: fx.Node, factor: _Factor, plan: _Plan) -> bool:
         if (conv := records.conv(c)) is not None and conv.x is n:
-            channels = conv.weight.shape[0] if conv.transposed else (
-                conv.weight.shape[1] * conv.groups
+            channels = (
+                conv.weight.shape[0] if conv.transposed else (conv.weight.shape[1] * conv.groups)
             )
             scale, shift = factor.vectors(1, channels)
             if factor.shifts and (conv.transposed or any(conv.padding) or _pads_high(conv)):
@@ -583,14 +579,12 @@ class Pusher:
             self._check_range(c, weight)
             self._check_range(c, bias)
             plan.edits.append(
-                lambda: self._set_weights(
-                    c, 1, conv.weight_node, weight, 2, conv.bias_node, bias
-                )
+                lambda: self._set_weights(c, 1, conv.weight_node, weight, 2, conv.bias_node, bias)
             )
         elif (linear := records.linear(c)) is not None and linear.x is n:
             scale, shift = factor.vectors(-1, linear.weight.shape[1])
             self._check_sharing(linear.weight_node)
-            weight = linear.weight.map(linear.weight.shape, lambda w: w * scale)
+            weight = linear.weight.times(scale)
 
             def total() -> torch.Tensor:
                 extra = linear.weight.get() @ shift
@@ -630,9 +624,7 @@ class Pusher:
         raise Refused(_not_linear(c))
 
     def _gathered(self, c: fx.Node, n: fx.Node, factor: _Factor) -> _Factor:
-        return _Factor(
-            layout.push(c, n, factor.scale, self.graph), layout.push(c, n, factor.shift, self.graph)
-        )
+        return _Factor(*layout.push(c, n, (factor.scale, factor.shift), self.graph))
 
     def _down_cat(self, c: fx.Node, n: fx.Node, factor: _Factor, plan: _Plan) -> None:
         args = nodes.arguments(c)
@@ -646,9 +638,7 @@ class Pusher:
             for part, size in zip(args["tensors"], sizes, strict=True):
                 sizes_ = list(value.shape)
                 sizes_[axis] = int(size)
-                parts.append(
-                    value.expand(sizes_) if part is n else value.new_full(sizes_, fill)
-                )
+                parts.append(value.expand(sizes_) if part is n else value.new_full(sizes_, fill))
             return torch.cat(parts, axis)
 
         self._down(c, _Factor(spread(factor.scale, 1.0), spread(factor.shift, 0.0)), plan)
@@ -714,9 +704,7 @@ class Pusher:
                     self.gm, f"{node.name}.{target._schema.name[6:]}", Lazy.of(value),
                     node.meta["val"],
                 )  # fmt: skip
-                out = nodes.call(
-                    self.graph, target, (out, data), rule=self.rule, sources=[node]
-                )
+                out = nodes.call(self.graph, target, (out, data), rule=self.rule, sources=[node])
         nodes.replace(node, out)
 
     def _check_range(self, node: fx.Node, value: Lazy | None) -> None:
@@ -752,9 +740,7 @@ def set_arguments(node: fx.Node, values: dict[int, Any]) -> None:
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     bound = nodes.arguments(node)
     last = max(max(values), len(node.args) - 1)
-    node.args = tuple(
-        values[i] if i in values else bound[schema[i].name] for i in range(last + 1)
-    )
+    node.args = tuple(values[i] if i in values else bound[schema[i].name] for i in range(last + 1))
     names = {schema[i].name for i in range(last + 1)}
     node.kwargs = {k: v for k, v in node.kwargs.items() if k not in names}
 
@@ -788,6 +774,13 @@ def _name(constant: fx.Node) -> str:
 
 def _reads(consumer: fx.Node, u: fx.Node) -> int:
     return sum(a is u for a in torch.utils._pytree.tree_leaves((consumer.args, consumer.kwargs)))
+
+
+def _scale_outputs(w: torch.Tensor, conv: records.Conv, scale: torch.Tensor) -> torch.Tensor:
+    """Scales the output channels of a transposed convolution's ``[I, O / groups, *k]`` weight."""
+    blocks = w.reshape(conv.groups, -1, *w.shape[1:])
+    rows = scale.reshape(conv.groups, 1, w.shape[1], *(1,) * conv.spatial)
+    return (blocks * rows).reshape(w.shape)
 
 
 def _shifted(
@@ -835,4 +828,3 @@ def _pads_high(conv: records.Conv) -> bool:
     return args["padding"] == "same" and any(
         d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.weight.shape[2:], strict=True)
     )
-

@@ -18,7 +18,7 @@ class Applied:
     Attributes:
         rule: id of the rule.
         removed: names of the source nodes that the rewrite made unnecessary.
-        kinds: operator kinds of those nodes (``batch-norm``, ``conv``, ``add``, ...), parallel to it.
+        kinds: operator kinds of those nodes (``batch-norm``, ``conv``, ``add``, ...), in parallel.
         added: names of the new nodes.
         modules: module paths the removed nodes came from.
         detail: one line for people.
@@ -69,8 +69,11 @@ class Pass(Protocol):
     ``exactness`` is ``exact``, ``reassociates`` or ``approximate``.
     """
 
-    name: str
-    exactness: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def exactness(self) -> str: ...
 
     def run(self, gm: fx.GraphModule) -> PassResult: ...
 

@@ -63,7 +63,9 @@ def test_a_convolution_is_its_map(drawn) -> None:
     close(run(m, x, call(x).shape[2:]), call(x))
 
 
-@given(convolutions(4, 4, stride=1), convolutions(4, 4, stride=1), st.sampled_from((1.0, -1.0, 0.5)))
+@given(
+    convolutions(4, 4, stride=1), convolutions(4, 4, stride=1), st.sampled_from((1.0, -1.0, 0.5))
+)
 @settings(max_examples=40, deadline=None)
 def test_a_sum_of_maps_is_the_map_of_the_sum(first, second, factor) -> None:
     (a, _), (b, _) = first, second
@@ -75,12 +77,11 @@ def test_a_sum_of_maps_is_the_map_of_the_sum(first, second, factor) -> None:
 @given(convolutions(4, 8), convolutions(8, 4))
 @settings(max_examples=60, deadline=None)
 def test_a_composition_is_exact_where_no_border_intervenes(first, second) -> None:
-    (inner, call), (outer, _) = first, second
+    (inner, _), (outer, _) = first, second
     x = image(4, (15, 14))
     # The inner map evaluated on a wider domain, so that the outer one never meets padding.
     wide = F.pad(x, (8, 8, 8, 8))
     middle = run(inner, wide, (24, 24))
-    outer = am.embed(outer, outer.kernel, outer.origin)
     extents = (5, 5)
     shifted = am.compose(outer, inner)
     # Positions far inside: crop by starting both at an offset through the origin.
@@ -152,12 +153,12 @@ def test_repeat_features_is_a_reshape(times: int) -> None:
     b = torch.randn(5, dtype=torch.float64)
     x = torch.randn(6, 4, dtype=torch.float64)
     m = am.repeat_features(am.matrix(Lazy.of(w), b), times)
-    close(
-        run(m, x.reshape(-1, 4 * times), ()), F.linear(x, w, b).reshape(-1, 5 * times)
-    )
+    close(run(m, x.reshape(-1, 4 * times), ()), F.linear(x, w, b).reshape(-1, 5 * times))
 
 
-@pytest.mark.parametrize("outer_groups,inner_groups", [(1, 4), (4, 1), (2, 4), (4, 2), (2, 3), (6, 4)])
+@pytest.mark.parametrize(
+    ("outer_groups", "inner_groups"), [(1, 4), (4, 1), (2, 4), (4, 2), (2, 3), (6, 4)]
+)
 def test_block_products_of_every_kind(outer_groups: int, inner_groups: int) -> None:
     channels = 12
     a = torch.randn(channels, channels // outer_groups, 3, dtype=torch.float64)

@@ -103,8 +103,34 @@ class RandomGraph(nn.Module):
         rng = self._rng
         channels = x.shape[1]
         name = rng.choice(
-            "conv conv conv conv norm norm norm pool maxpool pad shuffle pixel up cat chunk split "
-            "slice crop convT groupnorm instancenorm mean gate shared same prelu".split()
+            [
+                "conv",
+                "conv",
+                "conv",
+                "conv",
+                "norm",
+                "norm",
+                "norm",
+                "pool",
+                "maxpool",
+                "pad",
+                "shuffle",
+                "pixel",
+                "up",
+                "cat",
+                "chunk",
+                "split",
+                "slice",
+                "crop",
+                "convT",
+                "groupnorm",
+                "instancenorm",
+                "mean",
+                "gate",
+                "shared",
+                "same",
+                "prelu",
+            ]
         )
         if name in ("conv", "shared"):
             groups = rng.choice([g for g in (1, 1, 2, channels) if channels % g == 0])
@@ -133,7 +159,9 @@ class RandomGraph(nn.Module):
         if name == "same":
             kernel_ = rng.choice((1, 3))
             layer = self._layer(
-                nn.Conv2d(channels, channels, kernel_, padding=kernel_ // 2, bias=rng.random() < 0.5)
+                nn.Conv2d(
+                    channels, channels, kernel_, padding=kernel_ // 2, bias=rng.random() < 0.5
+                )
             )
             return f"{layer} @{i} + residual", lambda p: layer(p[i]) + p[i]
         if name == "norm":
@@ -210,7 +238,19 @@ class RandomGraph(nn.Module):
     def _tokens(self, pool: list[torch.Tensor], i: int, x: torch.Tensor) -> tuple[str, Step] | None:
         rng = self._rng
         last = x.shape[-1]
-        name = rng.choice("linear linear layernorm rmsnorm lora transpose flatten bn1d view".split())
+        name = rng.choice(
+            [
+                "linear",
+                "linear",
+                "layernorm",
+                "rmsnorm",
+                "lora",
+                "transpose",
+                "flatten",
+                "bn1d",
+                "view",
+            ]
+        )
         if name == "linear":
             layer = self._layer(nn.Linear(last, rng.choice((last, 4)), bias=rng.random() < 0.5))
             return f"linear @{i}", lambda p: layer(p[i])
@@ -238,7 +278,22 @@ class RandomGraph(nn.Module):
 
     def _common(self, pool: list[torch.Tensor], i: int, x: torch.Tensor) -> tuple[str, Step] | None:
         rng = self._rng
-        name = rng.choice("add sub radd const const scalar act act act addcmul residual inplace".split())
+        name = rng.choice(
+            [
+                "add",
+                "sub",
+                "radd",
+                "const",
+                "const",
+                "scalar",
+                "act",
+                "act",
+                "act",
+                "addcmul",
+                "residual",
+                "inplace",
+            ]
+        )
         if name in ("add", "sub", "radd", "residual"):
             same = [j for j, v in enumerate(pool) if v.shape == x.shape]
             j = rng.choice(same)
@@ -279,6 +334,7 @@ class RandomGraph(nn.Module):
             )  # fmt: skip
             return f"{label} @{i}", lambda p: function(p[i])
         if name == "inplace":
+
             def inplace(p: list[torch.Tensor]) -> torch.Tensor:
                 y = p[i] * 1.5
                 y[:, :1] = 0.25
@@ -287,5 +343,3 @@ class RandomGraph(nn.Module):
 
             return f"inplace @{i}", inplace
         return None
-
-

@@ -83,7 +83,7 @@ def test_every_spelling_in_any_chain(names, shape, bias) -> None:
 
 
 @pytest.mark.parametrize(
-    "forward,parts",
+    ("forward", "parts"),
     [
         (lambda s, x: F.relu(s.c(x)) * s.g, {"c": conv(), "g": positive(4, 1, 1)}),
         (lambda s, x: F.leaky_relu(s.c(x), 0.2) * s.g, {"c": conv(), "g": positive(4, 1, 1)}),
@@ -98,12 +98,21 @@ def test_every_spelling_in_any_chain(names, shape, bias) -> None:
             lambda s, x: s.n(x) * s.g + s.g,
             {"n": nn.LayerNorm(6, elementwise_affine=False), "g": mixed(6)},
         ),
-        (lambda s, x: (s.c(x) + s.d(x).tanh() * s.g), {"c": conv(), "d": conv(), "g": mixed(4, 1, 1)}),
-        (lambda s, x: torch.cat([s.c(x), s.d(x)], 1) * s.g, {"c": conv(), "d": conv(), "g": mixed(8, 1, 1)}),
-        (lambda s, x: (s.c(x) - s.d(x)) * s.g + s.h, {"c": conv(), "d": conv(), "g": mixed(4, 1, 1), "h": mixed(4, 1, 1)}),
+        (
+            lambda s, x: s.c(x) + s.d(x).tanh() * s.g,
+            {"c": conv(), "d": conv(), "g": mixed(4, 1, 1)},
+        ),
+        (
+            lambda s, x: torch.cat([s.c(x), s.d(x)], 1) * s.g,
+            {"c": conv(), "d": conv(), "g": mixed(8, 1, 1)},
+        ),
+        (
+            lambda s, x: (s.c(x) - s.d(x)) * s.g + s.h,
+            {"c": conv(), "d": conv(), "g": mixed(4, 1, 1), "h": mixed(4, 1, 1)},
+        ),
         (lambda s, x: s.c(x).chunk(2, 1)[1] * 3.0, {"c": conv()}),
     ],
-)  # fmt: skip
+)
 def test_absorbs(forward, parts) -> None:
     net = Net(forward, **parts)
     gm, _ = run(AbsorbScaleShift(), net, image())
@@ -143,21 +152,33 @@ def test_through_class_token_and_position_embedding() -> None:
 
 
 @pytest.mark.parametrize(
-    "forward,parts,reason",
+    ("forward", "parts", "reason"),
     [
         (lambda s, x: F.relu(s.c(x)) * s.g, {"c": conv(), "g": mixed(4, 1, 1)}, "negative or zero"),
         (lambda s, x: F.relu(s.c(x)) * 0.0, {"c": conv()}, "negative or zero"),
-        (lambda s, x: F.relu(s.c(x)) + s.g, {"c": conv(), "g": positive(4, 1, 1)}, "shift does not pass"),
+        (
+            lambda s, x: F.relu(s.c(x)) + s.g,
+            {"c": conv(), "g": positive(4, 1, 1)},
+            "shift does not pass",
+        ),
         (lambda s, x: F.relu6(s.c(x)) * s.g, {"c": conv(), "g": positive(4, 1, 1)}, "not linear"),
         (lambda s, x: F.silu(s.c(x)) * s.g, {"c": conv(), "g": positive(4, 1, 1)}, "not linear"),
         (lambda s, x: s.c(x) * s.g, {"c": conv(), "g": mixed(4)}, "another axis"),
         (lambda s, x: s.n(x) + s.g, {"n": nn.RMSNorm(6), "g": mixed(6)}, "no bias"),
-        (lambda s, x: (lambda y: (y * s.g, y.tanh()))(s.c(x)), {"c": conv(), "g": mixed(4, 1, 1)}, "other users"),
-        (lambda s, x: F.pad(s.c(x), (1, 1, 1, 1)) + s.g, {"c": conv(), "g": mixed(4, 1, 1)}, "not linear"),
+        (
+            lambda s, x: (lambda y: (y * s.g, y.tanh()))(s.c(x)),
+            {"c": conv(), "g": mixed(4, 1, 1)},
+            "other users",
+        ),
+        (
+            lambda s, x: F.pad(s.c(x), (1, 1, 1, 1)) + s.g,
+            {"c": conv(), "g": mixed(4, 1, 1)},
+            "not linear",
+        ),
         (lambda s, x: F.gelu(x) * s.g, {"g": mixed(4, 1, 1)}, "not linear"),
         (lambda s, x: torch.div(s.c(x), 2.0, rounding_mode="floor"), {"c": conv()}, "rounds"),
     ],
-)  # fmt: skip
+)
 def test_declines(forward, parts, reason) -> None:
     # 6 x 6 outputs of 4 channels would hide nothing; width equals channels here on purpose.
     gm, declined = run(AbsorbScaleShift(), Net(forward, **parts), image(4, 7, 6))

@@ -27,10 +27,16 @@ def test_golden() -> None:
 
 
 @given(
-    groups=st.sampled_from((1, 2, 4)), kernel=st.integers(1, 3), stride=st.integers(1, 2),
-    padding=st.integers(0, 2), dilation=st.integers(1, 2), bias=st.booleans(),
-    affine=st.booleans(), transposed=st.booleans(), dims=st.integers(1, 3),
-)  # fmt: skip
+    groups=st.sampled_from((1, 2, 4)),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 2),
+    dilation=st.integers(1, 2),
+    bias=st.booleans(),
+    affine=st.booleans(),
+    transposed=st.booleans(),
+    dims=st.integers(1, 3),
+)
 @settings(max_examples=40, deadline=None)
 def test_into_any_convolution(
     groups, kernel, stride, padding, dilation, bias, affine, transposed, dims
@@ -46,11 +52,15 @@ def test_into_any_convolution(
 
 
 @pytest.mark.parametrize(
-    "forward,parts,expected",
+    ("forward", "parts", "expected"),
     [
         (lambda s, x: s.b(s.c(x).flatten(2)).flatten(1), {"c": conv(), "b": nn.BatchNorm1d(4)}, 0),
         (lambda s, x: s.b(F.avg_pool2d(s.c(x), 2)), {"c": conv(), "b": nn.BatchNorm2d(4)}, 0),
-        (lambda s, x: s.b(F.pixel_shuffle(s.c(x), 2)), {"c": conv(4, 8), "b": nn.BatchNorm2d(2)}, 0),
+        (
+            lambda s, x: s.b(F.pixel_shuffle(s.c(x), 2)),
+            {"c": conv(4, 8), "b": nn.BatchNorm2d(2)},
+            0,
+        ),
         (lambda s, x: s.b(F.channel_shuffle(s.c(x), 2)), {"c": conv(), "b": nn.BatchNorm2d(4)}, 0),
         (
             lambda s, x: s.b(torch.cat([s.c(x), s.d(x)], 1)),
@@ -62,18 +72,30 @@ def test_into_any_convolution(
             {"c": conv(), "b": nn.BatchNorm2d(4)},
             0,
         ),
-        (lambda s, x: s.b(s.c(x) + torch.tanh(s.d(x))), {"c": conv(), "d": conv(), "b": nn.BatchNorm2d(4)}, 1),
+        (
+            lambda s, x: s.b(s.c(x) + torch.tanh(s.d(x))),
+            {"c": conv(), "d": conv(), "b": nn.BatchNorm2d(4)},
+            1,
+        ),
         (lambda s, x: s.c(s.b(x)), {"c": conv(), "b": nn.BatchNorm2d(4)}, 0),
-        (lambda s, x: s.c(s.b(x)) + s.d(s.b(x)), {"c": conv(), "d": conv(), "b": nn.BatchNorm2d(4)}, 0),
+        (
+            lambda s, x: s.c(s.b(x)) + s.d(s.b(x)),
+            {"c": conv(), "d": conv(), "b": nn.BatchNorm2d(4)},
+            0,
+        ),
         (
             lambda s, x: s.c(s.b(x).mean((2, 3))),
             {"c": nn.Linear(4, 3), "b": nn.BatchNorm2d(4)},
             0,
         ),
         (lambda s, x: s.c(s.b(x)), {"c": nn.Linear(6, 3), "b": nn.BatchNorm2d(4)}, 1),
-        (lambda s, x: s.c(s.b(x)), {"c": nn.ConvTranspose2d(4, 4, 2, 2), "b": nn.BatchNorm2d(4)}, 1),
+        (
+            lambda s, x: s.c(s.b(x)),
+            {"c": nn.ConvTranspose2d(4, 4, 2, 2), "b": nn.BatchNorm2d(4)},
+            1,
+        ),
     ],
-)  # fmt: skip
+)
 def test_through_and_into(forward, parts, expected) -> None:
     gm, declined = run(FoldBatchNorm(), Net(forward, **parts), image())
     assert left(gm).get("batch-norm", 0) == expected, gm.graph
@@ -81,11 +103,23 @@ def test_through_and_into(forward, parts, expected) -> None:
 
 
 @pytest.mark.parametrize(
-    "forward,parts,reason",
+    ("forward", "parts", "reason"),
     [
-        (lambda s, x: s.b(F.relu(s.c(x))), {"c": conv(), "b": nn.BatchNorm2d(4)}, "scale does not pass relu"),
-        (lambda s, x: s.b(F.gelu(s.c(x))), {"c": conv(), "b": nn.BatchNorm2d(4)}, "gelu is not linear"),
-        (lambda s, x: s.c(s.b(x)), {"c": conv(padding=1), "b": nn.BatchNorm2d(4)}, "pads with zeros"),
+        (
+            lambda s, x: s.b(F.relu(s.c(x))),
+            {"c": conv(), "b": nn.BatchNorm2d(4)},
+            "scale does not pass relu",
+        ),
+        (
+            lambda s, x: s.b(F.gelu(s.c(x))),
+            {"c": conv(), "b": nn.BatchNorm2d(4)},
+            "gelu is not linear",
+        ),
+        (
+            lambda s, x: s.c(s.b(x)),
+            {"c": conv(padding=1), "b": nn.BatchNorm2d(4)},
+            "pads with zeros",
+        ),
         (
             lambda s, x: (lambda y: (y, s.b(y)))(s.c(x)),
             {"c": conv(), "b": nn.BatchNorm2d(4)},
@@ -102,7 +136,7 @@ def test_through_and_into(forward, parts, expected) -> None:
             "statistics of the batch",
         ),
     ],
-)  # fmt: skip
+)
 def test_declines(forward, parts, reason) -> None:
     import re
 

@@ -46,9 +46,7 @@ def branches(draw: st.DrawFn):
         dilation = draw(st.integers(1, 2))
         padding = tuple(dilation * (k // 2) for k in kernel)
         groups = draw(st.sampled_from((1, 2, 4)))
-        layer = nn.Conv2d(
-            4, 4, kernel, stride, padding, dilation, groups, bias=draw(st.booleans())
-        )
+        layer = nn.Conv2d(4, 4, kernel, stride, padding, dilation, groups, bias=draw(st.booleans()))
         kind = draw(st.sampled_from(("plain", "norm", "pre", "scaled")))
         if kind == "norm":
             parts.append(nn.Sequential(layer, bn()))
@@ -82,10 +80,15 @@ def test_any_branches_become_one_convolution(drawn, size) -> None:
 
 
 @given(
-    first=st.sampled_from((1, 3)), second=st.sampled_from((1, 3)), pad=st.booleans(),
-    bias=st.booleans(), g1=st.sampled_from((1, 2, 4)), g2=st.sampled_from((1, 2, 4)),
-    s1=st.integers(1, 2), s2=st.integers(1, 2),
-)  # fmt: skip
+    first=st.sampled_from((1, 3)),
+    second=st.sampled_from((1, 3)),
+    pad=st.booleans(),
+    bias=st.booleans(),
+    g1=st.sampled_from((1, 2, 4)),
+    g2=st.sampled_from((1, 2, 4)),
+    s1=st.integers(1, 2),
+    s2=st.integers(1, 2),
+)
 @settings(max_examples=60, deadline=None)
 def test_sequences_fold_only_where_borders_allow(first, second, pad, bias, g1, g2, s1, s2) -> None:
     padding = second // 2 if pad else 0
@@ -104,19 +107,35 @@ def test_sequences_fold_only_where_borders_allow(first, second, pad, bias, g1, g
 
 
 @pytest.mark.parametrize(
-    "forward,parts,expected",
+    ("forward", "parts", "expected"),
     [
         (lambda s, x: s.c(F.pad(x, (1, 0, 2, 1))), {"c": conv()}, {"conv": 1}),
         (lambda s, x: s.c(F.pad(x, (-1, 0, 0, 0))), {"c": conv()}, {"conv": 1}),
         (lambda s, x: s.c(x)[:, :, ::2, ::2], {"c": conv(padding=1)}, {"conv": 1}),
         (lambda s, x: s.c(x)[:, 1:3], {"c": conv()}, {"conv": 1}),
-        (lambda s, x: F.channel_shuffle(s.c(x), 2) + s.d(x), {"c": conv(), "d": conv()}, {"conv": 1, "add": 0}),
+        (
+            lambda s, x: F.channel_shuffle(s.c(x), 2) + s.d(x),
+            {"c": conv(), "d": conv()},
+            {"conv": 1, "add": 0},
+        ),
         (lambda s, x: s.c(torch.cat([x, s.d(x)], 1)), {"d": conv(k=1), "c": conv(8)}, {"conv": 1}),
-        (lambda s, x: s.a(x) + s.b(s.c(x)) * 2, {"a": nn.Linear(6, 6), "c": nn.Linear(6, 2), "b": nn.Linear(2, 6)}, {"linear": 1, "add": 0}),
-        (lambda s, x: F.avg_pool2d(s.c(x), 3, 1, 1) + s.d(x), {"c": conv(k=1, bias=False), "d": conv(padding=1)}, {"conv": 1, "avg-pool": 0}),
-        (lambda s, x: s.a(x) + torch.tanh(x) + s.c(x), {"a": conv(padding=1), "c": conv(k=1)}, {"conv": 1, "add": 1}),
+        (
+            lambda s, x: s.a(x) + s.b(s.c(x)) * 2,
+            {"a": nn.Linear(6, 6), "c": nn.Linear(6, 2), "b": nn.Linear(2, 6)},
+            {"linear": 1, "add": 0},
+        ),
+        (
+            lambda s, x: F.avg_pool2d(s.c(x), 3, 1, 1) + s.d(x),
+            {"c": conv(k=1, bias=False), "d": conv(padding=1)},
+            {"conv": 1, "avg-pool": 0},
+        ),
+        (
+            lambda s, x: s.a(x) + torch.tanh(x) + s.c(x),
+            {"a": conv(padding=1), "c": conv(k=1)},
+            {"conv": 1, "add": 1},
+        ),
     ],
-)  # fmt: skip
+)
 def test_folds(forward, parts, expected) -> None:
     gm, _ = run([FOLD, *PIPELINES["default"].passes[:2]], Net(forward, **parts), image())
     found = left(gm)
@@ -124,14 +143,22 @@ def test_folds(forward, parts, expected) -> None:
 
 
 @pytest.mark.parametrize(
-    "forward,parts,reason",
+    ("forward", "parts", "reason"),
     [
         (lambda s, x: s.c(s.a(x)), {"a": conv(k=1), "c": conv(padding=1)}, "bias"),
-        (lambda s, x: s.c(s.a(x)), {"a": conv(padding=1, bias=False), "c": conv(padding=1)}, "hides positions"),
-        (lambda s, x: s.c(x) + F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), {"c": conv(padding=1)}, "count_include_pad"),
+        (
+            lambda s, x: s.c(s.a(x)),
+            {"a": conv(padding=1, bias=False), "c": conv(padding=1)},
+            "hides positions",
+        ),
+        (
+            lambda s, x: s.c(x) + F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+            {"c": conv(padding=1)},
+            "count_include_pad",
+        ),
         (lambda s, x: s.a(x) + s.c(x), {"a": conv(stride=2, padding=1), "c": conv(k=4)}, "grid"),
     ],
-)  # fmt: skip
+)
 def test_declines(forward, parts, reason) -> None:
     gm, declined = run(FOLD, Net(forward, **parts), image(4, 7, 7))
     assert any(re.search(reason, d.reason) for d in declined), (declined, gm.graph)
@@ -145,7 +172,9 @@ def test_dearer_merges_are_left_and_both_costs_are_said() -> None:
     x = image(64, 28, 28)
     gm, declined = run(FoldBranches(), net, x)
     assert left(gm)["conv"] == 2
-    assert any(re.search(r"cost [\d.]+ us instead of [\d.]+ us|larger than", d.reason) for d in declined)
+    assert any(
+        re.search(r"cost [\d.]+ us instead of [\d.]+ us|larger than", d.reason) for d in declined
+    )
     gm, _ = run(FOLD, net, x)
     assert left(gm)["conv"] == 1
 
