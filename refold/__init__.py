@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from refold.rewrite.pipeline import Pipeline
     from refold.rewrite.result import Pass, PassResult
     from refold.rewrite.rule import RewriteRule, rule_from_functions
+    from refold.torch_compile import backend
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOME = {
     "Report": "refold.report",
     "RewriteRule": "refold.rewrite.rule",
     "Target": "refold.backends.base",
+    "backend": "refold.torch_compile",
     "compile_for_inference": "refold.compiler",
     "explain": "refold.compiler",
     "fold": "refold.compiler",
@@ -44,6 +46,7 @@ __all__ = [
     "RewriteRule",
     "Target",
     "__version__",
+    "backend",
     "compile_for_inference",
     "explain",
     "fold",

@@ -240,7 +240,7 @@ class _Renderer:
                 rest = sum(len(m) for _, m in groups[shown:])
                 self._row("", f"... and {rest} more, see --json")
                 break
-            where = first.module or first.node
+            where = f"module {first.module}" if first.module else first.node
             count = f" (and {len(members) - 1} like it)" if len(members) > 1 else ""
             source = f"  {_short(first.source)}" if first.source else ""
             self._row("declined", f"{where}{count}  {first.rule}: {first.reason}{source}", "33")

@@ -17,6 +17,7 @@ def _normal(text: str) -> list[str]:
     text = re.sub(r"\d+(\.\d+)? (ms|s)\b", "TIME", text)
     text = re.sub(r"\d\.\d+e-\d+", "ERROR", text)
     text = re.sub(r"\.py:\d+", ".py:LINE", text)
+    text = re.sub(r"\n time .*?(?=\n note|\Z)", "", text, flags=re.DOTALL)  # its length wraps it
     return [" ".join(line.split()) for line in text.strip().splitlines()]
 
 

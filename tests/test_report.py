@@ -38,7 +38,7 @@ def test_json_is_versioned_and_complete(report):
     assert (fold["nodes_before"], fold["nodes_after"]) == (5, 4)
     assert data["numerics"]["passed"]
     assert data["numerics"]["inputs"] >= 4
-    assert set(data["timings"]) == {"trace", "fold", "verify", "lower"}
+    assert set(data["timings"]) == {"trace", "reference", "fold", "verify", "lower"}
 
 
 def test_json_round_trip(report):

@@ -20,7 +20,7 @@ Sources: Ding et al., RepVGG (CVPR 2021, section 3.3) for branches, Diverse Bran
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -448,7 +448,7 @@ class Execution:
     dilation: Ints
 
 
-def executions(base: AffineMap, reach: int = 3) -> list[Execution]:
+def executions(base: AffineMap, reach: int = 3) -> Iterator[Execution]:
     """Spellings of a map as one symmetrically padded convolution, smallest kernel first.
 
     The trimmed kernel on its lattice comes first; the others add zero taps, for where the output's
@@ -457,16 +457,15 @@ def executions(base: AffineMap, reach: int = 3) -> list[Execution]:
     """
     low = tuple(min(taps) for taps in base.support)
     origin = tuple(o - a for o, a in zip(base.origin, low, strict=True))
-    out: list[Execution] = []
     if all(o >= 0 for o in origin):
-        out.append(_execution(base, origin, (0,) * base.spatial, base.dilation))
+        yield _execution(base, origin, (0,) * base.spatial, base.dilation)
     ones = (1,) * base.spatial
-    for extra in range(reach + 1):
-        for tail in range(reach + 1):
-            padding = tuple(max(o, 0) + extra for o in origin)
-            if extra or tail or min(origin, default=0) < 0 or base.dilation != ones:
-                out.append(_execution(base, padding, (tail,) * base.spatial, ones))
-    return sorted(out, key=lambda e: e.weight.numel())
+    padded = (
+        _execution(base, tuple(max(o, 0) + extra for o in origin), (tail,) * base.spatial, ones)
+        for extra in range(reach + 1)
+        for tail in range(reach + 1)
+    )
+    yield from sorted(padded, key=lambda e: e.weight.numel())
 
 
 def _execution(base: AffineMap, padding: Ints, tail: Ints, dilation: Ints) -> Execution:

@@ -25,8 +25,9 @@ class Lazy:
     @staticmethod
     def of(tensor: torch.Tensor) -> Lazy:
         """Wraps a tensor of any floating dtype; it is widened when it is asked for."""
-        widens = tensor.dtype != torch.float64
-        return Lazy(tuple(tensor.shape), lambda: tensor.detach().to(torch.float64), fresh=widens)
+        raw = tensor.detach()
+        widens = raw.dtype != torch.float64
+        return Lazy(tuple(raw.shape), lambda: raw.to(torch.float64), fresh=widens)
 
     def get(self) -> torch.Tensor:
         """Computes the tensor (float64). Callers may write into it only if it is ``fresh``."""

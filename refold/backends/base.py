@@ -72,6 +72,8 @@ class Target(Protocol):
 
 _BUILT_IN = {
     "torch": "refold.backends.torch:TorchTarget",
+    "inductor": "refold.backends.inductor:InductorTarget",
+    "aoti": "refold.backends.aoti:AotiTarget",
     "onnx": "refold.backends.onnx:OnnxTarget",
     "ort": "refold.backends.onnxruntime:OnnxRuntimeTarget",
 }

@@ -61,7 +61,7 @@ def source_line(node: fx.Node) -> str:
     trace = node.meta.get("stack_trace") or ""
     frames = _FRAME.findall(trace)
     own = [f for f in frames if "/torch/" not in f[0]]
-    if not own and not frames:
+    if not own:
         return ""
-    path, line, _ = (own or frames)[-1]
+    path, line, _ = own[-1]
     return f"{path}:{line}"

@@ -48,7 +48,7 @@ from refold.algebra.lazy import Lazy
 from refold.graph import constants, nodes, provenance, records
 from refold.graph.kinds import kind, op_name
 from refold.graph.nodes import aten, hint, hints, same, shape
-from refold.rewrite import cost, maps
+from refold.rewrite import cost, layout, maps
 from refold.rewrite.maps import Key, MapReader
 from refold.rewrite.push_affine import overflows
 from refold.rewrite.result import Declined, PassResult, applied, declined
@@ -108,13 +108,30 @@ class _Folder:
             if node.op != "call_function" or not node.users:
                 continue
             self.reader.visit(node)
-            while (choice := self._choose(node)) is not None:
-                node = self._apply(node, choice, result)
-                if node not in self.reader.maps:
-                    self.reader.visit(node)
+            if self._inside_a_sum(node):
+                continue  # the whole sum is merged at once, where it ends
+            node = self._settle(node, result)
+            if records.add(node) is not None:
+                inner = self._leaves(node)[1]
+                for part in sorted(inner):
+                    self._settle(part, result)
+                if inner:
+                    self._settle(node, result)
         result.modified = bool(result.applied)
         result.declined = list(self._declined())
         return result
+
+    def _settle(self, node: fx.Node, result: PassResult) -> fx.Node:
+        """Merges at a node for as long as that gains; returns what stands in its place."""
+        while node.users and (choice := self._choose(node)) is not None:
+            node = self._apply(node, choice, result)
+        return node
+
+    def _inside_a_sum(self, node: fx.Node) -> bool:
+        users = list(node.users)
+        if len(users) != 1 or nodes.pinned(users[0]):
+            return False
+        return records.add(node) is not None and records.add(users[0]) is not None
 
     def _declined(self) -> Iterable[Declined]:
         alive = {n for n in self.gm.graph.nodes if n.users}
@@ -147,17 +164,13 @@ class _Folder:
         return best
 
     def _candidates(self, node: fx.Node) -> Iterable[_Choice]:
+        if layout.is_layout(node) and layout.escapes(node):
+            return  # a view of its own strides: a merged tensor's reshape would share storage
         for key, merged in self.reader.of(node).items():
             if key[1] is not node and (choice := self._weigh(node, key, merged, [], {node})):
                 yield choice
-        if self._tops_a_sum(node):
+        if records.add(node) is not None and not self._inside_a_sum(node):
             yield from self._partial_sums(node)
-
-    def _tops_a_sum(self, node: fx.Node) -> bool:
-        if records.add(node) is None:
-            return False
-        users = list(node.users)
-        return not (len(users) == 1 and records.add(users[0]) is not None and users[0].users)
 
     def _partial_sums(self, node: fx.Node) -> Iterable[_Choice]:
         """Merges the leaves of an add tree that share a root; the others stay as addends."""

@@ -220,6 +220,19 @@ def _proven(results: list[Pair]) -> Pair:
     return first
 
 
+def escapes(node: fx.Node) -> bool:
+    """True if the node's storage reaches an output of the graph through layout operations."""
+    seen, queue = {node}, [node]
+    while queue:
+        for user in queue.pop().users:
+            if user.op == "output":
+                return True
+            if user not in seen and is_layout(user):
+                seen.add(user)
+                queue.append(user)
+    return False
+
+
 def overlaps(other: fx.Node, source: fx.Node, affected: torch.Tensor, graph: fx.Graph) -> bool:
     """True if another reader of ``source`` reads an element where ``affected`` holds."""
     if not is_layout(other) or not is_tensor(source) or not is_tensor(other):

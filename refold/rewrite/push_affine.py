@@ -155,7 +155,7 @@ class Pusher:
         factor = _Factor(record.scale.get(), record.shift.get())
         if factor.is_identity:
             return None  # clean-up removes it, where no output would come to share storage
-        self.escapes = _escapes(record.node)
+        self.escapes = layout.escapes(record.node)
         if not bool(torch.isfinite(factor.scale).all() & torch.isfinite(factor.shift).all()):
             self.refusals[record.node] = (
                 "the scale or shift is not finite (zero variance without eps, or NaN weights)",
@@ -350,7 +350,7 @@ class Pusher:
             others = [r for r in source.users if r is not consumer]
             disjoint = disjoint or bool(others)
             siblings = [*others, *(r for r in consumer.users if consumer is not u and r is not u)]
-            if self.escapes and any(_escapes(sibling) for sibling in siblings):
+            if self.escapes and any(layout.escapes(sibling) for sibling in siblings):
                 raise Refused("two outputs would share storage")
             scale, shift = layout.pull(
                 u, source, (factor.scale, factor.shift), disjoint, self.graph
@@ -747,19 +747,6 @@ def set_arguments(node: fx.Node, values: dict[int, Any]) -> None:
 
 def _not_linear(node: fx.Node) -> str:
     return f"{op_name(node)} is not linear in its input, so a scale and shift cannot cross it"
-
-
-def _escapes(node: fx.Node) -> bool:
-    """True if the node's storage reaches an output of the graph through layout operations."""
-    seen, queue = {node}, [node]
-    while queue:
-        for user in queue.pop().users:
-            if user.op == "output":
-                return True
-            if user not in seen and layout.is_layout(user):
-                seen.add(user)
-                queue.append(user)
-    return False
 
 
 def _operand(reader: fx.Node, x: fx.Node) -> Callable[[], fx.Node]:

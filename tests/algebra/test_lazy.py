@@ -9,7 +9,7 @@ from refold.algebra.lazy import Lazy
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, dtype=dtype)
+    return torch.randn(shape, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -17,6 +17,9 @@ def test_times_never_writes_the_source(dtype: torch.dtype) -> None:
     w = random(4, 3, dtype=dtype)
     kept = w.clone()
     lazy = Lazy.of(w).times(torch.full((4, 1), 2.0, dtype=torch.float64))
+    assert lazy.get().dtype == torch.float64
+    third = torch.tensor(1 / 3, dtype=torch.float64)
+    assert torch.equal(Lazy.of(w).times(third).get(), kept.double() * third)
     assert torch.equal(lazy.get(), kept.double() * 2)
     assert torch.equal(lazy.get(), kept.double() * 2)
     assert torch.equal(w, kept)

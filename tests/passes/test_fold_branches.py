@@ -214,3 +214,9 @@ def test_a_second_run_changes_nothing() -> None:
         gm = trace(net, image())
         assert PIPELINES["default"].run(gm).modified
         assert not any(r.result.applied for r in PIPELINES["default"].run(gm).runs)
+
+
+def test_outputs_never_come_to_share_storage() -> None:
+    """A crop is copied by the flatten after it; the convolution that it merges into is not."""
+    net = Net(lambda s, x: (lambda y: (y, y.flatten(1)))(s.c(x)[:, :, 1::2, 1:]), c=conv())
+    run(FOLD, net, image())

@@ -1,0 +1,128 @@
+"""Target ``aoti``: an AOTInductor package (.pt2), which runs without Python and without the model.
+
+``torch._inductor.aoti_load_package`` loads it in Python, ``torch::inductor::AOTIModelPackageLoader``
+in C++.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.fx import _pytree as fx_pytree
+from torch.utils import _pytree as pytree
+
+from refold.backends.base import Artifact, Runner
+from refold.backends.inductor import Layouts, missing_compiler, mode_settings
+from refold.backends.torch import re_export
+from refold.errors import BackendError, UsageError
+from refold.graph import constants
+from refold.graph.kinds import census
+
+if TYPE_CHECKING:
+    from torch.utils._pytree import TreeSpec
+
+    from refold.frontends.export import Program
+
+
+@dataclass(frozen=True)
+class AotiOptions:
+    """Options of the ``aoti`` target.
+
+    Attributes:
+        mode: ``default`` or ``max-autotune-no-cudagraphs``.
+    """
+
+    mode: str = "default"
+
+    def __post_init__(self) -> None:
+        if mode_settings(self.mode).get("triton.cudagraphs"):
+            raise UsageError(
+                f"mode {self.mode!r} records CUDA graphs, which a package cannot hold: "
+                "use 'max-autotune-no-cudagraphs', or target='inductor'"
+            )
+
+
+@dataclass(frozen=True)
+class _Content:
+    folder: tempfile.TemporaryDirectory[str]  # lives as long as the artifact
+    layouts: Layouts
+    in_spec: TreeSpec
+    nodes: int
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder.name) / "model.pt2"
+
+
+class AotiTarget:
+    """Compiles the folded graph ahead of time into one file."""
+
+    name = "aoti"
+    suffix = ".pt2"
+    options = AotiOptions
+
+    def available(self) -> str | None:
+        return missing_compiler()
+
+    def lower(self, program: Program, gm: fx.GraphModule, options: AotiOptions) -> Artifact:
+        import torch._inductor
+
+        state = [str(n.target) for n in constants.written(gm.graph) if n.op == "get_attr"]
+        if state:
+            raise BackendError(
+                f"the model writes its own state ({', '.join(state)}), which a package of frozen "
+                "weights cannot keep: use target='inductor', or make the state an input and an "
+                "output"
+            )
+        exported = re_export(gm, program.args, program.kwargs)
+        content = _Content(
+            tempfile.TemporaryDirectory(prefix="refold-"),
+            Layouts.of(gm),
+            gm.graph._codegen.pytree_info.in_spec,  # type: ignore[attr-defined]
+            sum(census(gm.graph).values()),
+        )
+        # Freezing takes every output for a computed value; a package returns constants too.
+        outputs = pytree.tree_leaves(gm.graph.output_node().args)
+        freeze = all(isinstance(leaf, fx.Node) for leaf in outputs)
+        settings = {**mode_settings(options.mode), "freezing": freeze}
+        try:
+            torch._inductor.aoti_compile_and_package(
+                exported, package_path=str(content.path), inductor_configs=settings
+            )
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [""])[0][:300]
+            raise BackendError(
+                f"AOTInductor cannot compile the graph: {type(error).__name__}: {first}"
+            ) from error
+        return Artifact(content)
+
+    def load(self, artifact: Artifact, options: AotiOptions) -> Runner:
+        import torch._inductor
+
+        content: _Content = artifact.content
+        package = torch._inductor.aoti_load_package(str(content.path))
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            # The package takes strides for granted, as C++ callers must.
+            leaves = fx_pytree.tree_flatten_spec((args, kwargs), content.in_spec)
+
+            def call(*inputs: Any) -> Any:
+                args, kwargs = pytree.tree_unflatten(inputs, content.in_spec)
+                return package(*args, **kwargs)
+
+            return content.layouts.call(call, leaves)
+
+        return run
+
+    def save(self, artifact: Artifact, folder: Path, name: str) -> None:
+        shutil.copyfile(artifact.content.path, folder / name)
+
+    def stats(self, artifact: Artifact) -> dict[str, int]:
+        content: _Content = artifact.content
+        return {"nodes": content.nodes, "bytes": content.path.stat().st_size}

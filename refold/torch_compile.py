@@ -1,0 +1,372 @@
+"""The backend ``refold`` of ``torch.compile``: folds with the parameters' values, then hands over.
+
+Dynamo passes the parameters of a module as arguments of every call. A folded graph is right for the
+values that it was folded with, so every call compares the parameters with those first.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import logging
+import operator
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from refold import numerics
+from refold.backends import inductor
+from refold.compiler import copy_sharing_tensors
+from refold.errors import UsageError, VerificationError, did_you_mean
+from refold.frontends.dynamo import Captured, NotFoldable, capture
+from refold.graph import provenance
+from refold.passes import PIPELINES
+from refold.rewrite.pipeline import Pipeline
+
+log = logging.getLogger(__name__)
+
+_KEPT = 4  # variants of one graph that are kept, the most recently used first
+_FOLDS = 8  # folds of one graph, as many as dynamo compiles it for; after that it runs unfolded
+
+Flat = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    pipeline: str | Pipeline = "default"
+    exclude: tuple[str, ...] = ()
+    inner: str | Callable[..., Any] = "inductor"
+    checksum: bool = False
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.pipeline, str) and self.pipeline not in PIPELINES:
+            hint = did_you_mean(self.pipeline, PIPELINES)
+            raise UsageError(f"unknown pipeline {self.pipeline!r}{hint}")
+        if isinstance(self.exclude, str):
+            object.__setattr__(self, "exclude", (self.exclude,))
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        if isinstance(self.inner, str) and self.inner not in _backends():
+            raise UsageError(f"unknown inner {self.inner!r}{did_you_mean(self.inner, _backends())}")
+
+    @property
+    def passes(self) -> Pipeline:
+        return PIPELINES[self.pipeline] if isinstance(self.pipeline, str) else self.pipeline
+
+
+def backend(
+    *,
+    pipeline: str | Pipeline = "default",
+    exclude: Sequence[str] = (),
+    inner: str | Callable[..., Any] = "inductor",
+    checksum: bool = False,
+    verify: bool = True,
+) -> Callable[..., Flat]:
+    """A configured backend: ``torch.compile(model, backend=refold.backend(...))``.
+
+    ``torch.compile(model, backend="refold", options={...})`` takes the same names, and Inductor's.
+
+    Args:
+        pipeline: a name (``default``, ``min-nodes``) or a :class:`Pipeline`.
+        exclude: globs of module paths that no pass touches.
+        inner: what compiles the folded graph: ``inductor``, ``eager``, another backend's name, or
+            a callable of a graph module and its fake inputs.
+        checksum: also compare the parameters' contents on every call, which finds writes that
+            leave no trace (``param.data.mul_()``, writes through NumPy) and reads all weights.
+        verify: compare the folded graph with the unfolded one in float64 while compiling.
+
+    Raises:
+        UsageError: an unknown pipeline or inner backend.
+    """
+    settings = _Settings(
+        pipeline, tuple([exclude] if isinstance(exclude, str) else exclude), inner, checksum, verify
+    )
+    return functools.partial(_compile, settings=settings)
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Flat:
+    """The entry point of ``torch.compile(model, backend="refold", mode=..., options=...)``."""
+    return _compile(gm, example_inputs, mode=mode, options=options, settings=_Settings())
+
+
+def _compile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    settings: _Settings,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Flat:
+    settings, inductor_settings = _read(settings, mode, options)
+    compiler = _Compiler(settings.inner, inductor_settings)
+    try:
+        captured = capture(gm, example_inputs)
+        return _Guarded(gm, captured, settings, compiler, example_inputs)
+    except NotFoldable as reason:
+        _say(f"a graph was not folded: {reason}", loud=reason.avoidable)
+        return compiler.plain(gm, example_inputs)
+
+
+def _read(
+    settings: _Settings, mode: str | None, options: Mapping[str, Any] | None
+) -> tuple[_Settings, dict[str, Any]]:
+    """Splits the options of ``torch.compile`` into refold's and Inductor's."""
+    import torch._inductor
+
+    own = {f.name for f in fields(_Settings)}
+    known = set(torch._inductor.list_options())
+    given, theirs = {}, inductor.mode_settings(mode)
+    for name, value in (options or {}).items():
+        if name in own:
+            given[name] = value
+        elif name.replace("-", "_") in known:
+            theirs[name.replace("-", "_")] = value
+        else:
+            raise UsageError(
+                f"backend 'refold' has no option {name!r}{did_you_mean(name, {*own, *known})}"
+            )
+    return replace(settings, **given), theirs
+
+
+def _backends() -> list[str]:
+    return [n for n in torch._dynamo.list_backends(exclude_tags=()) if n != "refold"]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def _say(message: str, *, loud: bool) -> None:
+    if loud:
+        _warn_once(f"refold: {message}")
+    else:
+        log.info(message)
+
+
+@dataclass(frozen=True)
+class _Compiler:
+    """What compiles graphs once refold is done with them."""
+
+    inner: str | Callable[..., Any]
+    settings: dict[str, Any]
+
+    def folded(self, gm: fx.GraphModule, fakes: Sequence[Any]) -> Flat:
+        if self.inner == "inductor":
+            return inductor.compile_graph(gm, fakes, self.settings)
+        return self._other(gm, fakes)
+
+    def plain(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Flat:
+        if self.inner == "inductor":
+            return inductor.compile_graph(gm, example_inputs, self.settings, freeze=False)
+        return self._other(gm, example_inputs)
+
+    def _other(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Flat:
+        if self.inner == "eager":
+            return gm
+        compiler = torch._dynamo.lookup_backend(self.inner)
+        compiled: Flat = compiler(gm, list(inputs))
+        return compiled
+
+
+@dataclass(frozen=True)
+class _State:
+    """The parameters of one call, as far as a cheap look tells.
+
+    ``held`` shares their storage: while it lives, no other tensor can get the same address.
+    """
+
+    tensors: list[torch.Tensor]
+    tracked: list[torch.Tensor]
+    versions: list[int]
+    pointers: list[int]
+    held: list[torch.Tensor]
+    sums: list[Any] | None
+
+    @classmethod
+    def of(cls, tensors: list[torch.Tensor], checksum: bool) -> _State:
+        # Inference tensors count no versions.
+        tracked = [t for t in tensors if not t.is_inference()]
+        return cls(
+            tensors,
+            tracked,
+            list(map(_version, tracked)),
+            list(map(_pointer, tensors)),
+            [t.detach() for t in tensors],
+            _checksums(tensors) if checksum else None,
+        )
+
+    def matches(self, tensors: list[torch.Tensor]) -> bool:
+        return (
+            all(map(operator.is_, tensors, self.tensors))
+            and list(map(_version, self.tracked)) == self.versions
+            and list(map(_pointer, tensors)) == self.pointers
+            and (self.sums is None or _checksums(tensors) == self.sums)
+        )
+
+    def fits(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether tensors are of the kind that the graph was traced with."""
+        return all(
+            a.shape == b.shape
+            and a.stride() == b.stride()
+            and a.dtype == b.dtype
+            and a.device == b.device
+            for a, b in zip(self.held, tensors, strict=True)
+        )
+
+
+_version = operator.attrgetter("_version")
+_pointer = torch.Tensor.data_ptr
+
+
+def _checksums(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    """Sums of the contents, weighted by odd numbers: no single change and no exchange is lost."""
+    return [_checksum(t) for t in tensors]
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    with torch.no_grad():
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        data = data.view(torch.int32) if data.numel() % 4 == 0 else data
+        weights = torch.arange(data.numel(), dtype=torch.int64, device=data.device) * 2 + 1
+        return int((data.to(torch.int64) * (weights * _ODD)).sum())
+
+
+_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2**64 over the golden ratio, as a signed number
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """The graph folded for one state of its parameters."""
+
+    state: _State
+    run: Flat
+    guards: inductor.SizeGuards
+
+
+class _Guarded:
+    """A folded graph that looks at its parameters first; called with dynamo's arguments."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        captured: Captured,
+        settings: _Settings,
+        compiler: _Compiler,
+        example_inputs: Sequence[Any],
+    ) -> None:
+        self._unfolded = gm
+        self._captured = captured
+        self._settings = settings
+        self._compiler = compiler
+        self._parameters = list(captured.parameters)
+        self._inputs = list(captured.inputs)
+        self._written = captured.written
+        self._lock = threading.RLock()
+        self._folds = 0
+        self._seen: _State | None = None
+        state = self._state([example_inputs[i] for i in self._parameters])
+        self._variants = [self._fold(state, example_inputs, inside=True)]
+
+    def __call__(self, *args: Any) -> Any:
+        parameters = [args[i] for i in self._parameters]
+        variant: _Variant | None = self._variants[0] if self._variants else None
+        if variant is None or not variant.state.matches(parameters):
+            variant = self._other_variant(parameters, args)
+        inputs = [args[i] for i in self._inputs]
+        if variant is None or not variant.guards.hold(inputs):
+            return self._unfolded(*args)
+        if self._written and self._shares(args):
+            return self._unfolded(*args)
+        with torch.no_grad(), torch._C._DisableAutocast():
+            return variant.run(*inputs)
+
+    def _state(self, tensors: list[torch.Tensor]) -> _State:
+        return _State.of(tensors, self._settings.checksum)
+
+    def _other_variant(
+        self, parameters: list[torch.Tensor], args: Sequence[Any]
+    ) -> _Variant | None:
+        """The variant for these parameters; new ones are folded when they come a second time.
+
+        Weights that change before every call must not cost a compilation each.
+        """
+        with self._lock:
+            for variant in self._variants:
+                if variant.state.matches(parameters):
+                    self._use(variant)
+                    return variant
+            if self._folds >= _FOLDS or not self._template.fits(parameters):
+                _say(
+                    "the parameters of a compiled model have changed too often, it now runs "
+                    "unfolded; fix: compile after the last change",
+                    loud=self._folds >= _FOLDS,
+                )
+                return None
+            if self._seen is None or not self._seen.matches(parameters):
+                self._seen = self._state(parameters)
+                return None
+            seen, self._seen = self._seen, None
+            try:
+                variant = self._fold(seen, args, inside=False)
+            except NotFoldable as reason:
+                _say(f"a graph was not folded again: {reason}", loud=reason.avoidable)
+                return None
+            self._use(variant)
+            return variant
+
+    def _use(self, variant: _Variant) -> None:
+        others = [v for v in self._variants if v is not variant]
+        self._variants = [variant, *others][:_KEPT]
+
+    def _fold(self, state: _State, args: Sequence[Any], *, inside: bool) -> _Variant:
+        self._folds += 1
+        self._template = state
+        captured, settings = self._captured, self._settings
+        with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
+            gm = captured.bind(args)
+            original = copy_sharing_tensors(gm)
+            result = settings.passes.run(gm, exclude=_present(gm, settings.exclude))
+            if settings.verify and result.modified:
+                _verify(original, gm, captured, args)
+            captured.restore(gm)
+            fakes = captured.fakes
+            if inside:
+                run, guards = self._compiler.folded(gm, fakes), inductor.SizeGuards({}, None)
+            else:
+                run, guards = inductor.compile_outside(gm, fakes, self._compiler.folded)
+        before, after = len(original.graph.nodes), len(gm.graph.nodes)
+        log.info("folded a graph of %d nodes into %d", before, after)
+        return _Variant(state, run, guards)
+
+    def _shares(self, args: Sequence[Any]) -> bool:
+        """Whether an input that the graph writes shares its storage with another argument."""
+        stored = [a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)]
+        return any(stored.count(args[i].untyped_storage().data_ptr()) > 1 for i in self._written)
+
+
+def _verify(
+    original: fx.GraphModule, gm: fx.GraphModule, captured: Captured, args: Sequence[Any]
+) -> None:
+    try:
+        numerics.verify(original, gm, captured.program(gm, args), folded_gm=gm)
+    except VerificationError as error:
+        raise NotFoldable(str(error), "report it as a bug; it runs unfolded") from error
+
+
+def _present(gm: fx.GraphModule, exclude: Sequence[str]) -> list[str]:
+    """The globs that match here; after a graph break a graph has some of the modules only."""
+    paths = {provenance.module_path(n) for n in gm.graph.nodes}
+    parts = {".".join(p.split(".")[: i + 1]) for p in paths for i in range(p.count(".") + 1)}
+    return [g for g in exclude if any(fnmatch.fnmatchcase(p, g) for p in parts)]
