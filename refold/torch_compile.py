@@ -359,8 +359,9 @@ class _Guarded:
 def _verify(
     original: fx.GraphModule, gm: fx.GraphModule, captured: Captured, args: Sequence[Any]
 ) -> None:
+    known = numerics.references(original, captured.program(original, args))
     try:
-        numerics.verify(original, gm, captured.program(gm, args), folded_gm=gm)
+        numerics.verify(original, gm, known, folded_gm=gm)
     except VerificationError as error:
         raise NotFoldable(str(error), "report it as a bug; it runs unfolded") from error
 

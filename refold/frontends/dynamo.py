@@ -20,14 +20,13 @@ from torch.utils import _pytree as pytree
 
 from refold.errors import FrontendError
 from refold.frontends.export import InputSpec, Program, _trains
-from refold.graph import aliasing, constants, functionalise, lifted, nodes, provenance
+from refold.graph import aliasing, autocast, constants, functionalise, lifted, nodes, provenance
 
 _MODES = (
     torch._C._set_grad_enabled,
     torch.autograd.grad_mode._enter_inference_mode,
     torch.autograd.grad_mode._exit_inference_mode,
 )
-_AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 
 class NotFoldable(FrontendError):
@@ -198,8 +197,6 @@ def _trace(gm: fx.GraphModule, fakes: list[Any], cloned: tuple[int, ...]) -> fx.
         first = (str(error).strip().splitlines() or [""])[0][:160]
         raise NotFoldable(f"it cannot be traced again ({type(error).__name__}: {first})") from error
     for node in reversed(list(traced.graph.nodes)):
-        if node.op == "call_function" and node.target in _AUTOCAST:
-            raise NotFoldable("it switches autocast on")
         if node.op == "call_function" and node.target in _MODES:
             traced.graph.erase_node(node)
         elif _trains(node):
@@ -211,8 +208,10 @@ def _trace(gm: fx.GraphModule, fakes: list[Any], cloned: tuple[int, ...]) -> fx.
             value = getattr(traced, str(node.target))
             if isinstance(value, torch.Tensor):
                 node.meta["val"] = mode.from_tensor(value, static_shapes=True)
-    if torch._C._is_any_autocast_enabled():
-        raise NotFoldable("autocast is on")
+    try:
+        autocast.make_explicit(traced)
+    except autocast.Opaque as reason:
+        raise NotFoldable(str(reason)) from None
     for node in traced.graph.nodes:
         _clean_path(node)
     return traced

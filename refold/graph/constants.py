@@ -104,9 +104,7 @@ def add(
     gm.register_buffer(unique, stored)
     node = gm.graph.get_attr(unique)
     node.meta["refold_name"] = name.replace(".", "_").removeprefix("folded_")
-    mode = nodes.fake_mode(gm.graph)
-    with nodes.fake_execution(mode):
-        node.meta["val"] = torch.empty(stored.shape, dtype=stored.dtype, device=device)
+    node.meta["val"] = nodes.fake_empty(gm.graph, stored.shape, stored.dtype, device)
     if isinstance(data, Lazy):
         node.meta["refold_lazy"] = device
         node.meta["refold_exact"] = data

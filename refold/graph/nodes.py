@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from refold.graph import provenance
@@ -99,6 +100,7 @@ def call(
     *,
     rule: str,
     sources: Iterable[fx.Node],
+    like: fx.Node | None = None,
 ) -> fx.Node:
     """Appends a call at the graph's insertion point, with its fake value and its provenance.
 
@@ -109,10 +111,11 @@ def call(
         kwargs: keyword arguments.
         rule: the id of the rule that makes the node.
         sources: the nodes that the new node stands for, the most telling one last.
+        like: a node whose fake value the new one has (shape, dtype, strides), where that is known.
     """
     node = graph.call_function(target, args, kwargs or {})
     provenance.derive(node, list(sources), rule)
-    node.meta["val"] = fake_result(node)
+    node.meta["val"] = fake_result(node) if like is None else like.meta["val"]
     return node
 
 
@@ -125,6 +128,15 @@ def fake_result(node: fx.Node) -> Any:
     mode = tensors[0].fake_mode if tensors else fake_mode(node.graph)
     with fake_execution(mode):
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def fake_empty(
+    graph: fx.Graph, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A fake tensor of the graph's own mode, without dispatching an operator."""
+    mode = fake_mode(graph)
+    meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    return meta if mode is None else FakeTensor(mode, meta, device)
 
 
 @contextmanager

@@ -351,6 +351,7 @@ class _Folder:
                     list(execution.dilation), merged.groups,
                 ),
                 [node],
+                None if layout.is_layout(node) else node,  # a view has strides of its own
             )  # fmt: skip
 
         return price, emit
@@ -358,13 +359,11 @@ class _Folder:
     def _constant(self, node: fx.Node, label: str, data: Lazy, like: fx.Node) -> fx.Node:
         return constants.add(self.gm, f"{node.name}.{label}", data, like.meta["val"])
 
-    def _call(self, target: Any, args: tuple[Any, ...], sources: list[fx.Node]) -> fx.Node:
+    def _call(
+        self, target: Any, args: tuple[Any, ...], sources: list[fx.Node], like: fx.Node | None = None
+    ) -> fx.Node:
         return nodes.call(
-            self.gm.graph,
-            target,
-            args,
-            rule=self.options.name,
-            sources=sources,  # type: ignore[arg-type]
+            self.gm.graph, target, args, rule=self.options.name, sources=sources, like=like
         )
 
     # -- applying -------------------------------------------------------------------------------
