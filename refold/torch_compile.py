@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from refold import numerics
 from refold.backends import inductor
 from refold.compiler import copy_sharing_tensors
-from refold.errors import UsageError, VerificationError, did_you_mean
+from refold.errors import UsageError, VerificationError, VerifierError, did_you_mean
 from refold.frontends.dynamo import Captured, NotFoldable, capture
 from refold.graph import provenance
 from refold.passes import PIPELINES
@@ -184,7 +186,11 @@ class _Compiler:
 class _State:
     """The parameters of one call, as far as a cheap look tells.
 
-    ``held`` shares their storage: while it lives, no other tensor can get the same address.
+    Identity, version and address miss two things that training does. A batch norm updates its
+    running statistics without counting a version: buffers of their kind (floating, at most one
+    dimension) are compared by content. Fused optimizers write likewise: their steps are observed.
+
+    ``held`` shares the parameters' storage: while it lives, no other tensor gets the same address.
     """
 
     tensors: list[torch.Tensor]
@@ -192,19 +198,27 @@ class _State:
     versions: list[int]
     pointers: list[int]
     held: list[torch.Tensor]
-    sums: list[Any] | None
+    statistics: list[tuple[list[int], torch.Tensor]]
+    sums: list[int] | None
+    steps: int
 
     @classmethod
     def of(cls, tensors: list[torch.Tensor], checksum: bool) -> _State:
         # Inference tensors count no versions.
         tracked = [t for t in tensors if not t.is_inference()]
+        alike: dict[Any, list[int]] = {}
+        for i, t in enumerate(tensors):
+            if t.dim() <= 1 and t.dtype in _BITS and not isinstance(t, torch.nn.Parameter):
+                alike.setdefault((t.dtype, t.device, t.dim()), []).append(i)
         return cls(
             tensors,
             tracked,
             list(map(_version, tracked)),
             list(map(_pointer, tensors)),
             [t.detach() for t in tensors],
-            _checksums(tensors) if checksum else None,
+            [(at, _contents(tensors, at)) for at in alike.values()],
+            list(map(_checksum, tensors)) if checksum else None,
+            _observer().steps,
         )
 
     def matches(self, tensors: list[torch.Tensor]) -> bool:
@@ -212,7 +226,9 @@ class _State:
             all(map(operator.is_, tensors, self.tensors))
             and list(map(_version, self.tracked)) == self.versions
             and list(map(_pointer, tensors)) == self.pointers
-            and (self.sums is None or _checksums(tensors) == self.sums)
+            and all(torch.equal(_contents(tensors, at), bits) for at, bits in self.statistics)
+            and not _observer().stepped(tensors, self.steps)
+            and (self.sums is None or list(map(_checksum, tensors)) == self.sums)
         )
 
     def fits(self, tensors: list[torch.Tensor]) -> bool:
@@ -226,16 +242,51 @@ class _State:
         )
 
 
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+
+
+def _contents(tensors: Sequence[torch.Tensor], at: Sequence[int]) -> torch.Tensor:
+    """The bits of some tensors, so that NaN equals itself."""
+    chosen = [tensors[i] for i in at]
+    joined = torch.cat(chosen) if chosen[0].dim() else torch.stack(chosen)
+    return joined.detach().view(_BITS[joined.dtype])
+
+
 _version = operator.attrgetter("_version")
 _pointer = torch.Tensor.data_ptr
 
 
-def _checksums(tensors: Sequence[torch.Tensor]) -> list[Any]:
-    """Sums of the contents, weighted by odd numbers: no single change and no exchange is lost."""
-    return [_checksum(t) for t in tensors]
+class _StepObserver:
+    """Notes which parameters the optimizers of this process have stepped, and when."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._last = WeakIdKeyDictionary()
+        register_optimizer_step_post_hook(self._stepped)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.steps += 1
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                self._last[parameter] = self.steps
+
+    def stepped(self, tensors: Sequence[torch.Tensor], since: int) -> bool:
+        """Whether one of the tensors was stepped after ``since``."""
+        return self.steps != since and any(self._last.get(t, 0) > since for t in tensors)
+
+
+@functools.cache
+def _observer() -> _StepObserver:
+    return _StepObserver()
 
 
 def _checksum(tensor: torch.Tensor) -> int:
+    """A weighted sum of the contents; the odd weights lose no single change and no exchange."""
     with torch.no_grad():
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         data = data.view(torch.int32) if data.numel() % 4 == 0 else data
@@ -337,9 +388,13 @@ class _Guarded:
         with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
             gm = captured.bind(args)
             original = copy_sharing_tensors(gm)
-            result = settings.passes.run(gm, exclude=_present(gm, settings.exclude))
-            if settings.verify and result.modified:
-                _verify(original, gm, captured, args)
+            try:
+                result = settings.passes.run(gm, exclude=_present(gm, settings.exclude))
+                if settings.verify and result.modified:
+                    known = numerics.references(original, captured.program(original, args))
+                    numerics.verify(original, gm, known, folded_gm=gm)
+            except (VerifierError, VerificationError) as error:
+                raise NotFoldable(str(error), "report it as a bug of refold") from error
             captured.restore(gm)
             fakes = captured.fakes
             if inside:
@@ -354,16 +409,6 @@ class _Guarded:
         """Whether an input that the graph writes shares its storage with another argument."""
         stored = [a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)]
         return any(stored.count(args[i].untyped_storage().data_ptr()) > 1 for i in self._written)
-
-
-def _verify(
-    original: fx.GraphModule, gm: fx.GraphModule, captured: Captured, args: Sequence[Any]
-) -> None:
-    known = numerics.references(original, captured.program(original, args))
-    try:
-        numerics.verify(original, gm, known, folded_gm=gm)
-    except VerificationError as error:
-        raise NotFoldable(str(error), "report it as a bug; it runs unfolded") from error
 
 
 def _present(gm: fx.GraphModule, exclude: Sequence[str]) -> list[str]:

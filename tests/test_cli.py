@@ -90,7 +90,13 @@ def test_passes_and_targets(run):
     assert "fold-batch-norm" in data["pipelines"]["default"]
     assert all(p["summary"] and p["exactness"] for p in data["passes"])
     code, out, _ = run("targets", "--json")
-    assert [t["name"] for t in json.loads(out)["targets"]] == ["torch", "onnx", "ort"]
+    assert [t["name"] for t in json.loads(out)["targets"]] == [
+        "torch",
+        "inductor",
+        "aoti",
+        "onnx",
+        "ort",
+    ]
     for command in ("passes", "targets"):
         code, out, _ = run(command)
         assert code == 0

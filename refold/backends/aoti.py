@@ -1,7 +1,7 @@
 """Target ``aoti``: an AOTInductor package (.pt2), which runs without Python and without the model.
 
-``torch._inductor.aoti_load_package`` loads it in Python, ``torch::inductor::AOTIModelPackageLoader``
-in C++.
+Python loads it with ``torch._inductor.aoti_load_package``, C++ with
+``torch::inductor::AOTIModelPackageLoader``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx
 from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree

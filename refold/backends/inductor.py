@@ -137,8 +137,8 @@ def compile_graph(
     owned = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     owned.meta.update(gm.meta)
     patches = {**settings, "freezing": True} if freeze else settings
-    compiled: Flat = compile_fx(owned, list(fakes), config_patches=patches or None)
-    return compiled
+    compiled: Any = compile_fx(owned, list(fakes), config_patches=patches or None)
+    return compiled  # a callable, unless Inductor is asked for files
 
 
 def compile_outside(

@@ -166,12 +166,12 @@ def _check(gm: fx.GraphModule, fakes: list[Any], example_inputs: Sequence[Any]) 
         leaves = [v for v in pytree.tree_leaves(value) if isinstance(v, torch.Tensor)]
         if any(free_unbacked_symbols(v) for v in leaves):
             raise NotFoldable(f"the size of {node.name} depends on data")
-        if torch.is_grad_enabled() and node.op != "placeholder":
-            if any(v.requires_grad for v in leaves):
-                raise NotFoldable(
-                    f"gradients are required{_at(node)}",
-                    "call the model under torch.no_grad() or torch.inference_mode()",
-                )
+        computed = torch.is_grad_enabled() and node.op != "placeholder"
+        if computed and any(v.requires_grad for v in leaves):
+            raise NotFoldable(
+                f"gradients are required{_at(node)}",
+                "call the model under torch.no_grad() or torch.inference_mode()",
+            )
 
 
 def _trace(gm: fx.GraphModule, fakes: list[Any], cloned: tuple[int, ...]) -> fx.GraphModule:
@@ -183,13 +183,16 @@ def _trace(gm: fx.GraphModule, fakes: list[Any], cloned: tuple[int, ...]) -> fx.
             inputs[i] = inputs[i].clone()
         return (*fx.Interpreter(gm).run(*inputs), *(inputs[i] for i in cloned))
 
-    mode = next(f.fake_mode for f in fakes if isinstance(f, torch.Tensor))
+    mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
+    if mode is None:
+        raise NotFoldable("it has no tensors")
     try:
         with (
             torch.inference_mode(False),
             torch.no_grad(),
             torch.fx.traceback.preserve_node_meta(),
             patch.object(mode, "allow_non_fake_inputs", True),
+            mode,  # what the graph makes itself is fake too
         ):
             traced: fx.GraphModule = make_fx(run, pre_dispatch=True)(*fakes)
     except Exception as error:

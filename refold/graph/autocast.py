@@ -1,6 +1,7 @@
 """Makes the casts of autocast explicit.
 
-A pre-dispatch trace records ``autocast`` as calls that switch it, and no casts. What each operator
+A pre-dispatch trace records ``autocast`` as calls that switch it, and no casts; where the region is
+inside of the graph, its fake values do not know of it either. What each operator
 casts is found by observation: it runs on fake tensors with autocast and without, and what is
 dispatched is compared. No list of operators is needed, and one that casts inside is noticed.
 """
@@ -38,17 +39,26 @@ def make_explicit(gm: fx.GraphModule) -> int:
         Opaque: an operator casts values inside; the message names it.
     """
     active: dict[fx.Node, tuple[Any, ...]] = {}
+    stale: set[fx.Node] = set()
     added = 0
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
         if node.target is _ENTER:
             active[node] = node.args
-        elif node.target is _EXIT:
+            continue
+        if node.target is _EXIT:
             active.pop(node.args[0])
             gm.graph.erase_node(node)
-        elif active or torch._C._is_any_autocast_enabled():
-            added += _cast(gm.graph, node, list(active.values()))
+            continue
+        count = 0
+        if active or torch._C._is_any_autocast_enabled():
+            count = _cast(gm.graph, node, list(active.values()))
+        if count or not stale.isdisjoint(node.all_input_nodes):
+            stale.add(node)
+            with torch._C._DisableAutocast():
+                node.meta["val"] = nodes.fake_result(node)
+        added += count
     for node in reversed(list(gm.graph.nodes)):
         if node.op == "call_function" and node.target is _ENTER:
             gm.graph.erase_node(node)
@@ -71,7 +81,8 @@ def _cast(graph: fx.Graph, node: fx.Node, regions: list[tuple[Any, ...]]) -> int
         with graph.inserting_before(node):
             cast = graph.call_function(aten._to_copy.default, (source,), {"dtype": dtype})
         cast.meta = {k: v for k, v in node.meta.items() if k != "val"}
-        cast.meta["val"] = nodes.fake_result(cast)
+        with torch._C._DisableAutocast():
+            cast.meta["val"] = nodes.fake_result(cast)
         made[source] = cast
     node.args = fx.map_arg(node.args, lambda n: made.get(n, n))
     node.kwargs = fx.map_arg(node.kwargs, lambda n: made.get(n, n))
@@ -130,9 +141,7 @@ class _Recorder(TorchDispatchMode):
         self.results: list[torch.dtype] = []
         self._kept: list[Any] = []  # an identity must not be used twice
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.namespace == "prim":  # a query, such as a tensor's device
             return result

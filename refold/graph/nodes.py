@@ -71,6 +71,11 @@ def same(a: Any, b: Any) -> bool:
     """True if two sizes (or size sequences) are provably equal."""
     if isinstance(a, Sequence) or isinstance(b, Sequence):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
+        if a.node.expr == b.node.expr:
+            return True
     return bool(statically_known_true(a == b))
 
 

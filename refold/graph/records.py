@@ -295,7 +295,12 @@ def affine(node: object) -> Affine | None:
     return _arithmetic(node)
 
 
+_ARITHMETIC = {aten.neg, aten.mul, aten.div, aten.add, aten.sub, aten.rsub, aten.addcmul}
+
+
 def _arithmetic(node: fx.Node) -> Affine | None:
+    if getattr(node.target, "overloadpacket", None) not in _ARITHMETIC:
+        return None
     rank = len(shape(node))
     one, zero = _constant(1.0, rank), _constant(0.0, rank)
     assert one is not None

@@ -360,7 +360,11 @@ class _Folder:
         return constants.add(self.gm, f"{node.name}.{label}", data, like.meta["val"])
 
     def _call(
-        self, target: Any, args: tuple[Any, ...], sources: list[fx.Node], like: fx.Node | None = None
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        sources: list[fx.Node],
+        like: fx.Node | None = None,
     ) -> fx.Node:
         return nodes.call(
             self.gm.graph, target, args, rule=self.options.name, sources=sources, like=like

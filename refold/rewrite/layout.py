@@ -18,7 +18,7 @@ from torch import fx
 
 from refold.graph import constants
 from refold.graph.kinds import op_name
-from refold.graph.nodes import Size, is_tensor, shape
+from refold.graph.nodes import Size, is_tensor, same, shape
 
 _GATHERS = frozenset({
     "view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t",
@@ -165,6 +165,8 @@ def pull(node: fx.Node, source: fx.Node, pair: Pair, disjoint: bool, graph: fx.G
     Raises:
         Unproven: two outputs of one element disagree, or an axis is symbolic.
     """
+    if _keeps_rows(node, source, pair):
+        return _on_last(pair, len(shape(source)))
     results: list[Pair] = []
     for symbols in assignments(graph):
         index = index_of(node, source, symbols)
@@ -179,6 +181,22 @@ def pull(node: fx.Node, source: fx.Node, pair: Pair, disjoint: bool, graph: fx.G
         if not symbols.values:
             break
     return _proven(results)
+
+
+def _keeps_rows(node: fx.Node, source: fx.Node, pair: Pair) -> bool:
+    """True for a reshape that keeps the last axis, and a pair that varies along it alone.
+
+    By far the most frequent layout around linears, so it is worth not executing.
+    """
+    if op_name(node) not in ("reshape", "view", "_unsafe_view", "flatten"):
+        return False
+    if not shape(node) or not shape(source) or not same(shape(node)[-1], shape(source)[-1]):
+        return False
+    return all(v.dim() and v.numel() == v.shape[-1] for v in pair)
+
+
+def _on_last(pair: Pair, rank: int) -> Pair:
+    return pair[0].reshape((1,) * (rank - 1) + (-1,)), pair[1].reshape((1,) * (rank - 1) + (-1,))
 
 
 def _scatter(
@@ -197,6 +215,8 @@ def _scatter(
 
 def push(node: fx.Node, source: fx.Node, pair: Pair, graph: fx.Graph) -> Pair:
     """Moves a per-element scale and shift from a layout's input to its output."""
+    if _keeps_rows(node, source, pair):
+        return _on_last(pair, len(shape(node)))
     results: list[Pair] = []
     for symbols in assignments(graph):
         index = index_of(node, source, symbols)

@@ -219,8 +219,10 @@ class MapReader:
         for key, inner in self.of(pad.x).items():
             if key[0] != "conv" or inner.spatial != rank - 2:
                 continue
-            if _reads_outside(outer, inner, key[1], pad.x, low, high) is not None:
-                continue  # the inner map would read the root inside the pad
+            reason = _reads_outside(outer, inner, key[1], pad.x, low, high)
+            if reason is not None:
+                self.refusals[pad.node] = reason
+                continue
             base = am.compose(outer, inner)
             value = torch.full_like(base.bias, pad.value)
             sides = {

@@ -164,6 +164,17 @@ def test_declines(forward, parts, reason) -> None:
     assert any(re.search(reason, d.reason) for d in declined), (declined, gm.graph)
 
 
+@pytest.mark.parametrize("pads", [(1, 0, 1, 0), (0, 1, 0, 1), (0, 1, 0, 0), (0, 0, 1, 0)])
+def test_a_pad_on_one_side_hides_positions_there(pads) -> None:
+    """After a padded convolution, each side's pad on its own must stop the merge."""
+    net = Net(
+        lambda s, x: s.c(F.pad(s.a(x), pads)), a=conv(padding=1, bias=False), c=conv()
+    )  # fmt: skip
+    gm, declined = run(FOLD, net, image())
+    assert left(gm)["conv"] == 2
+    assert any("hides positions" in d.reason for d in declined)
+
+
 def test_dearer_merges_are_left_and_both_costs_are_said() -> None:
     """Depthwise then pointwise is nine times the operations as one dense convolution."""
     net = Net(
