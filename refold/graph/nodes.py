@@ -73,9 +73,9 @@ def same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
-        if a.node.expr == b.node.expr:
-            return True
+    symbolic = isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt)
+    if symbolic and a.node.expr == b.node.expr:
+        return True
     return bool(statically_known_true(a == b))
 
 

@@ -253,8 +253,8 @@ def _second(model: Conv) -> Conv:
 
 
 CHANGES = [
-    _optimizer_step, _fused_step, _load, _assign, _reassign, _data, _buffer, _statistics, _new_buffer,
-    _new_module, _lora, _rounded, _second,
+    _optimizer_step, _fused_step, _load, _assign, _reassign, _data, _buffer, _statistics,
+    _new_buffer, _new_module, _lora, _rounded, _second,
 ]  # fmt: skip
 
 
