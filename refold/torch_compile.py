@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from refold import numerics
 from refold.backends import inductor
 from refold.compiler import copy_sharing_tensors
-from refold.errors import UsageError, VerificationError, VerifierError, did_you_mean
+from refold.errors import RefoldError, UsageError, did_you_mean
 from refold.frontends.dynamo import Captured, NotFoldable, capture
 from refold.graph import provenance
 from refold.passes import PIPELINES
@@ -394,26 +394,35 @@ class _Guarded:
     def _fold(self, state: _State, args: Sequence[Any], *, inside: bool) -> _Variant:
         self._folds += 1
         self._template = state
-        captured, settings = self._captured, self._settings
+        captured = self._captured
         with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
+            gm = self._folded(args)
+            if inside:
+                run = self._compiler.folded(gm, captured.fakes)
+                return _Variant(state, run, inductor.SizeGuards({}, None))
+            return _Variant(
+                state, *inductor.compile_outside(gm, captured.fakes, self._compiler.folded)
+            )
+
+    def _folded(self, args: Sequence[Any]) -> fx.GraphModule:
+        captured, settings = self._captured, self._settings
+        try:
             gm = captured.bind(args)
             original = copy_sharing_tensors(gm)
-            try:
-                result = settings.passes.run(gm, exclude=_present(gm, settings.exclude))
-                if settings.verify and result.modified:
-                    known = numerics.references(original, captured.program(original, args))
-                    numerics.verify(original, gm, known, folded_gm=gm)
-            except (VerifierError, VerificationError) as error:
-                raise NotFoldable(str(error), "report it as a bug of refold") from error
+            result = settings.passes.run(gm, exclude=_present(gm, settings.exclude))
+            if settings.verify and result.modified:
+                known = numerics.references(original, captured.program(original, args))
+                numerics.verify(original, gm, known, folded_gm=gm)
             captured.restore(gm)
-            fakes = captured.fakes
-            if inside:
-                run, guards = self._compiler.folded(gm, fakes), inductor.SizeGuards({}, None)
-            else:
-                run, guards = inductor.compile_outside(gm, fakes, self._compiler.folded)
+        except NotFoldable:
+            raise
+        except Exception as error:
+            # The model runs without refold: it must run with it too.
+            reason = str(error) if isinstance(error, RefoldError) else f"{error!r:.300}"
+            raise NotFoldable(reason, "report it as a bug of refold") from error
         before, after = len(original.graph.nodes), len(gm.graph.nodes)
         log.info("folded a graph of %d nodes into %d", before, after)
-        return _Variant(state, run, guards)
+        return gm
 
     def _shares(self, args: Sequence[Any]) -> bool:
         """Whether an input that the graph writes shares its storage with another argument."""

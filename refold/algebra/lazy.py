@@ -24,10 +24,13 @@ class Lazy:
 
     @staticmethod
     def of(tensor: torch.Tensor) -> Lazy:
-        """Wraps a tensor of any floating dtype; it is widened when it is asked for."""
+        """Wraps a tensor of any floating dtype and device; it is widened when it is asked for.
+
+        All arithmetic is on the CPU: weights of any device fold alike.
+        """
         raw = tensor.detach()
         widens = raw.dtype != torch.float64
-        return Lazy(tuple(raw.shape), lambda: raw.to(torch.float64), fresh=widens)
+        return Lazy(tuple(raw.shape), lambda: raw.to("cpu", torch.float64), fresh=widens)
 
     def get(self) -> torch.Tensor:
         """Computes the tensor (float64). Callers may write into it only if it is ``fresh``."""

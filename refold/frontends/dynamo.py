@@ -145,9 +145,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     if not parameters:
         raise NotFoldable("it has no parameters")
     inputs = tuple(i for i in range(len(fakes)) if i not in parameters)
-    captured = Captured(graph, parameters, inputs, written, echoed)
-    captured.bind(example_inputs)  # not foldable where the writes cannot be resolved
-    return captured
+    return Captured(graph, parameters, inputs, written, echoed)
 
 
 def _check(gm: fx.GraphModule, fakes: list[Any], example_inputs: Sequence[Any]) -> None:
@@ -195,6 +193,9 @@ def _trace(gm: fx.GraphModule, fakes: list[Any], cloned: tuple[int, ...]) -> fx.
             mode,  # what the graph makes itself is fake too
         ):
             traced: fx.GraphModule = make_fx(run, pre_dispatch=True)(*fakes)
+        autocast.make_explicit(traced)
+    except autocast.Opaque as reason:
+        raise NotFoldable(str(reason)) from None
     except Exception as error:
         # Whatever a second trace cannot take, the first trace can still run.
         first = (str(error).strip().splitlines() or [""])[0][:160]
@@ -211,10 +212,6 @@ def _trace(gm: fx.GraphModule, fakes: list[Any], cloned: tuple[int, ...]) -> fx.
             value = getattr(traced, str(node.target))
             if isinstance(value, torch.Tensor):
                 node.meta["val"] = mode.from_tensor(value, static_shapes=True)
-    try:
-        autocast.make_explicit(traced)
-    except autocast.Opaque as reason:
-        raise NotFoldable(str(reason)) from None
     for node in traced.graph.nodes:
         _clean_path(node)
     return traced

@@ -544,6 +544,9 @@ def _finish(
     specialised: tuple[str, ...],
     notes: list[str],
 ) -> Program:
+    for node in gm.graph.nodes:
+        if constants.is_mutation(node) and "val" not in node.meta:
+            node.meta["val"] = node.args[0].meta["val"]  # a copy-back that unlifting added
     constants.canonicalise(gm)
     _own_state(gm)
     gm.recompile()

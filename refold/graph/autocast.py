@@ -68,7 +68,10 @@ def make_explicit(gm: fx.GraphModule) -> int:
 def _cast(graph: fx.Graph, node: fx.Node, regions: list[tuple[Any, ...]]) -> int:
     """Adds the casts of one operator's arguments."""
     inputs = [n for n in node.all_input_nodes if nodes.is_tensor(n)]
-    if not any(n.meta["val"].is_floating_point() for n in inputs):
+    results = pytree.tree_leaves(node.meta.get("val"))
+    if not any(n.meta["val"].is_floating_point() for n in inputs) or not any(
+        isinstance(r, torch.Tensor) for r in results
+    ):
         return 0
     if not isinstance(node.target, torch._ops.OpOverload):
         raise Opaque(f"{node.name} is called under autocast")

@@ -56,7 +56,8 @@ class MapReader:
 
     def visit(self, node: fx.Node) -> Maps:
         """Reads the maps of a node whose operands were visited."""
-        found = self._read(node) if node.op == "call_function" and is_tensor(node) else {}
+        readable = node.op == "call_function" and is_tensor(node) and not nodes.pinned(node)
+        found = self._read(node) if readable else {}
         kept = {
             k: m
             for k, m in found.items()

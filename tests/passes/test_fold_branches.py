@@ -12,6 +12,7 @@ from torch import nn
 from refold.graph import printer
 from refold.passes import PIPELINES
 from refold.passes.fold_branches import FoldBranches
+from refold.rewrite.pipeline import Pipeline
 from tests import golden
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
@@ -230,3 +231,15 @@ def test_outputs_never_come_to_share_storage() -> None:
     """A crop is copied by the flatten after it; the convolution that it merges into is not."""
     net = Net(lambda s, x: (lambda y: (y, y.flatten(1)))(s.c(x)[:, :, 1::2, 1:]), c=conv())
     run(FOLD, net, image())
+
+
+def test_nothing_merges_across_an_excluded_layer() -> None:
+    net = Net(
+        lambda s, x: s.d(s.c(s.a(x))), a=conv(bias=False), c=conv(k=1), d=conv(k=1)
+    )  # fmt: skip
+    with torch.no_grad():
+        gm = trace(net, image())
+        Pipeline("test", (FOLD,)).run(gm, exclude=["a"])
+        assert left(gm)["conv"] == 2
+        x = image()
+        assert torch.allclose(gm(x), net(x), rtol=0, atol=1e-12)
