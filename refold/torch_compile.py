@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.exc import InductorError
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -165,9 +166,15 @@ class _Compiler:
     settings: dict[str, Any]
 
     def folded(self, gm: fx.GraphModule, fakes: Sequence[Any]) -> Flat:
-        if self.inner == "inductor":
+        if self.inner != "inductor":
+            return self._other(gm, fakes)
+        try:
             return inductor.compile_graph(gm, fakes, self.settings)
-        return self._other(gm, fakes)
+        except InductorError as error:
+            raise NotFoldable(
+                f"Inductor cannot compile the folded graph ({(str(error).splitlines() or [''])[0]})",
+                "report it as a bug of refold",
+            ) from error
 
     def plain(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Flat:
         if self.inner == "inductor":

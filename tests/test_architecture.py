@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -113,3 +114,11 @@ def test_every_place_in_a_pipeline_says_why() -> None:
     for line in entries:
         if any(f"{kind.__name__}(" in line for kind in PASSES.values()):
             assert "  # " in line, f"{line.strip()} does not say why it stands there"
+
+
+def test_pass_pages_are_what_the_docstrings_say() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools/pass_pages.py"), "--check"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"run tools/pass_pages.py: {done.stdout}{done.stderr}"

@@ -7,6 +7,7 @@ and evaluates what depends on them alone.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from refold.frontends.export import Program
+
+log = logging.getLogger(__name__)
 
 Flat = Callable[..., Any]
 
@@ -132,12 +135,24 @@ def compile_graph(
         settings: Inductor's configuration, by name.
         freeze: nobody but this graph writes its constants, so that they may be packed.
     """
+    from torch._inductor.exc import InductorError
+
+    if not freeze:
+        return _compile(gm, fakes, settings)
+    try:
+        return _compile(gm, fakes, {**settings, "freezing": True})
+    except InductorError as error:
+        # With constants in line Inductor takes other paths, and a few of them fail.
+        log.info("compiling without freezing: %s", (str(error).splitlines() or [""])[0])
+        return _compile(gm, fakes, settings)
+
+
+def _compile(gm: fx.GraphModule, fakes: Sequence[Any], settings: dict[str, Any]) -> Flat:
     from torch._inductor.compile_fx import compile_fx
 
     owned = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     owned.meta.update(gm.meta)
-    patches = {**settings, "freezing": True} if freeze else settings
-    compiled: Any = compile_fx(owned, list(fakes), config_patches=patches or None)
+    compiled: Any = compile_fx(owned, list(fakes), config_patches=settings or None)
     return compiled  # a callable, unless Inductor is asked for files
 
 
