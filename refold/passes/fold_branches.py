@@ -117,6 +117,7 @@ class _Folder:
                     self._settle(part, result)
                 if inner:
                     self._settle(node, result)
+        self.reader.forget_proposals()
         result.modified = bool(result.applied)
         result.declined = list(self._declined())
         return result
@@ -229,6 +230,8 @@ class _Folder:
             then = 1.0
         extra = cost.elementwise(hints(node), 2, node.meta["val"].element_size())
         then += len(rest) * (1.0 if per_node else extra)
+        if key[1] in self.reader.proposed and not key[1].users:
+            then += _weight(key[1], per_node)
         if nodes.dtype(node) == torch.float16 and (
             overflows(merged.weight) or overflows(Lazy.of(merged.bias))
         ):

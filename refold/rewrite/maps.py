@@ -48,11 +48,15 @@ class _Border:
 
 @dataclass
 class MapReader:
-    """Maps of every node visited so far, and the reasons why some compositions are not maps."""
+    """Maps of every node visited so far, and the reasons why some compositions are not maps.
+
+    ``proposed`` are pads of an earlier tensor that nothing reads yet: roots that exist if chosen.
+    """
 
     maps: dict[fx.Node, Maps] = field(default_factory=dict)
     borders: dict[fx.Node, dict[Key, _Border]] = field(default_factory=dict)
     refusals: dict[fx.Node, str] = field(default_factory=dict)
+    proposed: set[fx.Node] = field(default_factory=set)
 
     def visit(self, node: fx.Node) -> Maps:
         """Reads the maps of a node whose operands were visited."""
@@ -76,7 +80,7 @@ class MapReader:
         """The maps of a node, itself as a root included, farthest root last."""
         out = dict(identity_maps(node))
         for key, value in self.maps.get(node, {}).items():
-            if key[1].users or key[1].op == "placeholder":
+            if key[1].users or key[1].op == "placeholder" or key[1] in self.proposed:
                 out[key] = value
         return out
 
@@ -211,8 +215,10 @@ class MapReader:
 
     def _pad(self, pad: records.Pad) -> Maps:
         rank, count = len(shape(pad.x)), len(pad.low)
-        if pad.mode != "constant" or count > rank - 2 or not isinstance(shape(pad.x)[1], int):
+        if count > rank - 2 or not isinstance(shape(pad.x)[1], int):
             return {}
+        if pad.mode != "constant":
+            return self._mirrored(pad)
         low = (0,) * (rank - 2 - count) + pad.low
         high = (0,) * (rank - 2 - count) + pad.high
         outer = am.window(int(shape(pad.x)[1]), tuple(-a for a in low), (1,) * (rank - 2))
@@ -234,6 +240,29 @@ class MapReader:
             }
             self._settle(pad.node, key, _Border(base, sides), out)
         return out
+
+    def _mirrored(self, pad: records.Pad) -> Maps:
+        """Padding that repeats pixels commutes with a pointwise map: pad its root instead."""
+        out: Maps = {}
+        for key, inner in self.of(pad.x).items():
+            if key[0] != "conv" or key[1] is pad.x or key[1] in self.proposed:
+                continue
+            if not inner.is_pointwise or len(shape(key[1])) != len(shape(pad.node)):
+                continue
+            with pad.node.graph.inserting_before(pad.node):
+                root = nodes.call(
+                    pad.node.graph, pad.node.target, (key[1], *pad.node.args[1:]),
+                    dict(pad.node.kwargs), rule="fold-branches", sources=[pad.node],
+                )  # fmt: skip
+            self.proposed.add(root)
+            out[("conv", root)] = inner
+        return out
+
+    def forget_proposals(self) -> None:
+        """Removes the proposed roots that nothing came to read."""
+        for node in self.proposed:
+            if not node.users:
+                node.graph.erase_node(node)
 
     def _settle(self, node: fx.Node, key: Key, border: _Border, out: Maps) -> None:
         """A bordered map is a map once every side equals the bias."""

@@ -175,6 +175,18 @@ def test_a_pad_on_one_side_hides_positions_there(pads) -> None:
     assert left(gm)["conv"] == 2
 
 
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_that_repeats_pixels_commutes_with_pointwise_layers(mode) -> None:
+    net = Net(
+        lambda s, x: F.relu(s.c(F.pad(s.a(x), (1, 2, 1, 1), mode))), a=conv(k=1), c=conv()
+    )  # fmt: skip
+    gm, _ = run(FOLD, net, image())
+    assert left(gm) == {"conv": 1, "pad": 1, "relu": 1}
+    wider = Net(lambda s, x: s.c(F.pad(s.a(x), (1, 1, 1, 1), mode)), a=conv(padding=1), c=conv())
+    gm, _ = run(FOLD, wider, image())
+    assert left(gm) == {"conv": 2, "pad": 1}
+
+
 def test_dearer_merges_are_left_and_both_costs_are_said() -> None:
     """Depthwise then pointwise is nine times the operations as one dense convolution."""
     net = Net(
