@@ -71,7 +71,7 @@ def compile_for_inference(
         example_inputs: a tuple of positional inputs, a dict of keyword inputs, or a single input.
             Omitted: an exported program brings its own; any other model is compiled at the first
             call, with what that call brings.
-        target: ``torch``, ``onnx``, ``ort``, or a registered one.
+        target: ``torch``, ``inductor``, ``aoti``, ``onnx``, ``ort``, or a registered one.
         dynamic_shapes: as for ``torch.export.export``; by default the batch is dynamic.
         pipeline: a name (``default``, ``min-nodes``) or a :class:`Pipeline`.
         verify: compare the results with the unfolded model in float64, before and after lowering.

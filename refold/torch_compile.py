@@ -86,9 +86,8 @@ def backend(
     Raises:
         UsageError: an unknown pipeline or inner backend.
     """
-    settings = _Settings(
-        pipeline, tuple([exclude] if isinstance(exclude, str) else exclude), inner, checksum, verify
-    )
+    globs = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    settings = _Settings(pipeline, globs, inner, checksum, verify)
     return functools.partial(_compile, settings=settings)
 
 
@@ -171,8 +170,9 @@ class _Compiler:
         try:
             return inductor.compile_graph(gm, fakes, self.settings)
         except InductorError as error:
+            first = (str(error).splitlines() or [""])[0]
             raise NotFoldable(
-                f"Inductor cannot compile the folded graph ({(str(error).splitlines() or [''])[0]})",
+                f"Inductor cannot compile the folded graph ({first})",
                 "report it as a bug of refold",
             ) from error
 

@@ -17,7 +17,7 @@ from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
 from refold.backends.base import Artifact, Runner
-from refold.backends.inductor import Layouts, missing_compiler, mode_settings
+from refold.backends.inductor import Layouts, may_freeze, missing_compiler, mode_settings
 from refold.backends.torch import re_export
 from refold.errors import BackendError, UsageError
 from refold.graph import constants
@@ -88,7 +88,7 @@ class AotiTarget:
         )
         # Freezing takes every output for a computed value; a package returns constants too.
         outputs = pytree.tree_leaves(gm.graph.output_node().args)
-        freeze = all(isinstance(leaf, fx.Node) for leaf in outputs)
+        freeze = may_freeze(gm) and all(isinstance(leaf, fx.Node) for leaf in outputs)
         settings = {**mode_settings(options.mode), "freezing": freeze}
         try:
             torch._inductor.aoti_compile_and_package(

@@ -137,7 +137,7 @@ def compile_graph(
     """
     from torch._inductor.exc import InductorError
 
-    if not freeze:
+    if not freeze or not may_freeze(gm):
         return _compile(gm, fakes, settings)
     try:
         return _compile(gm, fakes, {**settings, "freezing": True})
@@ -145,6 +145,11 @@ def compile_graph(
         # With constants in line Inductor takes other paths, and a few of them fail.
         log.info("compiling without freezing: %s", (str(error).splitlines() or [""])[0])
         return _compile(gm, fakes, settings)
+
+
+def may_freeze(gm: fx.GraphModule) -> bool:
+    """Whether Inductor freezes such constants: it packs float64 for a kernel that has none."""
+    return not any(t.dtype == torch.float64 for t in [*gm.parameters(), *gm.buffers()])
 
 
 def _compile(gm: fx.GraphModule, fakes: Sequence[Any], settings: dict[str, Any]) -> Flat:

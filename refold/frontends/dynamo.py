@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from refold.errors import FrontendError
-from refold.frontends.export import InputSpec, Program, _trains
+from refold.frontends.export import InputSpec, Program, trains
 from refold.graph import aliasing, autocast, constants, functionalise, lifted, nodes, provenance
 
 _MODES = (
@@ -73,7 +73,8 @@ class Captured:
             NotFoldable: an in-place operation cannot be made functional.
         """
         gm = lifted.bind(self.graph, {i: (n, args[i]) for i, n in self.parameters.items()})
-        _make_functional(gm)
+        if not functionalise.make_functional(gm):
+            raise NotFoldable("an in-place write cannot be made functional")
         constants.canonicalise(gm)
         gm.recompile()
         return gm
@@ -203,7 +204,7 @@ def _trace(gm: fx.GraphModule, fakes: list[Any], cloned: tuple[int, ...]) -> fx.
     for node in reversed(list(traced.graph.nodes)):
         if node.op == "call_function" and node.target in _MODES:
             traced.graph.erase_node(node)
-        elif _trains(node):
+        elif trains(node):
             raise NotFoldable(
                 f"{node.name} is in training mode{_at(node)}",
                 "call model.eval() before the first call",
@@ -269,20 +270,6 @@ def _echoed(gm: fx.GraphModule, count: int) -> dict[int, int]:
         leaves[i] = None
     output.args = (tuple(leaves),)
     return found
-
-
-def _make_functional(gm: fx.GraphModule) -> None:
-    functionalise._drop_assertions(gm.graph)
-    if functionalise._mutates(gm):
-        try:
-            functionalise._localise(gm)
-        except functionalise._NotLocal:
-            raise NotFoldable("an in-place write cannot be made functional") from None
-        functionalise._strip_scatters(gm)
-    functionalise._spell_shapes(gm.graph)
-    functionalise.drop_no_ops(gm)
-    gm.graph.eliminate_dead_code()
-    functionalise._unstamp(gm.graph)
 
 
 def _restride(graph: fx.Graph, node: Any, made: torch.Tensor, wanted: torch.Tensor) -> Any:

@@ -608,13 +608,13 @@ def _graph_notes(gm: fx.GraphModule) -> list[str]:
         notes.append(f"{count} x {name}: its sub-graphs are kept as they are, nothing folds inside")
     if constants.written(gm.graph):
         notes.append("the model writes its own state; the compiled model keeps a state of its own")
-    training = sum(_trains(n) for n in gm.graph.nodes)
+    training = sum(trains(n) for n in gm.graph.nodes)
     if training:
         notes.append(f"{training} operators were exported in training mode and stay so")
     return notes
 
 
-def _trains(node: fx.Node) -> bool:
+def trains(node: fx.Node) -> bool:
     """Dropout that drops, or batch norm with running statistics that it does not use."""
     if node.op != "call_function":
         return False

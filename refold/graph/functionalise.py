@@ -67,25 +67,41 @@ def functional_module(
     """
     gm = program.module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
-    _drop_assertions(gm.graph)
-    redone = False
-    if _mutates(gm):
+    redone = not make_functional(gm, aliasing_known=aliasing_known)
+    if redone:
+        gm = _without_dropout(program).run_decompositions({}).module(check_guards=False)
+        assert isinstance(gm, fx.GraphModule)
+        _normalise(gm, scatters=True)
+    gm.recompile()
+    return gm, redone
+
+
+def make_functional(gm: fx.GraphModule, *, aliasing_known: bool = True) -> bool:
+    """Makes a graph functional in place, node by node; ``False`` where that cannot be done.
+
+    After ``False`` the graph is in an undefined state.
+    """
+    mutates = _mutates(gm)
+    if mutates:
+        _drop_assertions(gm.graph)
         try:
             if not aliasing_known:
                 _run_fake(gm)
             _localise(gm)
         except _NotLocal:
-            gm = _without_dropout(program).run_decompositions({}).module(check_guards=False)
-            assert isinstance(gm, fx.GraphModule)
-            _drop_assertions(gm.graph)
-            redone = True
+            return False
+    _normalise(gm, scatters=mutates)
+    return True
+
+
+def _normalise(gm: fx.GraphModule, *, scatters: bool) -> None:
+    _drop_assertions(gm.graph)
+    if scatters:
         _strip_scatters(gm)
     _spell_shapes(gm.graph)
     drop_no_ops(gm)
     gm.graph.eliminate_dead_code()
     _unstamp(gm.graph)
-    gm.recompile()
-    return gm, redone
 
 
 def _without_dropout(program: ExportedProgram) -> ExportedProgram:

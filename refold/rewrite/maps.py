@@ -249,11 +249,13 @@ class MapReader:
                 continue
             if not inner.is_pointwise or len(shape(key[1])) != len(shape(pad.node)):
                 continue
-            with pad.node.graph.inserting_before(pad.node):
+            target: Any = pad.node.target
+            args, kwargs = (key[1], *pad.node.args[1:]), dict(pad.node.kwargs)
+            graph = pad.node.graph
+            with graph.inserting_before(pad.node):
                 root = nodes.call(
-                    pad.node.graph, pad.node.target, (key[1], *pad.node.args[1:]),
-                    dict(pad.node.kwargs), rule="fold-branches", sources=[pad.node],
-                )  # fmt: skip
+                    graph, target, args, kwargs, rule="fold-branches", sources=[pad.node]
+                )
             self.proposed.add(root)
             out[("conv", root)] = inner
         return out

@@ -131,6 +131,14 @@ def test_state_is_kept_between_calls():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes(dtype):
+    model, x = seeded(Sizes()).to(dtype), torch.randn(2, 3, 8, 8, dtype=dtype)
+    compiled = refold.compile_for_inference(model, x, target="inductor")
+    assert compiled.report.artifact_numerics["passed"]
+
+
+@pytest.mark.slow
 def test_there_is_no_file_of_it(tmp_path):
     compiled = refold.compile_for_inference(
         seeded(ConvNet()), torch.randn(2, 3, 8, 8), target="inductor", verify=False

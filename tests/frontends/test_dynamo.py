@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,9 @@ import refold
 from refold import torch_compile
 from refold.errors import UsageError
 from refold.graph.kinds import census
-from tests.compare import SINGLE, relative_error
+from tests.compare import EXACT, SINGLE, call, relative_error
+from tests.models import counts
+from tests.models.timm_networks import NETWORKS, network
 from tests.small_nets import ConvNet, seeded
 
 HALF = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: SINGLE, torch.float64: 1e-12}
@@ -38,9 +41,11 @@ class Inner:
 
     def __init__(self) -> None:
         self.graphs: list[dict[str, int]] = []
+        self.modules: list[torch.fx.GraphModule] = []
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.graphs.append(dict(census(gm.graph)))
+        self.modules.append(gm)
         return gm
 
     @property
@@ -239,8 +244,8 @@ def _new_module(model: Conv) -> Conv:
 
 
 def _lora(model: Conv) -> Conv:
-    down, up = torch.randn(1, 4), torch.randn(4, 1)
-    model.head.weight.add_(up @ down)
+    down, up = torch.randn(1, 27), torch.randn(4, 1)
+    model.conv.weight.add_((up @ down).reshape(4, 3, 3, 3))
     return model
 
 
@@ -274,15 +279,16 @@ def test_changed_weights_are_noticed(change: Callable[[Conv], Conv]) -> None:
     assert set(inner.norms) == {0}, "folded again"
 
 
-def test_data_pointer_of_a_replaced_storage_cannot_come_back() -> None:
+def test_an_address_cannot_come_back() -> None:
     model = Conv()
+    first = model.conv.weight.data_ptr()
     fast, _ = compiled(model)
     with torch.no_grad():
         fast(image())
-        for seed in range(20):
-            torch.manual_seed(seed)
+        for _ in range(200):
             model.conv.weight.data = torch.randn(4, 3, 3, 3)
-            check(fast, model, image())
+            assert model.conv.weight.data_ptr() != first
+        check(fast, model, image())
 
 
 def test_variants_are_kept_and_not_folded_again() -> None:
@@ -777,9 +783,9 @@ class Loop:
         with torch.no_grad():
             error = relative_error(got, expected)
         assert error <= tolerance, f"relative error {error:.1e} after {self.log}"
-        for name, value in model.state_dict().items():
-            same = torch.allclose(value.double(), twin.state_dict()[name].double(), rtol=1e-4)
-            assert same, f"{name} after {self.log}"
+        # A batch norm in training mode has written its buffers.
+        error = relative_error(model.state_dict(), twin.state_dict())
+        assert error <= tolerance, f"state off by {error:.1e} after {self.log}"
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -798,8 +804,38 @@ def test_200_random_changes() -> None:
 def test_random_changes_with_inductor() -> None:
     loop = Loop(refold.backend(), 1, [(2, 8), (3, 8)])
     loop.models = loop.models[:1] + loop.models[3:]
-    for _ in range(25):
+    for _ in range(60):
         loop.step()
+
+
+# A plain one, branches, re-used norms, attention, and one that float32 conditions badly.
+SOME_NETWORKS = ("repvgg_a0", "mobileone_s0", "levit_128s", "repvit_m0_9", "repghostnet_050")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOME_NETWORKS)
+def test_networks_fold_as_far_as_through_export(name: str) -> None:
+    model, images = network(name, NETWORKS[name])
+    model, images = model.double(), images.double()
+    plain: list[int] = []
+
+    def count(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        plain.append(1)
+        return gm
+
+    with torch.no_grad():
+        torch.compile(model, backend=count)(images)
+        torch._dynamo.reset()
+        inner = Inner()
+        fast = torch.compile(model, backend=refold.backend(inner=inner, verify=False))
+        got = fast(images)
+    assert len(inner.graphs) == len(plain), "no graph break that dynamo itself does not have"
+    folded = refold.fold(model, (images,), verify=False)
+    found: Counter[str] = Counter()
+    for graph in inner.modules:
+        found += counts(graph)
+    assert found["conv-like"] == counts(folded.graph_module)["conv-like"]
+    assert relative_error(got, call(model, (images,))) <= EXACT
 
 
 @pytest.mark.slow

@@ -123,6 +123,15 @@ def test_absorbs(forward, parts) -> None:
     )
 
 
+def test_the_shift_goes_into_the_term_that_can_take_it() -> None:
+    net = Net(
+        lambda s, x: torch.add(s.n(x), s.l(x), alpha=-2.0) * s.g + s.h,
+        n=nn.RMSNorm(6), l=nn.Linear(6, 6), g=mixed(6), h=mixed(6),
+    )  # fmt: skip
+    gm, _ = run(AbsorbScaleShift(), net, image())
+    assert left(gm) == {"rms-norm": 1, "linear": 1, "add": 1}
+
+
 def test_one_part_of_a_split_scales_its_rows_alone() -> None:
     def forward(s, x):
         q, k, v = s.qkv(x).reshape(x.shape[0], 5, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)

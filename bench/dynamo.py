@@ -1,0 +1,163 @@
+"""``torch.compile``: refold against Inductor with freezing on the training form.
+
+Three measurements: the cost of the check that every call makes of its parameters, run time, and
+time to compile. Run from the repository's root, on a machine that does nothing else:
+``python -m bench.dynamo [NAME ...] [--rounds 30]``. Each network is compiled with empty caches.
+Ratios are paired: the forms run in turn, in a new order each round; each has a 95 % interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._inductor.utils import fresh_inductor_cache
+
+import refold
+from bench.common import interleaved, quiet, ratio, save
+from refold.torch_compile import _Guarded, _State
+from tests.compare import relative_error
+from tests.models.timm_networks import deploy_form, network
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NETWORKS = ("mobileone_s0", "repvit_m0_9", "repvgg_a0")
+
+
+def check_seconds(tensors: Sequence[torch.Tensor], repeats: int = 200, rounds: int = 9) -> float:
+    """Median seconds of one look at parameters that have not changed."""
+    state = _State.of(list(tensors), checksum=False)
+    args = tuple(tensors)
+    positions = range(len(args))
+    taken = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            assert state.matches([args[i] for i in positions])
+        taken.append((time.perf_counter() - start) / repeats)
+    return statistics.median(taken)
+
+
+def check_of_300() -> dict[str, float]:
+    """The check of 300 parameters, and of 300 of which 120 are running statistics."""
+    parameters: list[torch.Tensor] = [nn.Parameter(torch.randn(64, 64)) for _ in range(300)]
+    buffers = [torch.randn(128) for _ in range(120)]
+    return {
+        "parameters": 1e6 * check_seconds(parameters),
+        "with statistics": 1e6 * check_seconds([*parameters[:180], *buffers]),
+    }
+
+
+@contextmanager
+def guarded() -> Iterator[list[_Guarded]]:
+    """Collects the compiled graphs of refold that are made meanwhile."""
+    made: list[_Guarded] = []
+    original = _Guarded.__init__
+
+    def initialise(self: _Guarded, *args: Any) -> None:
+        original(self, *args)
+        made.append(self)
+
+    _Guarded.__init__ = initialise  # type: ignore[method-assign]
+    try:
+        yield made
+    finally:
+        _Guarded.__init__ = original  # type: ignore[method-assign]
+
+
+def compiled(model: nn.Module, image: torch.Tensor, how: str) -> tuple[Callable[[], Any], float]:
+    """A compiled call, and the seconds that its first call took, with empty caches."""
+    ours = how == "refold"
+    fast = torch.compile(model, backend=refold.backend() if ours else "inductor", dynamic=False)
+    # Inductor's own freezing is a setting of the process: dynamo reads it too.
+    freezing = torch._inductor.config.patch(freezing=not ours)
+    with fresh_inductor_cache(), freezing, torch.no_grad():
+        start = time.perf_counter()
+        fast(image)
+        seconds = time.perf_counter() - start
+
+    def run() -> Any:
+        with torch.no_grad():
+            return fast(image)
+
+    return run, seconds
+
+
+@functools.cache
+def warm_up() -> None:
+    """What only the first compilation of a process pays."""
+    for how in ("frozen", "refold"):
+        compiled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(1, 3, 8, 8), how)
+
+
+def measure(name: str, size: int | None, batch: int, rounds: int) -> dict[str, Any]:
+    """One network: compile seconds, check, and ratios of run time."""
+    with quiet():
+        model, images = network(name, size)
+        return measure_model(
+            name, model, deploy_form(model), images[:1].repeat(batch, 1, 1, 1), rounds
+        )
+
+
+def measure_model(
+    name: str, model: nn.Module, deploy: nn.Module, image: torch.Tensor, rounds: int
+) -> dict[str, Any]:
+    """The same for a model and the form that its author deploys."""
+    torch._dynamo.reset()
+    warm_up()
+    seconds: dict[str, float] = {}
+    runs: dict[str, Callable[[], Any]] = {}
+    runs["frozen"], seconds["frozen"] = compiled(model, image, "frozen")
+    with guarded() as graphs:
+        runs["refold"], seconds["refold"] = compiled(model, image, "refold")
+    runs["deploy"], seconds["deploy"] = compiled(deploy, image, "frozen")
+    taken = interleaved(runs, rounds)
+    parameters = [t for g in graphs for t in g._variants[0].state.tensors]
+    check = sum(check_seconds(g._variants[0].state.tensors) for g in graphs)
+    median = {form: statistics.median(s) for form, s in taken.items()}
+    with torch.no_grad():
+        expected = model(image)
+    return {
+        "network": name,
+        "image": list(image.shape),
+        "compile seconds": seconds,
+        "frozen / refold, compile": seconds["frozen"] / seconds["refold"],
+        "median ms": {form: 1e3 * s for form, s in median.items()},
+        "frozen / refold": ratio(taken["frozen"], taken["refold"]),
+        "frozen / deploy": ratio(taken["frozen"], taken["deploy"]),
+        "deploy / refold": ratio(taken["deploy"], taken["refold"]),
+        "parameters": len(parameters),
+        "check us": 1e6 * check,
+        "check / call": check / median["refold"],
+        "error": relative_error(runs["refold"](), expected),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="*", default=list(NETWORKS), help="names of timm models")
+    parser.add_argument("--size", type=int, help="image size (default: the model's own)")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=30, help="paired rounds")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", default="dynamo", help="name of the result")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows: list[dict[str, Any]] = [{"check of 300, us": check_of_300()}]
+    print(rows[-1], flush=True)
+    for name in options.networks:
+        rows.append(measure(name, options.size, options.batch, options.rounds))
+        print(rows[-1], flush=True)
+    print(save(options.output, vars(options), rows))
+
+
+if __name__ == "__main__":
+    main()
