@@ -67,7 +67,7 @@ def test_terminal_table(report):
 def test_declined_come_with_place_reason_and_line():
     text = refold.explain(seeded(LateNorm()), torch.randn(2, 3, 4, 4)).render()
     line = next(line for line in text.splitlines() if line.startswith(" declined"))
-    assert line.split()[1] == "bn"
+    assert line.split()[1:3] == ["module", "bn"]
     assert "every candidate was declined" in text
     assert "tests/small_nets.py:" in text.replace("\n           ", " ")
 

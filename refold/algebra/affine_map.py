@@ -262,10 +262,9 @@ def add(maps: Sequence[AffineMap]) -> AffineMap:
 
     bias = torch.stack([m.bias for m in maps]).sum(0)
     support = _union([embed(m, kernel, origin) for m in maps])
-    return replace(
-        maps[0], weight=Lazy(shape, total, fresh=True), bias=bias, groups=groups, origin=origin,
-        support=support, reach=max(m.reach for m in maps),
-    )  # fmt: skip
+    weight = Lazy(shape, total, fresh=True, parents=[m.weight for m in maps])
+    reach = max(m.reach for m in maps)
+    return AffineMap(weight, bias, groups, maps[0].stride, origin, support, reach)
 
 
 def concatenate(maps: Sequence[AffineMap]) -> AffineMap:
@@ -273,7 +272,8 @@ def concatenate(maps: Sequence[AffineMap]) -> AffineMap:
     kernel, origin = aligned(maps)
     terms = [embed(regroup(m, 1), kernel, origin) for m in maps]
     shape = (sum(t.out_channels for t in terms), *terms[0].weight.shape[1:])
-    weight = Lazy(shape, lambda: torch.cat([t.weight.get() for t in terms]))
+    parents = [t.weight for t in terms]
+    weight = Lazy(shape, lambda: torch.cat([p.get() for p in parents]), parents=parents)
     bias = torch.cat([m.bias for m in maps])
     reach = max(m.reach for m in maps)
     return replace(terms[0], weight=weight, bias=bias, support=_union(terms), reach=reach)
@@ -311,7 +311,8 @@ def as_matrix(base: AffineMap, size: Ints, result: Ints) -> AffineMap:
         return out.reshape(inputs, outputs).t()
 
     bias = base.bias.repeat_interleave(math.prod(result))
-    return replace(matrix(Lazy((outputs, inputs), probe), bias), reach=base.reach)
+    weight = Lazy((outputs, inputs), probe, parents=(base.weight,))
+    return replace(matrix(weight, bias), reach=base.reach)
 
 
 def compose(outer: AffineMap, inner: AffineMap) -> AffineMap:
@@ -356,7 +357,7 @@ def compose(outer: AffineMap, inner: AffineMap) -> AffineMap:
         frozenset(s * a + b for a in so for b in si)
         for s, so, si in zip(inner.stride, outer.support, inner.support, strict=True)
     )
-    weight = Lazy(shape, compute, fresh=True)
+    weight = Lazy(shape, compute, fresh=True, parents=(outer.weight, inner.weight))
     if not kernel and outer.groups == inner.groups == 1:
         weight = Lazy.product(outer.weight, inner.weight)
     return AffineMap(weight, bias, groups, stride, origin, support, reach)

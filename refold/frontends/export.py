@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 import types
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -427,7 +428,14 @@ def _user_frame(error: BaseException, module: nn.Module) -> str:
             trace_ = trace_.tb_next
         if best is not None and best[0] == 2:
             break
-    return best[1] if best else ""
+    if best is not None:
+        return best[1]
+    for current in _chain(error):  # a data-dependent guard is raised anew, its line in the text
+        named = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', str(current))
+        own = [n for n in named if not n[0].startswith((_TORCH, _OWN))]
+        if own:
+            return f"{own[-1][0]}:{own[-1][1]} in {own[-1][2]}"
+    return ""
 
 
 def _describe(leaf: Any) -> str:

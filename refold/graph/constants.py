@@ -119,7 +119,7 @@ def materialise(node: fx.Node) -> None:
     value: Lazy = node.meta["refold_exact"]
     gm = node.graph.owning_module
     dtype = node.meta["val"].dtype
-    setattr(gm, str(node.target), value.get().to(dtype=dtype, device=device).contiguous())
+    setattr(gm, str(node.target), value.evaluate().to(dtype=dtype, device=device).contiguous())
 
 
 def release(gm: fx.GraphModule, owner: nn.Module) -> None:

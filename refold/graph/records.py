@@ -289,10 +289,24 @@ def affine(node: object) -> Affine | None:
     """
     if not isinstance(node, fx.Node) or node.op != "call_function" or not _fixed_float(node):
         return None
-    norm = batch_norm(node)
-    if norm is not None:
-        return norm
-    return _arithmetic(node)
+    return batch_norm(node) or _arithmetic(node) or _pointwise_depthwise(node)
+
+
+def _pointwise_depthwise(node: fx.Node) -> Affine | None:
+    """A depthwise 1x1 convolution scales and shifts its channels, and nothing else."""
+    layer = conv(node)
+    if layer is None or layer.transposed or layer.weight.shape[1] != 1:
+        return None
+    channels = layer.groups
+    if layer.out_channels != channels or any(k != 1 for k in layer.weight.shape[2:]):
+        return None
+    if set(layer.stride) != {1} or any(layer.padding):
+        return None
+    full = (1, channels, *(1,) * layer.spatial)
+    scale = layer.weight.map(full, lambda w: w.reshape(full))
+    zero = Lazy(full, lambda: torch.zeros(full, dtype=torch.float64))
+    shift = zero if layer.bias is None else layer.bias.map(full, lambda b: b.reshape(full))
+    return Affine(node, layer.x, scale, shift, node)
 
 
 _ARITHMETIC = {aten.neg, aten.mul, aten.div, aten.add, aten.sub, aten.rsub, aten.addcmul}
@@ -341,8 +355,6 @@ def _arithmetic(node: fx.Node) -> Affine | None:
         if is_call(node, aten.rsub):
             a, b = b, a
             coefficients = (1.0, -float(alpha))
-            if alpha != 1:
-                return None
         else:
             coefficients = (1.0, float(alpha) * (-1.0 if is_call(node, aten.sub) else 1.0))
         pair = split(a, b)
@@ -452,8 +464,6 @@ def add(node: object) -> Sum | None:
         return None
     if is_call(node, aten.rsub.Tensor):
         left, right = right, left
-        if alpha != 1:
-            return None
     for operand in (left, right):
         if not same(shape(operand), shape(node)) or dtype(operand) != dtype(node):
             return None

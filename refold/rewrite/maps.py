@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ Maps = dict[Key, AffineMap]
 
 _MAX_ROOTS = 16
 _MAX_TAPS = 4096
+_NO_END = 1 << 62  # slices write "to the end" as the largest integer
 _MAX_MATRIX = 1 << 22
 _TRANSPARENT = {"contiguous", "clone", "alias", "detach"}
 _RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"}
@@ -172,6 +173,7 @@ class MapReader:
     def _sum(self, total: records.Sum) -> Maps:
         left, right = self.of(total.left), self.of(total.right)
         _bridge(left, right, total.left, total.right)
+        _enter_pads(left, right)
         out: Maps = {}
         for key, a in left.items():
             b = right.get(key)
@@ -426,6 +428,24 @@ def _bridge(left: Maps, right: Maps, a: fx.Node, b: fx.Node) -> None:
                 ours[(kind, root)] = am.as_matrix(base, size[1:], result[1:])
 
 
+def _enter_pads(left: Maps, right: Maps) -> None:
+    """Where one term reads a padded tensor and the other, pointwise, the tensor inside.
+
+    A pad of any mode keeps its inside, so the pointwise term reads the padded tensor too.
+    """
+    for ours, theirs in ((left, right), (right, left)):
+        for kind, padded in list(theirs):
+            pad = records.pad(padded)
+            key = ("conv", pad.x) if pad is not None else None
+            if pad is None or key not in ours or ("conv", padded) in ours:
+                continue
+            base = ours[key]
+            if kind != "conv" or not base.is_pointwise or min((*pad.low, *pad.high)) < 0:
+                continue
+            low = (0,) * (base.spatial - len(pad.low)) + pad.low
+            ours[("conv", padded)] = replace(base, origin=tuple(-a for a in low))
+
+
 def identity_maps(node: fx.Node) -> Maps:
     """A tensor as an affine map of itself, in every kind that fits its shape."""
     if not is_tensor(node) or not node.meta["val"].is_floating_point():
@@ -515,6 +535,7 @@ def _side(
     if (axis, 1) in sides:
         width = sides[(axis, 1)][0]
         first = start if start >= 0 else extent + start
-        if same(first, extent - width) and (same(end, extent) or known(end >= extent)):
+        to_the_end = isinstance(end, int) and end >= _NO_END
+        if same(first, extent - width) and (to_the_end or same(end, extent)):
             return 1
     return None

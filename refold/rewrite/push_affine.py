@@ -33,6 +33,12 @@ _SMALL = 1 << 13  # bytes below which un-sharing a weight is never refused
 _HOMOGENEOUS = {"relu", "leaky_relu", "prelu", "_prelu_kernel"}
 _MAX_POOLS = {"max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d"}
 _MEANS = {"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}
+_MIXES = {"add", "sub", "rsub", "mul", "div", "cat", "stack", "addcmul", "lerp", "where"}
+_UNREAD = {
+    "conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "addmm", "baddbmm", "matmul", "bmm",
+    "einsum", "sum", "cumsum", "slice_scatter", "copy_", "copy", "to", "_to_copy", "index",
+    "scaled_dot_product_attention", "batch_norm", "im2col", "fft_rfft2", "fft_irfft2", "pad",
+}  # fmt: skip
 _RESIZES = {
     "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d", "upsample_bicubic2d",
     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
@@ -158,8 +164,8 @@ class Pusher:
         self.escapes = layout.escapes(record.node)
         if not bool(torch.isfinite(factor.scale).all() & torch.isfinite(factor.shift).all()):
             self.refusals[record.node] = (
-                "the scale or shift is not finite (zero variance without eps, or NaN weights)",
-                "check the running statistics of this layer",
+                "its constant is not finite (a mask, zero variance without eps, NaN weights)",
+                "if that is not meant, check the weights and statistics of this layer",
             )
             return None
         plan = _Plan()
@@ -510,7 +516,9 @@ class Pusher:
             )
         if (pad := records.pad(u)) is not None and pad.mode == "constant":
             axes = range(rank - len(pad.low), rank)
-            return pad.value == 0 and not factor.shifts and not (factor.varies() & set(axes))
+            if factor.shifts or pad.value != 0:
+                raise Refused("a shift does not pass zero padding")
+            return not (factor.varies() & set(axes))
         return False
 
     def _reduced(self, u: fx.Node) -> set[int] | None:
@@ -557,7 +565,9 @@ class Pusher:
                 conv.weight.shape[0] if conv.transposed else (conv.weight.shape[1] * conv.groups)
             )
             scale, shift = factor.vectors(1, channels)
-            if factor.shifts and (conv.transposed or any(conv.padding) or _pads_high(conv)):
+            if factor.shifts and conv.transposed:
+                raise Refused(f"the kernel taps that meet an output of {c.name} differ in number")
+            if factor.shifts and (any(conv.padding) or _pads_high(conv)):
                 raise Refused(f"{c.name} pads with zeros, and the shift would reach its border")
             self._check_sharing(conv.weight_node)
 
@@ -727,7 +737,7 @@ class Pusher:
 
 def overflows(value: Lazy) -> bool:
     """True if a constant does not fit float16."""
-    return bool((value.get().abs() > torch.finfo(torch.float16).max).any())
+    return bool((value.evaluate().abs() > torch.finfo(torch.float16).max).any())
 
 
 def _embedding_table(node: fx.Node) -> Lazy | None:
@@ -746,7 +756,12 @@ def set_arguments(node: fx.Node, values: dict[int, Any]) -> None:
 
 
 def _not_linear(node: fx.Node) -> str:
-    return f"{op_name(node)} is not linear in its input, so a scale and shift cannot cross it"
+    name = op_name(node)
+    if name in _MIXES:
+        return f"{name} reads another tensor, which would have to change with it"
+    if name in _UNREAD:
+        return f"nothing is known of how {name} carries a scale and shift"
+    return f"{name} is not linear in its input, so a scale and shift cannot cross it"
 
 
 def _operand(reader: fx.Node, x: fx.Node) -> Callable[[], fx.Node]:

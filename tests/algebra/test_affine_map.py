@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_a_composition_is_exact_where_no_border_intervenes(first, second) -> Non
 
 
 def replace_origin(m: AffineMap, origin: tuple[int, ...]) -> AffineMap:
-    return am.replace(m, origin=origin)
+    return replace(m, origin=origin)
 
 
 @given(convolutions(4, 4))

@@ -682,3 +682,15 @@ def test_damaged_archives(archive: Path, tmp_path: Path) -> None:
     _rewrite(archive, {"models/model.json": b"{"})
     with pytest.raises(FrontendError, match="damaged"):
         trace(archive, ())
+
+
+class _BranchOnAValue(nn.Module):
+    def forward(self, x):
+        if x.mean() > 0:
+            return x * 2
+        return x
+
+
+def test_data_dependent_control_flow_names_the_line():
+    with pytest.raises(FrontendError, match=r"test_export\.py:\d+ in forward[\s\S]*torch\.cond"):
+        trace(_BranchOnAValue(), (torch.randn(2, 3),), {})

@@ -142,6 +142,12 @@ def test_one_part_of_a_split_scales_its_rows_alone() -> None:
     assert "mul" not in left(gm)
 
 
+def test_a_depthwise_pointwise_layer_is_a_scale_and_shift() -> None:
+    net = Net(lambda s, x: s.c(s.n(x)), n=nn.GroupNorm(1, 4), c=conv(k=1, groups=4))
+    gm, _ = run(AbsorbScaleShift(), net, image())
+    assert left(gm) == {"group-norm": 1}
+
+
 def test_through_class_token_and_position_embedding() -> None:
     """SSF after cat(cls, x) + pos: the scale goes to every part, the shift to the embedding."""
 
@@ -182,7 +188,12 @@ def test_through_class_token_and_position_embedding() -> None:
         (
             lambda s, x: F.pad(s.c(x), (1, 1, 1, 1)) + s.g,
             {"c": conv(), "g": mixed(4, 1, 1)},
-            "not linear",
+            "zero padding",
+        ),
+        (
+            lambda s, x: s.c(x).mean((2, 3), keepdim=True).expand(-1, -1, 5, 4) * s.g,
+            {"c": conv(), "g": mixed(1, 1, 5, 4)},
+            "two different factors",
         ),
         (lambda s, x: F.gelu(x) * s.g, {"g": mixed(4, 1, 1)}, "not linear"),
         (lambda s, x: torch.div(s.c(x), 2.0, rounding_mode="floor"), {"c": conv()}, "rounds"),

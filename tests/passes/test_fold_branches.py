@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from refold.frontends import export
 from refold.graph import printer
 from refold.passes import PIPELINES
 from refold.passes.fold_branches import FoldBranches
@@ -207,8 +208,9 @@ def test_nothing_is_computed_twice() -> None:
     net = Net(
         lambda s, x: (lambda y: (s.c(y), torch.tanh(y)))(s.a(x)), a=conv(), c=conv(k=1)
     )  # fmt: skip
-    gm, _ = run(FOLD, net, image())
-    assert left(gm)["conv"] == 2
+    with torch.no_grad():
+        gm = trace(net, image())
+        assert not FOLD.run(gm).modified
 
 
 def test_dynamic_height_and_width_fold_too() -> None:
@@ -254,4 +256,49 @@ def test_nothing_merges_across_an_excluded_layer() -> None:
         Pipeline("test", (FOLD,)).run(gm, exclude=["a"])
         assert left(gm)["conv"] == 2
         x = image()
+        assert torch.allclose(gm(x), net(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_branches_beside_padding_that_repeats_pixels(mode) -> None:
+    """x is the inside of its padded self, so pointwise branches join the padded kernel."""
+    net = Net(
+        lambda s, x: F.relu(s.a(x) + s.c(x) + s.n(x)), a=conv(padding=1, padding_mode=mode),
+        c=conv(k=1), n=bn(),
+    )  # fmt: skip
+    gm, _ = run(FOLD, net, image())
+    assert left(gm) == {"conv": 1, "pad": 1, "relu": 1}
+
+
+def test_a_ladder_of_skips_costs_its_rungs() -> None:
+    """Each rung reads the one below twice: 2**30 paths, if nothing were shared."""
+
+    def forward(s, x):
+        for rung in s.rungs:
+            x = x + rung(x) * 0.3
+        return x
+
+    net = Net(forward, rungs=nn.ModuleList(conv(k=1) for _ in range(30)))
+    gm, _ = run(FOLD, net, image())
+    assert left(gm) == {"conv": 1}
+
+
+def test_dynamic_borders_of_the_bias_fold_too() -> None:
+    def forward(s, x):
+        y = F.pad(s.a(x), (1, 1, 1, 1))
+        border = s.a.bias.view(1, -1, 1, 1)
+        y[:, :, 0:1, :] = border
+        y[:, :, -1:, :] = border
+        y[:, :, :, 0:1] = border
+        y[:, :, :, -1:] = border
+        return s.c(y)
+
+    net = Net(forward, a=conv(k=1), c=conv())
+    auto = torch.export.Dim.AUTO
+    shapes = ({0: auto, 2: auto, 3: auto},)
+    with torch.no_grad():
+        gm = export.trace(net, (image(),), {}, dynamic_shapes=shapes).graph_module
+        PIPELINES["default"].run(gm)
+        assert left(gm) == {"conv": 1}
+        x = image(4, 9, 11)
         assert torch.allclose(gm(x), net(x), rtol=0, atol=1e-12)
