@@ -240,12 +240,16 @@ def add(maps: Sequence[AffineMap]) -> AffineMap:
     shape = (maps[0].out_channels, maps[0].in_channels // groups, *kernel)
 
     def total() -> torch.Tensor:
-        # Accumulating into a term saves a full tensor.
-        whole = next((m for m in maps if m.weight.shape == shape and m.weight.fresh), None)
-        out = whole.weight.get() if whole else torch.zeros(shape, dtype=torch.float64)
-        for m in maps:
-            if m is whole:
-                continue
+        # Accumulating into a term saves a full tensor. One map may stand in the sum twice.
+        rest = list(maps)
+        start = next(
+            (i for i, m in enumerate(rest) if m.weight.shape == shape and m.weight.fresh), None
+        )
+        if start is None:
+            out = torch.zeros(shape, dtype=torch.float64)
+        else:
+            out = rest.pop(start).weight.get()
+        for m in rest:
             low = (o - b for o, b in zip(origin, m.origin, strict=True))
             region = tuple(slice(a, a + k) for a, k in zip(low, m.kernel, strict=True))
             if m.weight.shape == shape:

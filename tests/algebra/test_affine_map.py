@@ -186,3 +186,15 @@ def test_depthwise_maps_stay_factored() -> None:
     scale = am.diagonal(torch.rand(3).double(), torch.rand(3).double(), 2)
     assert am.compose(pointwise, scale).weight.shape == (6, 3, 1, 1)
     assert am.compose(scale, scale).is_diagonal
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_map_may_stand_in_a_sum_twice(dtype: torch.dtype) -> None:
+    """Weights that are widened, and so may be accumulated into, count as often as they stand."""
+    w = torch.randn(4, 4, 3, 3, dtype=dtype)
+    zero = torch.zeros(4, dtype=torch.float64)
+    m = am.convolution(Lazy.of(w), zero, 1, (1, 1), (1, 1), (1, 1))
+    twice = am.add([m, m, am.identity(4, 2)])
+    x = image(4)
+    close(run(twice, x, (9, 8)), 2 * run(m, x, (9, 8)) + x)
+    close(twice.weight.evaluate(), twice.weight.get())
