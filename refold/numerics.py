@@ -595,8 +595,5 @@ def first_deviation(
 
 def _stands_for(node: fx.Node, names: Any) -> str | None:
     """The original node whose value a node of the folded graph has, if it is among ``names``."""
-    origin = provenance.of(node)
-    if not origin["rules"]:
-        return node.name if node.name in names else None
-    last = origin["nodes"][-1] if origin["nodes"] else ""
-    return last if last in names else None
+    name = provenance.value_of(node)
+    return name if name in names else None

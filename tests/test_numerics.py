@@ -327,3 +327,21 @@ def test_static_shapes_get_random_inputs() -> None:
     assert not torch.equal(seen[1], seen[2])
     low, high = float(seen[0].min()), float(seen[0].max())
     assert all(low <= float(x.min()) and float(x.max()) <= high for x in seen[1:])
+
+
+def test_a_folded_layer_stands_for_what_it_took_in():
+    """The layer that absorbed a batch norm has the norm's value; a layer above it has a new one."""
+    from refold.graph import provenance
+    from refold.passes.fold_batch_norm import FoldBatchNorm
+    from tests.folding import Net, image, run
+
+    net = Net(
+        lambda s, x: s.b(torch.nn.functional.avg_pool2d(s.c(x), 2)) + s.e(s.d(x)).mean(),
+        c=torch.nn.Conv2d(4, 4, 3), b=torch.nn.BatchNorm2d(4), d=torch.nn.Conv2d(4, 4, 3),
+        e=torch.nn.BatchNorm2d(4),
+    )  # fmt: skip
+    gm, _ = run(FoldBatchNorm(), net, image())
+    values = {n.name: provenance.value_of(n) for n in gm.graph.nodes}
+    assert values["conv2d"] == ""
+    assert values["avg_pool2d"] == "batch_norm"
+    assert values["conv2d_1"] == "batch_norm_1"

@@ -13,8 +13,22 @@ from torch import fx
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
-def derive(node: fx.Node, sources: list[fx.Node], rule: str) -> None:
-    """Stamps ``node`` with the union of its sources' origins and with ``rule``."""
+_LAST = object()
+
+
+def derive(node: fx.Node, sources: list[fx.Node], rule: str, *, value: object = _LAST) -> None:
+    """Stamps ``node`` with the union of its sources' origins and with ``rule``.
+
+    Args:
+        node: the new or changed node.
+        sources: what it stands for.
+        rule: the id of the rule.
+        value: the node whose value it has now; the last source unless said otherwise, ``None`` if
+            it computes something that the original never did.
+    """
+    if value is _LAST:
+        value = sources[-1] if sources else None
+    has = value_of(value) if isinstance(value, fx.Node) else ""
     if sources:
         last = sources[-1]
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node"):
@@ -30,8 +44,19 @@ def derive(node: fx.Node, sources: list[fx.Node], rule: str) -> None:
         rules.update(dict.fromkeys(origin["rules"]))
     rules[rule] = None
     custom = dict(node.meta.get("custom") or {})
-    custom["refold"] = {"nodes": list(names), "modules": list(modules), "rules": list(rules)}
+    custom["refold"] = {
+        "nodes": list(names),
+        "modules": list(modules),
+        "rules": list(rules),
+        "value": has,
+    }
     node.meta["custom"] = custom
+
+
+def value_of(node: fx.Node) -> str:
+    """The name of the original node whose value a node has, or ``""``."""
+    stamped: dict[str, Any] | None = (node.meta.get("custom") or {}).get("refold")
+    return node.name if stamped is None else str(stamped.get("value", ""))
 
 
 def of(node: fx.Node) -> dict[str, list[str]]:

@@ -92,6 +92,12 @@ class _Plan:
     removed: list[fx.Node] = field(default_factory=list)
     parts: dict[fx.Node, tuple[fx.Node, _Factor]] = field(default_factory=dict)
 
+    kept: set[fx.Node] = field(default_factory=set)
+
+    def keeps_value(self, node: fx.Node) -> bool:
+        """True for a consumer that takes the factor in: what it computes stays the same."""
+        return node in self.kept
+
     def touch(self, node: fx.Node) -> None:
         if node in self.touched:
             raise Refused(f"the path reaches {node.name} twice")
@@ -194,7 +200,12 @@ class Pusher:
             f"{kind(record.node)} into {', '.join(sorted({kind(t) for t in plan.touched}))}",
         )
         for node in plan.touched:
-            provenance.derive(node, [record.node, node], self.rule)
+            value: fx.Node | None = None  # upward, what lies between has a value of its own
+            if node is record.x:
+                value = record.node
+            elif plan.keeps_value(node):
+                value = node
+            provenance.derive(node, [record.node, node], self.rule, value=value)
         current = _operand(record.reader, record.x)
         for edit in plan.edits:
             edit()
@@ -606,6 +617,7 @@ class Pusher:
             plan.edits.append(lambda: self._set_linear(linear, weight, bias))
         else:
             return False
+        plan.kept.add(c)
         plan.touch(c)
         return True
 
