@@ -182,6 +182,8 @@ class _Folder:
         keys = {k for v in views for k in v}
         for key in sorted(keys, key=lambda k: (k[0], k[1].name)):
             group = [i for i, v in enumerate(views) if key in v]
+            if len(group) == len(leaves):  # a leaf that others read too may better stay an addend
+                group = [i for i in group if leaves[i][1] is key[1] or len(leaves[i][1].users) == 1]
             if not 2 <= len(group) < len(leaves):
                 continue
             first = views[group[0]][key]

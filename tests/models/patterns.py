@@ -85,7 +85,7 @@ PATTERNS: dict[str, Pattern] = {}
 
 
 def compute_nodes(gm: fx.GraphModule) -> int:
-    """Compute nodes of a traced pattern: no layout calls, no sizes, not the two outer ReLUs."""
+    """Compute nodes of a traced pattern: no layout calls, no sizes, no ReLUs."""
     return sum(1 for node in gm.graph.nodes if _computes(node))
 
 
@@ -94,10 +94,7 @@ def _computes(node: fx.Node) -> bool:
         return False
     if not isinstance(node.meta.get("val", torch.empty(0)), Tensor | tuple | list):
         return False  # arithmetic on sizes
-    if op_name(node).rstrip("_") != "relu":
-        return True
-    reads_input = any(source.op == "placeholder" for source in node.all_input_nodes)
-    return not reads_input and not any(user.op == "output" for user in node.users)
+    return op_name(node).rstrip("_") != "relu"
 
 
 def _pattern(
