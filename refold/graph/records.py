@@ -525,11 +525,3 @@ def pad(node: object) -> Pad | None:
         return None
     low, high = tuple(amounts[0::2])[::-1], tuple(amounts[1::2])[::-1]
     return Pad(node, x, low, high, mode, float(value))
-
-
-def constant_channels(value: Any, rank: int, axis: int) -> Lazy | None:
-    """A constant operand that varies along ``axis`` alone, as a vector (or a single element)."""
-    lazy = _constant(value, rank)
-    if lazy is None or any(s != 1 for i, s in enumerate(lazy.shape) if i != axis):
-        return None
-    return lazy.map((lazy.shape[axis],), lambda t: t.reshape(-1))
