@@ -22,13 +22,14 @@ from torch._inductor.utils import fresh_inductor_cache
 
 import refold
 from bench.common import interleaved, quiet, ratio, save
-from refold.torch_compile import _Guarded, _State
+from refold.torch_compile import _Guarded, _picker, _State
 from tests.compare import relative_error
 from tests.models.timm_networks import deploy_form, network
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+OURS = ("refold", "refold, frozen", "target")
 NETWORKS = ("mobileone_s0", "repvit_m0_9", "repvgg_a0")
 
 
@@ -36,12 +37,12 @@ def check_seconds(tensors: Sequence[torch.Tensor], repeats: int = 200, rounds: i
     """Median seconds of one look at parameters that have not changed."""
     state = _State.of(list(tensors), checksum=False)
     args = tuple(tensors)
-    positions = range(len(args))
+    pick = _picker(range(len(args)))
     taken = []
     for _ in range(rounds):
         start = time.perf_counter()
         for _ in range(repeats):
-            assert state.matches([args[i] for i in positions])
+            assert state.matches(pick(args))
         taken.append((time.perf_counter() - start) / repeats)
     return statistics.median(taken)
 
@@ -73,14 +74,36 @@ def guarded() -> Iterator[list[_Guarded]]:
         _Guarded.__init__ = original  # type: ignore[method-assign]
 
 
+def _prepare(model: nn.Module, image: torch.Tensor, how: str) -> Callable[..., Any]:
+    if how == "target":
+        return refold.compile_for_inference(
+            model, (image,), target="inductor", dynamic_shapes=({},)
+        )  # fmt: skip
+    options: dict[str, Any] = {}
+    if how == "refold, frozen":
+        skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        options = {"options": {"frozen": True, "guard_filter_fn": skip}}
+    backend = "inductor" if how == "freezing" else "refold"
+    fast: Callable[..., Any] = torch.compile(model, backend=backend, dynamic=False, **options)
+    return fast
+
+
 def compiled(model: nn.Module, image: torch.Tensor, how: str) -> tuple[Callable[[], Any], float]:
-    """A compiled call, and the seconds that its first call took, with empty caches."""
-    ours = how == "refold"
-    fast = torch.compile(model, backend=refold.backend() if ours else "inductor", dynamic=False)
+    """A compiled call, and the seconds until its first result, with empty caches.
+
+    ``how`` is one of
+
+    - ``freezing``: Inductor with freezing;
+    - ``refold``: ``torch.compile(backend="refold")``, which looks at the parameters in each call;
+    - ``refold, frozen``: with ``frozen=True`` and without dynamo's guards of modules, which is what
+      freezing takes for granted;
+    - ``target``: ``compile_for_inference(target="inductor")``, without dynamo.
+    """
     # Inductor's own freezing is a setting of the process: dynamo reads it too.
-    freezing = torch._inductor.config.patch(freezing=not ours)
+    freezing = torch._inductor.config.patch(freezing=how == "freezing")
     with fresh_inductor_cache(), freezing, torch.no_grad():
         start = time.perf_counter()
+        fast = _prepare(model, image, how)
         fast(image)
         seconds = time.perf_counter() - start
 
@@ -94,7 +117,7 @@ def compiled(model: nn.Module, image: torch.Tensor, how: str) -> tuple[Callable[
 @functools.cache
 def warm_up() -> None:
     """What only the first compilation of a process pays."""
-    for how in ("frozen", "refold"):
+    for how in ("freezing", "refold"):
         compiled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(1, 3, 8, 8), how)
 
 
@@ -115,10 +138,12 @@ def measure_model(
     warm_up()
     seconds: dict[str, float] = {}
     runs: dict[str, Callable[[], Any]] = {}
-    runs["frozen"], seconds["frozen"] = compiled(model, image, "frozen")
+    runs["deploy"], seconds["deploy"] = compiled(deploy, image, "freezing")
+    runs["freezing"], seconds["freezing"] = compiled(model, image, "freezing")
     with guarded() as graphs:
         runs["refold"], seconds["refold"] = compiled(model, image, "refold")
-    runs["deploy"], seconds["deploy"] = compiled(deploy, image, "frozen")
+    for form in ("refold, frozen", "target"):
+        runs[form], seconds[form] = compiled(model, image, form)
     taken = interleaved(runs, rounds)
     parameters = [t for g in graphs for t in g._variants[0].state.tensors]
     check = sum(check_seconds(g._variants[0].state.tensors) for g in graphs)
@@ -129,11 +154,11 @@ def measure_model(
         "network": name,
         "image": list(image.shape),
         "compile seconds": seconds,
-        "frozen / refold, compile": seconds["frozen"] / seconds["refold"],
+        "freezing / refold, compile": seconds["freezing"] / seconds["refold"],
         "median ms": {form: 1e3 * s for form, s in median.items()},
-        "frozen / refold": ratio(taken["frozen"], taken["refold"]),
-        "frozen / deploy": ratio(taken["frozen"], taken["deploy"]),
-        "deploy / refold": ratio(taken["deploy"], taken["refold"]),
+        "freezing / deploy": ratio(taken["freezing"], taken["deploy"]),
+        **{f"freezing / {form}": ratio(taken["freezing"], taken[form]) for form in OURS},
+        **{f"deploy / {form}": ratio(taken["deploy"], taken[form]) for form in OURS},
         "parameters": len(parameters),
         "check us": 1e6 * check,
         "check / call": check / median["refold"],

@@ -37,14 +37,14 @@ _ONNX_LAYOUT = {
 
 
 def count_fx(graph: fx.Graph) -> Count:
-    """Linear and other compute calls of an FX graph, without the two outer ReLUs."""
+    """Linear and other compute calls of an FX graph; ReLUs, which no fold removes, do not count."""
     found = {"linear": 0, "other": 0}
     for node in graph.nodes:
         if node.op not in ("call_function", "call_module", "call_method"):
             continue
         name = op_name(node).rstrip("_") if node.op == "call_function" else str(node.target)
         sizes = not isinstance(node.meta.get("val", torch.empty(0)), torch.Tensor | tuple | list)
-        if name in _FX_LAYOUT or sizes or (name == "relu" and _outer(node)):
+        if name in _FX_LAYOUT or name == "relu" or sizes:
             continue
         fused = "mkldnn_fusion" in str(getattr(node.target, "__module__", ""))
         linear = kind(node) in _FX_LINEAR or fused or "convolution" in name or "linear" in name
@@ -52,27 +52,14 @@ def count_fx(graph: fx.Graph) -> Count:
     return found
 
 
-def _outer(node: fx.Node) -> bool:
-    reads_input = any(source.op == "placeholder" for source in node.all_input_nodes)
-    return reads_input or any(_ends(user) for user in node.users)
-
-
-def _ends(node: fx.Node) -> bool:
-    """The output, or the layout call that Inductor puts before it."""
-    forced = node.op == "call_function" and op_name(node) == "inductor_force_stride_order"
-    return node.op == "output" or forced
-
-
 def count_onnx(path: Path) -> Count:
     """The same for an ONNX file."""
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
-    ends = {value.name for value in (*graph.input, *graph.output)}
     found = {"linear": 0, "other": 0}
     for node in graph.node:
-        outer = node.op_type == "Relu" and ends & {*node.input, *node.output}
-        if node.op_type not in _ONNX_LAYOUT and not outer:
+        if node.op_type not in _ONNX_LAYOUT and node.op_type != "Relu":
             found["linear" if node.op_type in _ONNX_LINEAR else "other"] += 1
     return found
 

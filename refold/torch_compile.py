@@ -45,6 +45,7 @@ class _Settings:
     exclude: tuple[str, ...] = ()
     inner: str | Callable[..., Any] = "inductor"
     checksum: bool = False
+    frozen: bool = False
     verify: bool = True
 
     def __post_init__(self) -> None:
@@ -56,6 +57,10 @@ class _Settings:
         object.__setattr__(self, "exclude", tuple(self.exclude))
         if isinstance(self.inner, str) and self.inner not in _backends():
             raise UsageError(f"unknown inner {self.inner!r}{did_you_mean(self.inner, _backends())}")
+        if self.frozen and self.checksum:
+            raise UsageError(
+                "frozen=True reads no parameter and checksum=True reads all: give one of them"
+            )
 
     @property
     def passes(self) -> Pipeline:
@@ -68,6 +73,7 @@ def backend(
     exclude: Sequence[str] = (),
     inner: str | Callable[..., Any] = "inductor",
     checksum: bool = False,
+    frozen: bool = False,
     verify: bool = True,
 ) -> Callable[..., Flat]:
     """A configured backend: ``torch.compile(model, backend=refold.backend(...))``.
@@ -81,13 +87,16 @@ def backend(
             a callable of a graph module and its fake inputs.
         checksum: also compare the parameters' contents on every call, which finds writes that
             leave no trace (``param.data.mul_()``, writes through NumPy) and reads all weights.
+        frozen: nobody writes into the parameters after compilation, as Inductor's ``freezing``
+            takes for granted. Calls compare which parameters they are, not what they hold: other
+            parameters and optimizer steps are noticed, **a write in place gives old numbers**.
         verify: compare the folded graph with the unfolded one in float64 while compiling.
 
     Raises:
-        UsageError: an unknown pipeline or inner backend.
+        UsageError: an unknown pipeline or inner backend, or ``frozen`` with ``checksum``.
     """
     globs = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    settings = _Settings(pipeline, globs, inner, checksum, verify)
+    settings = _Settings(pipeline, globs, inner, checksum, frozen, verify)
     return functools.partial(_compile, settings=settings)
 
 
@@ -195,50 +204,56 @@ class _State:
 
     Identity, version and address miss two things that training does. A batch norm updates its
     running statistics without counting a version: buffers of their kind (floating, at most one
-    dimension) are compared by content. Fused optimizers write likewise: their steps are observed.
+    dimension) are compared by content instead. Fused optimizers write likewise: their steps are
+    observed.
 
     ``held`` shares the parameters' storage: while it lives, no other tensor gets the same address.
     """
 
     tensors: list[torch.Tensor]
-    tracked: list[torch.Tensor]
+    counting: list[torch.Tensor]
     versions: list[int]
+    placed: list[torch.Tensor]
     pointers: list[int]
     held: list[torch.Tensor]
-    statistics: list[tuple[list[int], torch.Tensor]]
+    statistics: list[tuple[list[torch.Tensor], torch.Tensor]]
     sums: list[int] | None
     steps: int
 
     @classmethod
-    def of(cls, tensors: list[torch.Tensor], checksum: bool) -> _State:
-        # Inference tensors count no versions.
-        tracked = [t for t in tensors if not t.is_inference()]
+    def of(cls, tensors: list[torch.Tensor], checksum: bool, frozen: bool = False) -> _State:
         alike: dict[Any, list[int]] = {}
         for i, t in enumerate(tensors):
-            if t.dim() <= 1 and t.dtype in _BITS and not isinstance(t, torch.nn.Parameter):
+            is_statistic = t.dim() <= 1 and not isinstance(t, torch.nn.Parameter)
+            if is_statistic and t.dtype in _BITS and not frozen:
                 alike.setdefault((t.dtype, t.device, t.dim()), []).append(i)
+        groups = [[tensors[i] for i in at] for at in alike.values()]
+        read = {i for at in alike.values() for i in at}
+        placed = [t for i, t in enumerate(tensors) if i not in read and not frozen]
+        counting = [t for t in placed if not t.is_inference()]  # those count no versions
         return cls(
             tensors,
-            tracked,
-            list(map(_version, tracked)),
-            list(map(_pointer, tensors)),
+            counting,
+            list(map(_version, counting)),
+            placed,
+            list(map(_pointer, placed)),
             [t.detach() for t in tensors],
-            [(at, _contents(tensors, at)) for at in alike.values()],
+            [(group, _contents(group)) for group in groups],
             list(map(_checksum, tensors)) if checksum else None,
             _observer().steps,
         )
 
-    def matches(self, tensors: list[torch.Tensor]) -> bool:
+    def matches(self, tensors: Sequence[torch.Tensor]) -> bool:
         return (
             all(map(operator.is_, tensors, self.tensors))
-            and list(map(_version, self.tracked)) == self.versions
-            and list(map(_pointer, tensors)) == self.pointers
-            and all(torch.equal(_contents(tensors, at), bits) for at, bits in self.statistics)
+            and list(map(_version, self.counting)) == self.versions
+            and list(map(_pointer, self.placed)) == self.pointers
+            and all(torch.equal(_contents(group), bits) for group, bits in self.statistics)
             and self._unstepped(tensors)
             and (self.sums is None or list(map(_checksum, tensors)) == self.sums)
         )
 
-    def _unstepped(self, tensors: list[torch.Tensor]) -> bool:
+    def _unstepped(self, tensors: Sequence[torch.Tensor]) -> bool:
         observer = _observer()
         now = observer.steps
         if now == self.steps:
@@ -248,7 +263,7 @@ class _State:
         self.steps = now  # the steps were other models'
         return True
 
-    def fits(self, tensors: list[torch.Tensor]) -> bool:
+    def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether tensors are of the kind that the graph was traced with."""
         return all(
             a.shape == b.shape
@@ -267,10 +282,9 @@ _BITS = {
 }
 
 
-def _contents(tensors: Sequence[torch.Tensor], at: Sequence[int]) -> torch.Tensor:
-    """The bits of some tensors, so that NaN equals itself."""
-    chosen = [tensors[i] for i in at]
-    joined = torch.cat(chosen) if chosen[0].dim() else torch.stack(chosen)
+def _contents(alike: list[torch.Tensor]) -> torch.Tensor:
+    """The bits of tensors of one dtype and rank, so that NaN equals itself."""
+    joined = torch.cat(alike) if alike[0].dim() else torch.stack(alike)
     return joined.detach().view(_BITS[joined.dtype])
 
 
@@ -338,21 +352,21 @@ class _Guarded:
         self._captured = captured
         self._settings = settings
         self._compiler = compiler
-        self._parameters = list(captured.parameters)
-        self._inputs = list(captured.inputs)
+        self._parameters = _picker(list(captured.parameters))
+        self._inputs = _picker(captured.inputs)
         self._written = captured.written
         self._lock = threading.RLock()
         self._folds = 0
         self._seen: _State | None = None
-        state = self._state([example_inputs[i] for i in self._parameters])
+        state = self._state(self._parameters(example_inputs))
         self._variants = [self._fold(state, example_inputs, inside=True)]
 
     def __call__(self, *args: Any) -> Any:
-        parameters = [args[i] for i in self._parameters]
-        variant: _Variant | None = self._variants[0] if self._variants else None
+        parameters = self._parameters(args)
+        variant: _Variant | None = self._variants[0]
         if variant is None or not variant.state.matches(parameters):
             variant = self._other_variant(parameters, args)
-        inputs = [args[i] for i in self._inputs]
+        inputs = self._inputs(args)
         if variant is None or not variant.guards.hold(inputs):
             return self._unfolded(*args)
         if self._written and self._shares(args):
@@ -360,11 +374,11 @@ class _Guarded:
         with torch.no_grad(), torch._C._DisableAutocast():
             return variant.run(*inputs)
 
-    def _state(self, tensors: list[torch.Tensor]) -> _State:
-        return _State.of(tensors, self._settings.checksum)
+    def _state(self, tensors: Sequence[torch.Tensor]) -> _State:
+        return _State.of(list(tensors), self._settings.checksum, self._settings.frozen)
 
     def _other_variant(
-        self, parameters: list[torch.Tensor], args: Sequence[Any]
+        self, parameters: Sequence[torch.Tensor], args: Sequence[Any]
     ) -> _Variant | None:
         """The variant for these parameters; new ones are folded when they come a second time.
 
@@ -435,6 +449,13 @@ class _Guarded:
         """Whether an input that the graph writes shares its storage with another argument."""
         stored = [a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)]
         return any(stored.count(args[i].untyped_storage().data_ptr()) > 1 for i in self._written)
+
+
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Picks the items at some positions."""
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    return lambda items: tuple(items[i] for i in positions)
 
 
 def _present(gm: fx.GraphModule, exclude: Sequence[str]) -> list[str]:

@@ -351,6 +351,35 @@ def test_checksum_finds_writes_without_a_trace(write: Any, dtype: torch.dtype) -
             check(fast, model, image().to(dtype), dtype=dtype)
 
 
+@pytest.mark.parametrize(
+    "change", [_optimizer_step, _fused_step, _assign, _reassign, _new_buffer, _new_module, _second],
+    ids=lambda c: c.__name__.strip("_"),
+)  # fmt: skip
+def test_frozen_still_notices_other_parameters_and_steps(change: Callable[[Conv], Conv]) -> None:
+    run = torch.compile(lambda m, x: m(x), backend=refold.backend(inner=Inner(), frozen=True))
+    model = Conv()
+    with torch.no_grad():
+        run(model, image())
+        model = change(model)
+        for _ in range(3):
+            x = image()
+            assert relative_error(run(model, x), model(x)) <= SINGLE
+
+
+def test_frozen_does_not_read_the_parameters() -> None:
+    model, x = Conv(), image()
+    fast, _ = compiled(model, frozen=True)
+    with torch.no_grad():
+        old = fast(x)
+        model.conv.weight.mul_(2)
+        assert torch.equal(fast(x), old)
+
+
+def test_frozen_and_checksum_exclude_each_other() -> None:
+    with pytest.raises(UsageError, match="give one of them"):
+        refold.backend(frozen=True, checksum=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.uint8])
 def test_checksum_sees_every_single_change(dtype: torch.dtype) -> None:
     t = torch.randn(7, 3).to(dtype)

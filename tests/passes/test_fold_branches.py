@@ -243,8 +243,13 @@ def test_a_second_run_changes_nothing() -> None:
 
 def test_outputs_never_come_to_share_storage() -> None:
     """A crop is copied by the flatten after it; the convolution that it merges into is not."""
-    net = Net(lambda s, x: (lambda y: (y, y.flatten(1)))(s.c(x)[:, :, 1::2, 1:]), c=conv())
-    run(FOLD, net, image())
+    net = Net(
+        lambda s, x: (lambda y: (y, y.flatten(1)))(s.c(x)[:, :, 1::2, 1:]),
+        c=conv(k=(3, 1), padding=1),
+    )
+    after, _ = run(FoldBranches(), net, image(height=4))
+    crop, flat = after(image(height=4))
+    assert crop.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr()
 
 
 def test_nothing_merges_across_an_excluded_layer() -> None:
