@@ -7,7 +7,8 @@ from contextvars import ContextVar
 
 import torch
 
-_KEPT: ContextVar[dict[Lazy, torch.Tensor] | None] = ContextVar("kept", default=None)
+# What several parents share in the constant that is being computed: its tensor, once it is known.
+_SHARED: ContextVar[dict[Lazy, torch.Tensor | None] | None] = ContextVar("shared", default=None)
 
 
 class Lazy:
@@ -27,9 +28,7 @@ class Lazy:
         fresh: bool = False,
         parents: Sequence[Lazy] = (),
     ) -> None:
-        self._readers: int = 0
-        for parent in parents:
-            parent._readers += 1
+        self._parents = tuple(parents)
         self.shape = tuple(int(s) for s in shape)
         self._compute = compute
         self._factors: tuple[Lazy, Lazy] | None = None
@@ -47,20 +46,31 @@ class Lazy:
 
     def get(self) -> torch.Tensor:
         """Computes the tensor (float64). Callers may write into it only if it is ``fresh``."""
-        kept = _KEPT.get()
-        if kept is not None and self._readers > 1:
-            if self not in kept:
-                kept[self] = self._checked()
-            return kept[self].clone() if self.fresh else kept[self]
-        return self._checked()
+        shared = _SHARED.get()
+        if shared is None or self not in shared:
+            return self._checked()
+        known = shared[self]
+        if known is None:
+            known = shared[self] = self._checked()
+        return known.clone() if self.fresh else known
 
     def evaluate(self) -> torch.Tensor:
         """:meth:`get`, computing what is shared once."""
-        token = _KEPT.set({})
+        seen: set[Lazy] = set()
+        shared: dict[Lazy, torch.Tensor | None] = {}
+        stack: list[Lazy] = [self]
+        while stack:
+            current = stack.pop()
+            if current in seen:
+                shared[current] = None
+                continue
+            seen.add(current)
+            stack.extend(current._parents)
+        token = _SHARED.set(shared)
         try:
             return self.get()
         finally:
-            _KEPT.reset(token)
+            _SHARED.reset(token)
 
     def _checked(self) -> torch.Tensor:
         with torch.no_grad():
@@ -98,7 +108,7 @@ class Lazy:
 
     def add_to(self, out: torch.Tensor) -> None:
         """``out += self``, in place."""
-        if self._factors is None or self._readers > 1:
+        if self._factors is None or self in (_SHARED.get() or ()):
             out += self.get()
         else:
             out.addmm_(self._factors[0].get(), self._factors[1].get())

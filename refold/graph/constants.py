@@ -137,13 +137,30 @@ def release(gm: fx.GraphModule, owner: nn.Module) -> None:
             t.data = t.data.new_empty(0)
 
 
-def materialise_all(gm: fx.GraphModule, *, forget: bool = True) -> None:
-    """Computes every pending constant that is still read; ``forget`` drops how it was made."""
-    for node in gm.graph.find_nodes(op="get_attr"):
+def materialise_all(
+    gm: fx.GraphModule, *, forget: bool = True, largest_first: bool = False
+) -> None:
+    """Computes every pending constant that is still read.
+
+    Args:
+        gm: the graph module.
+        forget: drop how the constants were made.
+        largest_first: the float64 of the largest is then in memory with the fewest results; in
+            the graph's order released weights and results of one size follow each other.
+    """
+    found = gm.graph.find_nodes(op="get_attr")
+    if largest_first:
+        found = sorted(found, key=lambda n: -_numel(n))
+    for node in found:
         if node.users:
             materialise(node)
         if forget:
             node.meta.pop("refold_exact", None)
+
+
+def _numel(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return int(value.numel()) if isinstance(value, torch.Tensor) else 0
 
 
 def written(graph: fx.Graph) -> set[fx.Node]:

@@ -294,12 +294,15 @@ def affine(node: object) -> Affine | None:
 
 def _pointwise_depthwise(node: fx.Node) -> Affine | None:
     """A depthwise 1x1 convolution scales and shifts its channels, and nothing else."""
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    if not isinstance(weight, fx.Node) or not is_tensor(weight):
+        return None
+    if any(size != 1 for size in shape(weight)[1:]):
+        return None  # nearly every call, without reading it in full
     layer = conv(node)
-    if layer is None or layer.transposed or layer.weight.shape[1] != 1:
+    if layer is None or layer.transposed or layer.out_channels != layer.groups:
         return None
     channels = layer.groups
-    if layer.out_channels != channels or any(k != 1 for k in layer.weight.shape[2:]):
-        return None
     if set(layer.stride) != {1} or any(layer.padding):
         return None
     full = (1, channels, *(1,) * layer.spatial)

@@ -141,7 +141,6 @@ class Pipeline:
             progress: called with the id of each pass before it runs.
             compare: in debug mode called with the graph before a pass, the graph after it, and
                 the pass's id; it raises where their numbers differ.
-
             consumed: the module whose folded weights are released as they are replaced.
 
         Raises:
@@ -158,7 +157,7 @@ class Pipeline:
             constants.sweep(gm)
             if consumed is not None:
                 constants.release(gm, consumed)
-            constants.materialise_all(gm)
+            constants.materialise_all(gm, largest_first=consumed is None)
             gm.recompile()
         return result
 
