@@ -140,6 +140,31 @@ def memory(result: Result) -> str:
     return table(head, body) + _footer(result)
 
 
+def torch_compile(result: Result) -> str:
+    """Ratios of CPU time and of compilation against Inductor with freezing."""
+    rows = [row for row in result["rows"] if "network" in row]
+    forms = ["deploy", "refold", "refold, frozen", "target"]
+    body = [
+        [
+            row["network"],
+            *(_interval(row[f"freezing / {form}"]) for form in forms),
+            " / ".join(f"{row['compile seconds'][f]:.1f}" for f in ("freezing", *forms[1:])),
+            f"{row['check us']:.0f} us, {row['check / call']:.1%}",
+        ]
+        for row in rows
+    ]
+    head = [
+        "network",
+        "freezing / author's deploy form",
+        "freezing / refold",
+        "freezing / refold, frozen",
+        "freezing / target inductor",
+        "seconds to compile: freezing / refold / frozen / target",
+        "look at the parameters, of a call",
+    ]
+    return table(head, body) + _footer(result)
+
+
 def _gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
@@ -157,6 +182,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "networks": ("networks", networks),
     "latency": ("ort_latency", latency),
     "memory": ("memory", memory),
+    "torch-compile": ("dynamo", torch_compile),
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -171,11 +172,30 @@ def compile_outside(
     """
     mode = nodes.fake_mode(gm.graph)
     env = getattr(mode, "shape_env", None)
-    with _open(env) as made:
+    with _open(env) as made, _scalars_as_they_are():
         context = torch._guards.tracing(torch._guards.TracingContext(mode))
         with context if mode is not None else nullcontext():
             compiled = compiler(gm, list(fakes))
         return compiled, SizeGuards.of(fakes, made())
+
+
+@contextmanager
+def _scalars_as_they_are() -> Iterator[None]:
+    """Turns a pass of AOTAutograd off that makes tensors of Python floats.
+
+    It serves floats among the inputs, which an exported graph does not have, and fails where a
+    float depends on a size that no input names (``interpolate`` with a dynamic height).
+    """
+    name = "TENSORIFY_PYTHON_SCALARS"  # the pass has no other switch
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

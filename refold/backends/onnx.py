@@ -231,9 +231,10 @@ def _name_dims(
             if isinstance(symbol, int):
                 notes.append(f"dimension {dim} of {value.name} became static in ONNX ({symbol})")
             elif _SYMBOL.fullmatch(str(symbol.value)):
-                chosen = "batch" if dim == spec.batch else str(spec.sizes[dim])
+                own = str(spec.sizes[dim])
+                chosen = "batch" if dim == spec.batch else own
                 telling = chosen if not _SYMBOL.fullmatch(chosen) else f"{value.name}_{dim}"
-                names.setdefault(str(symbol.value), telling)
+                names.setdefault(str(symbol.value), program.names.get(own, telling))
     import onnx_ir
 
     for value in _values(model.graph):

@@ -93,6 +93,7 @@ class Captured:
             specialised=(),
             notes=(),
             ranges={},
+            names={},
             node_count=sum(n.op == "call_function" for n in gm.graph.nodes),
             exported=cast(Any, None),
         )

@@ -12,7 +12,7 @@ import os
 import re
 import types
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class Program:
         specialised: dimensions that were to be dynamic and came out static, as sentences.
         notes: what the user should know about the trace.
         ranges: smallest and largest size of each symbol (``None`` for no bound).
+        names: the names that the user's ``Dim`` objects give to symbols.
         node_count: calls in the IR as it was traced.
         exported: the program as ``torch.export`` gave it, before it was made functional.
     """
@@ -78,6 +79,7 @@ class Program:
     specialised: tuple[str, ...]
     notes: tuple[str, ...]
     ranges: dict[str, tuple[int, int | None]]
+    names: dict[str, str]
     node_count: int
     exported: ExportedProgram
 
@@ -204,9 +206,12 @@ def _from_module(
     specialised: list[str] = []
     batch: int | None = None
     traced = example
+    names: dict[str, str] = {}
     if dynamic_shapes is not None:
         program = tracer.export(example, dynamic_shapes)
-        specialised += _static_despite_request(program, dynamic_shapes, example)
+        requests = _requests(program, dynamic_shapes, example)
+        specialised += _static_despite(requests)
+        names = _given_names(requests)
     else:
         batch = _batch_size(example) if dynamic_batch else None
         attempt = _dynamic_batch(tracer, example, batch, specialised) if batch is not None else None
@@ -232,7 +237,7 @@ def _from_module(
     if redone:
         notes.append("in-place writes were resolved by run_decompositions({})")
     notes += _graph_notes(gm)
-    return _finish(program, gm, fresh(traced), example, tuple(specialised), notes)
+    return _finish(program, gm, fresh(traced), example, tuple(specialised), notes, names)
 
 
 def _dynamic_batch(
@@ -488,8 +493,20 @@ def _is_symbolic(size: Any) -> bool:
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
-def _static_despite_request(program: ExportedProgram, asked: Any, example: Any) -> list[str]:
-    """Sentences about dimensions that the caller asked to be dynamic and that are not."""
+@dataclass(frozen=True)
+class _Request:
+    """What the caller's ``dynamic_shapes`` say of one dimension of an input."""
+
+    node: fx.Node
+    axis: int
+    dim: Any
+
+    @property
+    def size(self) -> Any:
+        return self.node.meta["val"].shape[self.axis]
+
+
+def _requests(program: ExportedProgram, asked: Any, example: Any) -> list[_Request]:
     if isinstance(asked, ShapesCollection):
         return []
     wanted: list[Any] = []
@@ -516,21 +533,34 @@ def _static_despite_request(program: ExportedProgram, asked: Any, example: Any) 
             walk(asked, bound)
     else:
         walk([*asked, *([None] * len(kwargs))], [*args, *kwargs.values()])
-    sentences: list[str] = []
     nodes = _user_placeholders(program)
     if len(wanted) != len(nodes):
         return []
-    for node, spec in zip(nodes, wanted, strict=True):
-        items = spec.items() if isinstance(spec, dict) else enumerate(spec or ())
-        for axis, dim in items:
-            static = dim is None or isinstance(dim, int) or dim is Dim.STATIC
-            size = node.meta["val"].shape[axis]
-            if not static and not _is_symbolic(size):
-                sentences.append(
-                    f"dimension {axis} of {node.name} was asked to be dynamic and is static at "
-                    f"{size}: the model fixes it"
-                )
-    return sentences
+    return [
+        _Request(node, axis, dim)
+        for node, spec in zip(nodes, wanted, strict=True)
+        for axis, dim in (spec.items() if isinstance(spec, dict) else enumerate(spec or ()))
+    ]
+
+
+def _static_despite(requests: Sequence[_Request]) -> list[str]:
+    """Sentences about dimensions that were asked to be dynamic and came out static."""
+    return [
+        f"dimension {r.axis} of {r.node.name} was asked to be dynamic and is static at "
+        f"{r.size}: the model fixes it"
+        for r in requests
+        if not (r.dim is None or isinstance(r.dim, int) or r.dim is Dim.STATIC)
+        and not _is_symbolic(r.size)
+    ]
+
+
+def _given_names(requests: Sequence[_Request]) -> dict[str, str]:
+    """The names of the user's ``Dim`` objects, by the symbols that the trace made of them."""
+    return {
+        str(r.size): r.dim.__name__
+        for r in requests
+        if hasattr(r.dim, "__name__") and _is_symbolic(r.size) and r.size.node.expr.is_symbol
+    }
 
 
 def _user_placeholders(program: ExportedProgram) -> list[fx.Node]:
@@ -551,6 +581,7 @@ def _finish(
     example: Any,
     specialised: tuple[str, ...],
     notes: list[str],
+    names: dict[str, str] | None = None,
 ) -> Program:
     for node in gm.graph.nodes:
         if constants.is_mutation(node) and "val" not in node.meta:
@@ -573,6 +604,7 @@ def _finish(
         specialised=specialised,
         notes=tuple(notes),
         ranges=ranges,
+        names=names or {},
         node_count=sum(n.op == "call_function" for n in gm.graph.nodes),
         exported=program,
     )

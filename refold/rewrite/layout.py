@@ -138,8 +138,14 @@ def _execute(node: fx.Node, data: torch.Tensor, symbols: Symbols) -> Any:
 
 def reduce(value: torch.Tensor, read: torch.Tensor | None, fill: float) -> torch.Tensor:
     """Collapses every axis along which ``value`` is constant; unread elements take any value."""
-    lowest = value if read is None else torch.where(read, value, torch.inf)
-    highest = value if read is None else torch.where(read, value, -torch.inf)
+    if read is None:
+        for axis in range(value.dim()):
+            first = value.narrow(axis, 0, 1)
+            if torch.equal(value, first.expand_as(value)):
+                value = first
+        return value
+    lowest = torch.where(read, value, torch.inf)
+    highest = torch.where(read, value, -torch.inf)
     for axis in range(value.dim()):
         low, high = lowest.amin(axis, keepdim=True), highest.amax(axis, keepdim=True)
         if bool(((low == high) | (low > high)).all()):

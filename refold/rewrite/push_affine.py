@@ -141,7 +141,7 @@ class Pusher:
             for node in list(self.graph.nodes):
                 if node.op != "call_function" or not node.users or nodes.pinned(node):
                     continue  # erased nodes have no users
-                record = records.affine(node)
+                record = records.affine(node) or records.widening_affine(node)
                 if record is None or not self.wants(record):
                     continue
                 done = self.push(record)
@@ -176,6 +176,8 @@ class Pusher:
             return None
         plan = _Plan()
         try:
+            if _widens(record):
+                raise Refused("its input is an integer tensor")
             self._up(record.x, record.reader, factor, plan)
             while plan.parts:  # the last in the graph first: its path may lead to an earlier one
                 source = max(plan.parts)
@@ -209,7 +211,15 @@ class Pusher:
         current = _operand(record.reader, record.x)
         for edit in plan.edits:
             edit()
-        nodes.replace(record.node, current())
+        new = current()
+        if _widens(record):
+            with self.graph.inserting_before(record.node):
+                new = nodes.call(
+                    self.graph, aten.to.dtype, (new, nodes.dtype(record.node)),
+                    rule=self.rule, sources=[record.node],
+                )  # fmt: skip
+            provenance.derive(new, [record.node], self.rule, value=None)
+        nodes.replace(record.node, new)
         for node in dict.fromkeys((record.node, record.reader)):
             if not node.users:
                 self.graph.erase_node(node)
@@ -636,6 +646,11 @@ class Pusher:
                 raise Refused(str(unproven)) from unproven
         if is_call(c, aten.cat.default):
             return self._down_cat(c, n, factor, plan)
+        if (record := records.affine(c)) is not None and record.x is n:
+            return self._down_affine(record, factor, plan)
+        if (pad := records.pad(c)) is not None and pad.x is n and pad.mode == "constant":
+            self._down_pad(pad, factor, plan)
+            return self._down(c, factor, plan)
         if c.args and c.args[0] is n and self._commutes(c, factor):
             if is_call(c, aten.mean.dim) and not nodes.arguments(c)["keepdim"]:
                 reduced = self._reduced(c) or set()
@@ -644,6 +659,44 @@ class Pusher:
                 factor = _Factor(factor.scale.reshape(sizes), factor.shift.reshape(shifts))
             return self._down(c, factor, plan)
         raise Refused(_not_linear(c))
+
+    def _down_affine(self, record: records.Affine, factor: _Factor, plan: _Plan) -> None:
+        """Into a norm; a scale also passes a shift: ``s * x + h = s * (x + h / s)``."""
+        c, n = record.node, record.x
+        inner = _Factor(record.scale.get(), record.shift.get())
+        both = _Factor(inner.scale * factor.scale, inner.scale * factor.shift + inner.shift)
+        if record.is_norm:
+            if both.varies() - {1}:
+                raise Refused(f"the constant varies along another axis than {c.name}'s channels")
+            plan.kept.add(c)
+            plan.edits.append(lambda: self._emit_norm(c, n, both))
+            return
+        if not both.shifts:
+            return self._down(c, factor, plan)
+        if not bool((inner.scale == 1).all()):
+            raise Refused(f"{c.name} scales and shifts at once")
+        if bool((factor.scale == 0).any()):
+            raise Refused(f"a zero scale does not pass {c.name}, which shifts")
+        if nodes.dtype(c) == torch.float16:
+            raise Refused(f"{c.name} could overflow float16 before the scale")
+        moved = _Factor(factor.scale, torch.zeros_like(factor.shift))
+        self._down(c, moved, plan)
+        ones = torch.ones_like(factor.scale)
+        shift = both.shift / factor.scale
+        plan.edits.append(lambda: self._emit_affine(c, n, ones, shift))
+
+    def _down_pad(self, pad: records.Pad, factor: _Factor, plan: _Plan) -> None:
+        """Pads with the value that the scale and shift take to the pad's own."""
+        if not factor.shifts and pad.value == 0:
+            return
+        padded = len(factor.scale.shape) - len(pad.low)
+        if any(axis >= padded for axis in factor.varies()):
+            raise Refused("the constant varies along a padded axis")
+        value = _preimage(factor, pad.value)
+        if value is None:
+            raise Refused(f"{pad.node.name} would have to pad each channel with another value")
+        index = 2 if is_call(pad.node, aten.constant_pad_nd.default) else 3
+        plan.edits.append(lambda: set_arguments(pad.node, {index: value}))
 
     def _gathered(self, c: fx.Node, n: fx.Node, factor: _Factor) -> _Factor:
         return _Factor(*layout.push(c, n, (factor.scale, factor.shift), self.graph))
@@ -752,6 +805,10 @@ def overflows(value: Lazy) -> bool:
     return bool((value.evaluate().abs() > torch.finfo(torch.float16).max).any())
 
 
+def _widens(record: records.Affine) -> bool:
+    return nodes.dtype(record.x) != nodes.dtype(record.node)
+
+
 def _embedding_table(node: fx.Node) -> Lazy | None:
     table = node.args[0]
     return constants.exact(table) if isinstance(table, fx.Node) else None
@@ -818,6 +875,15 @@ def _shifted(
         return torch.where((total.abs() <= noise) & (shift != 0), 0.0, total)
 
     return Lazy(tuple(scale.shape), compute)
+
+
+def _preimage(factor: _Factor, value: float) -> float | None:
+    """The one number that becomes ``value`` in every channel, or ``None``."""
+    if bool((factor.scale == 0).any()):
+        return None
+    found = (value - factor.shift) / factor.scale
+    first = float(found.reshape(-1)[0])
+    return first if bool((found == first).all()) else None
 
 
 def _narrow(t: torch.Tensor, axis: int, start: int, size: int) -> torch.Tensor:
