@@ -6,8 +6,10 @@ READY  := $(VENV)/.ready
 # One thread a worker: kernels that compete for cores make the suite slower, not faster.
 ENV    := OMP_NUM_THREADS=1 PYTHONPATH=.
 WORKERS ?= 2
+RTX    := .rtx
+RTX_WHEELS := tensorrt-rtx-cu13-bindings==1.7.1.116 tensorrt-rtx-cu13-libs==1.7.1.116
 
-.PHONY: demo test quick slow lint format clean
+.PHONY: demo test test-rtx quick slow lint format clean
 
 demo: $(READY)
 	$(ENV) $(VENV)/bin/python examples/demo.py
@@ -16,6 +18,15 @@ test: $(READY)
 	$(VENV)/bin/ruff check .
 	$(ENV) $(VENV)/bin/python -m pytest -q -n $(WORKERS)
 	$(ENV) $(VENV)/bin/python -m pytest -q -n $(WORKERS) -m slow
+
+# NVIDIA's TensorRT-RTX parses and builds without a GPU. Its wheels are for development and testing;
+# they go to a folder of their own, and where there are none for this machine nothing is tested.
+test-rtx: $(READY)
+	@if test -e $(RTX)/.ready || ( \
+	    $(PIP) --retries 1 --timeout 20 --no-deps --only-binary :all: --target $(RTX) $(RTX_WHEELS) \
+	    && touch $(RTX)/.ready ); then \
+	  $(ENV):$(RTX) $(VENV)/bin/python -m pytest -q -n $(WORKERS) -m rtx tests/rtx; \
+	else echo "test-rtx: SKIPPED: no TensorRT-RTX wheels can be installed here"; fi
 
 quick: $(READY)
 	$(ENV) $(VENV)/bin/python -m pytest -q -n $(WORKERS)
@@ -38,11 +49,11 @@ format: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy
-	$(PIP) --editable '.[ort,test]'
+	$(PIP) --editable '.[ort,openvino,test]'
 	$(PIP) pyyaml huggingface_hub safetensors pillow
 	$(PIP) --no-deps timm torchvision
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(RTX) build dist .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

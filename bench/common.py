@@ -30,6 +30,13 @@ _PACKAGES = (
     "onnxslim",
     "onnxsim",
     "transformers",
+    "openvino",
+    "executorch",
+    "litert-torch",
+    "ai-edge-litert",
+    "ncnn",
+    "pnnx",
+    "coremltools",
 )
 
 

@@ -38,6 +38,11 @@ _BATCH = 8  # inputs at a time: what a small machine holds
 def half(gm: fx.GraphModule) -> fx.GraphModule:
     """The graph with its constants and its float32 dtype arguments in float16."""
     gm = deepcopy(gm).half()
+    for node in gm.graph.find_nodes(op="get_attr"):  # a model's cached tensors are not its buffers
+        path, _, name = str(node.target).rpartition(".")
+        value = getattr(gm.get_submodule(path), name)
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+            setattr(gm.get_submodule(path), name, value.half())
     narrow = {torch.float32: torch.float16}
     for node in gm.graph.nodes:
         node.args, node.kwargs = pytree.tree_map(

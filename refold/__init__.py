@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from refold.backends.base import Target, register_target
+    from refold.checkpoints import average_checkpoints
     from refold.compiled import CompiledModel
     from refold.compiler import compile_for_inference, explain, fold
     from refold.errors import RefoldError
+    from refold.ewa import EWAMoE, ewa_step_
     from refold.report import Report
     from refold.rewrite.pipeline import Pipeline
     from refold.rewrite.result import Pass, PassResult
@@ -21,6 +23,7 @@ __version__ = "0.1.0"
 # Loaded on first use: `import refold` costs nothing that the caller does not ask for.
 _HOME = {
     "CompiledModel": "refold.compiled",
+    "EWAMoE": "refold.ewa",
     "Pass": "refold.rewrite.result",
     "PassResult": "refold.rewrite.result",
     "Pipeline": "refold.rewrite.pipeline",
@@ -28,8 +31,10 @@ _HOME = {
     "Report": "refold.report",
     "RewriteRule": "refold.rewrite.rule",
     "Target": "refold.backends.base",
+    "average_checkpoints": "refold.checkpoints",
     "backend": "refold.torch_compile",
     "compile_for_inference": "refold.compiler",
+    "ewa_step_": "refold.ewa",
     "explain": "refold.compiler",
     "fold": "refold.compiler",
     "register_target": "refold.backends.base",
@@ -38,6 +43,7 @@ _HOME = {
 
 __all__ = [
     "CompiledModel",
+    "EWAMoE",
     "Pass",
     "PassResult",
     "Pipeline",
@@ -46,8 +52,10 @@ __all__ = [
     "RewriteRule",
     "Target",
     "__version__",
+    "average_checkpoints",
     "backend",
     "compile_for_inference",
+    "ewa_step_",
     "explain",
     "fold",
     "register_target",

@@ -1,4 +1,4 @@
-"""The command line: ``refold export | explain | verify | passes | targets``."""
+"""The command line: ``refold export | explain | verify | check | build | passes | targets``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 OK, ERROR, USAGE, NUMBERS, EXPECTATION, INTERRUPTED = 0, 1, 2, 3, 4, 130
 # Work shorter than this needs no sign of life.
 _QUIET_SECONDS = 2.0
+_VERIFIABLE = (".onnx", ".pt2")  # what refold verify can load
 _SPINNER = "|/-\\"
 
 _DESCRIPTION = """\
@@ -93,18 +95,18 @@ def _fail(error: RefoldError, *, as_json: bool) -> int:
 
 
 def _export(arguments: argparse.Namespace, progress: _Progress) -> int:
-    from refold.backends.base import check_output, find_target, require
+    from refold.backends.base import check_output, find_target, marker_of, require
     from refold.compiler import compile_for_inference
 
     target = find_target(arguments.target)
     require(target)
     output = Path(arguments.output or f"model{target.suffix}")
     # Said before minutes of work, and checked again when the file is written.
-    check_output(output, force=arguments.force)
+    check_output(output, force=arguments.force, marker=marker_of(target))
     expect = dict(_expected(e) for e in arguments.expect)
-    options = {}
-    if arguments.opset is not None:
-        options["opset"] = arguments.opset
+    options = _target_options(arguments)
+    if arguments.target == "trt":
+        options["build"] = False  # the engine is built where it will run
     named, inputs, shapes = _prepare(arguments, progress)
     compiled = compile_for_inference(
         named.model,
@@ -128,9 +130,33 @@ def _export(arguments: argparse.Namespace, progress: _Progress) -> int:
         print(json.dumps({**report.to_dict(), "output": str(path)}, indent=2))
         return OK
     _show(report)
-    check = f"refold verify {arguments.model} {path}"
-    print(f" {'wrote':<10}{path}   check it again: {_with_inputs(check, arguments)}")
+    if arguments.target == "trt":
+        then = f"on the machine with the GPU: refold build {path} && refold verify {path}"
+    elif path.suffix not in _VERIFIABLE:
+        then = ""
+    else:
+        then = f"refold verify {arguments.model} {path}"
+        then = f"check it again: {_with_inputs(then, arguments)}"
+    print(f" {'wrote':<10}{path}   {then}".rstrip())
     return OK
+
+
+def _target_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for name in ("opset", "precision"):
+        if getattr(arguments, name) is not None:
+            given[name] = getattr(arguments, name)
+    if arguments.profile:
+        given["profile"] = dict(_profile(text) for text in arguments.profile)
+    return given
+
+
+def _profile(text: str) -> tuple[str, tuple[int, ...]]:
+    name, _, sizes = text.partition("=")
+    parts = sizes.split(":")
+    if not name or len(parts) != 3 or not all(p.isdigit() for p in parts):
+        raise UsageError(f"--profile {text!r}: write NAME=MIN:OPT:MAX, as in batch=1:8:32")
+    return name, tuple(int(p) for p in parts)
 
 
 def _explain(arguments: argparse.Namespace, progress: _Progress) -> int:
@@ -156,6 +182,8 @@ def _explain(arguments: argparse.Namespace, progress: _Progress) -> int:
 
 
 def _verify(arguments: argparse.Namespace, progress: _Progress) -> int:
+    if arguments.artifact is None:
+        return _verify_directory(arguments, progress)
     from refold import numerics
     from refold.frontends.export import trace
 
@@ -172,6 +200,105 @@ def _verify(arguments: argparse.Namespace, progress: _Progress) -> int:
         print(json.dumps({"artifact": arguments.artifact, **result.to_dict()}, indent=2))
     else:
         print(f"{arguments.artifact}: {result.summary}")
+    return OK
+
+
+def _verify_directory(arguments: argparse.Namespace, progress: _Progress) -> int:
+    from refold.backends.tensorrt import verify
+
+    folder = Path(arguments.model)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: give a MODEL and a FILE, or a directory of the trt target")
+    progress("verify")
+    if arguments.onnx:
+        signed = verify.verify_onnx(folder)
+    else:
+        signed = verify.verify_engine(folder, arguments.library)
+    progress.close()
+    if arguments.json:
+        print(json.dumps({"artifact": str(folder), **signed.to_dict()}, indent=2))
+    else:
+        print(f"{folder}: {signed.summary}")
+    return OK
+
+
+def _check(arguments: argparse.Namespace, progress: _Progress) -> int:
+    from refold.backends.base import find_target, require
+    from refold.backends.tensorrt import artifact, check, library, ops
+
+    name, _, number = arguments.target.partition(":")
+    if name != "trt":
+        raise UsageError(f"--target {arguments.target}: trt, or trt:VERSION, can be checked")
+    version = ops.Version.parse(number)
+    require(find_target(name))
+    given = Path(arguments.model)
+    with tempfile.TemporaryDirectory(prefix="refold-") as folder:
+        if given.is_dir():
+            model = given / artifact.MODEL
+        elif given.suffix == ".onnx":
+            model = given
+        else:
+            model = _lowered(arguments, progress, Path(folder)) / artifact.MODEL
+        if not model.is_file():
+            raise UsageError(f"{model}: no such file")
+        progress("check")
+        found = check.preflight(model, version, library.find(arguments.library))
+    progress.close()
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return ERROR if found.rejections else OK
+    for rejection in found.rejections:
+        print(rejection)
+    looked = f"the table of {found.version}"
+    looked += f" and the parser of {found.parser}" if found.parser else (
+        " (no parser: neither tensorrt nor tensorrt_rtx is installed)"
+    )  # fmt: skip
+    verdict = f"{len(found.rejections)} rejected" if found.rejections else "nothing stands against"
+    print(f"{arguments.model}: {verdict} of {found.nodes} nodes, by {looked}")
+    return ERROR if found.rejections else OK
+
+
+def _lowered(arguments: argparse.Namespace, progress: _Progress, folder: Path) -> Path:
+    from refold.compiler import compile_for_inference
+
+    named, inputs, shapes = _prepare(arguments, progress)
+    compiled = compile_for_inference(
+        named.model,
+        inputs,
+        target="trt",
+        dynamic_shapes=shapes,
+        pipeline=arguments.pipeline,
+        verify=False,
+        exclude=arguments.exclude,
+        trust=arguments.trust,
+        progress=progress,
+        build=False,
+        **_target_options(arguments),
+    )
+    return compiled.save(folder / "model.trt")
+
+
+def _build(arguments: argparse.Namespace, progress: _Progress) -> int:
+    from refold.backends.tensorrt import build
+
+    folder = Path(arguments.directory)
+    built = build.build(
+        folder, library=arguments.library, progress=progress, rebuild=arguments.rebuild
+    )
+    progress.close()
+    record = built.record
+    if arguments.json:
+        print(
+            json.dumps(
+                {"engine": str(built.path), "cached": built.cached, **dataclasses.asdict(record)},
+                indent=2,
+            )
+        )
+        return OK
+    how = "is there already" if built.cached else f"built in {record.seconds:.1f} s"
+    layers = f", {record.layers} layers" if record.layers is not None else ""
+    print(f"{built.path}: {how} with {record.library} {record.version} for {record.device}{layers}")
+    print(f"not executed until it is verified on this machine: refold verify {folder}")
     return OK
 
 
@@ -221,7 +348,7 @@ def _summary(cls: type) -> str:
 
 
 def _targets(arguments: argparse.Namespace, progress: _Progress) -> int:
-    from refold.backends.base import find_target, target_names
+    from refold.backends.base import find_target, is_static, target_names, verification_of
 
     rows: list[dict[str, Any]] = []
     for name in target_names():
@@ -229,16 +356,19 @@ def _targets(arguments: argparse.Namespace, progress: _Progress) -> int:
         options = {f.name: f.default for f in dataclasses.fields(target.options)}
         rows.append(
             {"name": name, "suffix": target.suffix, "missing": target.available(),
-             "options": options}
+             "shapes": "fixed" if is_static(target) else "dynamic",
+             "verified": verification_of(target), "options": options}
         )  # fmt: skip
     if arguments.json:
         print(json.dumps({"targets": rows}, indent=2, default=str))
         return OK
+    names, suffixes = (max(len(row[key]) for row in rows) for key in ("name", "suffix"))
     for row in rows:
         given = ", ".join(f"{k}={v}" for k, v in row["options"].items())
-        state = row["missing"] or "available"
         print(
-            f"{row['name']:<6} {row['suffix']:<6} {state}{f'   options: {given}' if given else ''}"
+            f"{row['name']:<{names}}  {row['suffix']:<{suffixes}}  {row['missing'] or 'available'}"
+            f"\n    {row['shapes']} shapes; {row['verified']}"
+            f"{f'; options: {given}' if given else ''}"
         )
     return OK
 
@@ -427,14 +557,47 @@ def _parser() -> argparse.ArgumentParser:
     _fold_arguments(explain)
     explain.set_defaults(run=_explain)
 
+    _target_arguments(export)
+
     verify = commands.add_parser(
         "verify", help="compare a written file with the model in float64", formatter_class=raw,
         epilog="example:\n  refold verify timm:repvgg_a0 repvgg.onnx --randomize-bn\n\n"
         "the model must be the one the file was made of: same checkpoint, or same --seed\n",
     )  # fmt: skip
     _model_arguments(verify)
-    verify.add_argument("artifact", metavar="FILE", help=".onnx or .pt2")
+    verify.add_argument(
+        "artifact", metavar="FILE", nargs="?",
+        help=".onnx or .pt2; without it, MODEL is a directory of the trt target",
+    )  # fmt: skip
+    verify.add_argument(
+        "--onnx", action="store_true",
+        help="of a directory: run its ONNX file in ONNX Runtime, not its engine",
+    )  # fmt: skip
+    _library_argument(verify)
     verify.set_defaults(run=_verify)
+
+    check = commands.add_parser(
+        "check", help="say what a version of TensorRT would reject, and why", formatter_class=raw,
+        epilog="example:\n  refold check timm:repvgg_a0 --target trt:10.3\n\n"
+        "a MODEL may be an .onnx file, or a directory of the trt target, too\n",
+    )  # fmt: skip
+    _model_arguments(check)
+    _fold_arguments(check)
+    _target_arguments(check)
+    _library_argument(check)
+    check.add_argument("--target", default="trt", help="trt, trt:10.3, trt:11, trt:rtx")
+    check.add_argument("--opset", type=int, help="ONNX operator set (default 20)")
+    check.set_defaults(run=_check)
+
+    build = commands.add_parser(
+        "build", help="build the engine of a trt directory, for this machine", formatter_class=raw,
+        epilog="example:\n  refold build repvgg.trt && refold verify repvgg.trt\n",
+    )  # fmt: skip
+    build.add_argument("directory", metavar="DIR", help="what `refold export --target trt` wrote")
+    build.add_argument("--rebuild", action="store_true", help="build although there is an engine")
+    _library_argument(build)
+    build.add_argument("--json", action="store_true", help="machine-readable output")
+    build.set_defaults(run=_build)
 
     for name, text, run in (
         ("passes", "list the passes and pipelines", _passes),
@@ -444,6 +607,21 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help="machine-readable output")
     return parser
+
+
+def _target_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--precision", choices=("fp16", "bf16"), help="trt: cast what is float32")
+    parser.add_argument(
+        "--profile", action="append", default=[], metavar="NAME=MIN:OPT:MAX",
+        help="trt: sizes of a dynamic dimension, as in batch=1:8:32; repeatable",
+    )  # fmt: skip
+
+
+def _library_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--library", choices=("tensorrt", "tensorrt_rtx"),
+        help="which one, where both are installed (default: the first that is)",
+    )  # fmt: skip
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from refold.backends.base import Artifact, Runner, Target, write_atomically
+from refold.backends.base import Artifact, Runner, Target, marker_of, write_atomically
 from refold.errors import UsageError
 from refold.graph import constants, provenance
 from refold.inputs import InputCheck
@@ -86,8 +86,8 @@ class CompiledModel:
         """Writes the artifact (``.onnx``, ``.pt2``); the file is complete or not there.
 
         Args:
-            path: file to write; weights too large for one file go beside it.
-            force: overwrite an existing file.
+            path: file to write, a directory for ``trt``; weights too large for one file go beside.
+            force: overwrite an existing file, or an existing artifact of the same kind.
 
         Raises:
             UsageError: the file exists and ``force`` is false.
@@ -95,7 +95,10 @@ class CompiledModel:
         """
         done = self._done
         return write_atomically(
-            path, lambda folder, name: done.target.save(done.artifact, folder, name), force=force
+            path,
+            lambda folder, name: done.target.save(done.artifact, folder, name),
+            force=force,
+            marker=marker_of(done.target),
         )
 
     def state_dict_map(self) -> dict[str, dict[str, Any]]:

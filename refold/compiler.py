@@ -15,9 +15,11 @@ from torch import fx
 from refold import numerics
 from refold.backends.base import (
     Artifact,
+    KeepsRecord,
     Runner,
     Target,
     find_target,
+    is_static,
     make_options,
     require,
 )
@@ -26,7 +28,6 @@ from refold.errors import (
     ExpectationError,
     MissingDependencyError,
     UsageError,
-    VerificationError,
     did_you_mean,
 )
 from refold.frontends.export import Program, trace
@@ -34,10 +35,10 @@ from refold.graph import kinds
 from refold.inputs import InputCheck, as_call
 from refold.passes import PIPELINES
 from refold.report import GraphRecord, InputRecord, PassRecord, Report, counts, standing
+from refold.rewrite.join_experts import state_expectation
 from refold.rewrite.pipeline import Pipeline
 
 Progress = Callable[[str], None]
-_MORE_RUNS = 16
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def compile_for_inference(
         example_inputs: a tuple of positional inputs, a dict of keyword inputs, or a single input.
             Omitted: an exported program brings its own; any other model is compiled at the first
             call, with what that call brings.
-        target: ``torch``, ``inductor``, ``aoti``, ``onnx``, ``ort``, or a registered one.
+        target: a runtime's name; ``refold targets`` lists them, with registered ones.
         dynamic_shapes: as for ``torch.export.export``; by default the batch is dynamic.
         pipeline: a name (``default``, ``min-nodes``) or a :class:`Pipeline`.
         verify: compare the results with the unfolded model in float64, before and after lowering.
@@ -188,6 +189,8 @@ class _Folded:
     before: GraphRecord
     after: GraphRecord
     passes: tuple[PassRecord, ...]
+    notes: tuple[str, ...]
+    allowed: float
 
 
 def _compile(
@@ -196,33 +199,43 @@ def _compile(
     clock = _Clock(settings.progress)
     with clock("trace"):
         program = trace(
-            model, args, kwargs, dynamic_shapes=settings.dynamic_shapes, trust=settings.trust
+            model,
+            args,
+            kwargs,
+            dynamic_shapes=settings.dynamic_shapes,
+            dynamic_batch=not is_static(settings.target),
+            trust=settings.trust,
         )
     check = InputCheck.of(program, model)
     known = numerics.References()
     original = copy_sharing_tensors(program.graph_module)
+    stated: list[str] = []
     if settings.verify:
         with clock("reference"):
+            stated = state_expectation(original)
             known = numerics.references(original, program)
     owner = model if settings.consume else None
     folded = _fold(program, settings.pipeline, settings.exclude, clock, owner)
     gm, target = program.graph_module, settings.target
     report = _report(model, program, folded, settings.pipeline, target.name, clock)
     _expect(settings.expect, report)
+    known.allowed = folded.allowed
+    if stated and numerics.draws(gm):
+        known = numerics.References(
+            notes=["the folded model still draws random numbers: two runs cannot be compared"]
+        )
+        stated = []
+    report.notes = (*report.notes, *stated)
     if settings.verify:
         with clock("verify"):
             whole = None if settings.consume else original
-            try:
-                result = numerics.verify(whole, gm, known, folded_gm=gm)
-            except VerificationError:
-                if whole is None:
-                    raise
-                # Four inputs may miss the model's own worst rounding: decide upon more of them.
-                known = numerics.references(whole, program, runs=_MORE_RUNS)
-                result = numerics.verify(whole, gm, known, folded_gm=gm)
+            result, known = numerics.verify_folded(whole, gm, program, known)
         report.numerics = result.to_dict()
     with clock("lower"), torch.no_grad():
         artifact = target.lower(program, gm, settings.options)
+        weights = weight_origins(gm, original)
+        if isinstance(target, KeepsRecord):
+            known = target.record(artifact, known, weights)
         runner, missing = _load(target, artifact, settings.options)
     report.artifact = target.stats(artifact)
     report.notes = (*report.notes, *artifact.notes)
@@ -232,7 +245,6 @@ def _compile(
         with clock("verify artifact"):
             result = numerics.verify(whole, runner, known)
         report.artifact_numerics = result.to_dict()
-    weights = weight_origins(gm, original)
     return Compilation(gm, check, target, artifact, runner, report, weights)
 
 
@@ -271,7 +283,7 @@ def _fold(
         )
         for run in result.runs
     )
-    return _Folded(before, _graph_record(gm), passes)
+    return _Folded(before, _graph_record(gm), passes, result.notes, result.allowed)
 
 
 def copy_sharing_tensors(gm: fx.GraphModule) -> fx.GraphModule:
@@ -321,7 +333,7 @@ def _report(
         passes=folded.passes,
         declined=standing(folded.passes, remaining),
         specialised=tuple(program.specialised),
-        notes=tuple(program.notes),
+        notes=(*program.notes, *folded.notes),
         timings=clock.seconds,
     )
 

@@ -432,8 +432,10 @@ class _Guarded:
             original = copy_sharing_tensors(gm)
             result = settings.passes.run(gm, exclude=_present(gm, settings.exclude))
             if settings.verify and result.modified:
-                known = numerics.references(original, captured.program(original, args))
-                numerics.verify(original, gm, known, folded_gm=gm)
+                program = captured.program(original, args)
+                known = numerics.references(original, program)
+                known.allowed = result.allowed
+                numerics.verify_folded(original, gm, program, known)
             captured.restore(gm)
         except NotFoldable:
             raise

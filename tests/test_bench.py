@@ -63,3 +63,23 @@ def test_a_failed_contender_reaches_nothing(tmp_path: Path) -> None:
 def test_a_table_without_its_result_stays(tmp_path: Path) -> None:
     text = "<!-- table:memory -->\nkept\n<!-- /table:memory -->"
     assert fill(text, tmp_path) == text
+
+
+def test_a_failure_on_a_target_is_shown_with_its_reason(tmp_path: Path) -> None:
+    fine = {"nodes": 9, "bytes": 2e6, "numbers": {"error": 1e-6, "tolerance": 8e-6}}
+    cells = {
+        "a": {"unfolded": {**fine, "nodes": 12}, "folded": fine},
+        "b": {"unfolded": fine, "folded": {"error": "BackendError: no layer for X\n  at y"}},
+        "c": {"unfolded": {"error": "lost"}, "folded": {"nodes": 3, "bytes": 1e6}},
+    }
+    result = {
+        **_result(),
+        "settings": {"rounds": 5},
+        "rows": [{"network": "net", "targets": cells}],
+    }
+    (tmp_path / "targets.json").write_text(json.dumps(result))
+    filled = fill("<!-- table:targets -->\n<!-- /table:targets -->", tmp_path)
+    assert "| network | a | b | c |" in filled
+    assert "12 -> 9; 2.0 -> 2.0 MB; error 1e-06 (8e-06) |" in filled
+    assert "| failed: BackendError: no layer for X |" in filled
+    assert "| failed -> 3; failed -> 1.0 MB; not run |" in filled

@@ -90,7 +90,12 @@ def test_passes_and_targets(run):
     assert "fold-batch-norm" in data["pipelines"]["default"]
     assert all(p["summary"] and p["exactness"] for p in data["passes"])
     code, out, _ = run("targets", "--json")
-    assert [t["name"] for t in json.loads(out)["targets"]] == [
+    rows = {t["name"]: t for t in json.loads(out)["targets"]}
+    edge = ["ort-format", "openvino", "executorch", "litert", "ncnn", "coreml"]
+    assert [name for name in rows if name in edge] == edge
+    assert [name for name in rows if rows[name]["shapes"] == "fixed"] == edge[2:]
+    assert rows["coreml"]["verified"] == "converted, never run"
+    assert list(rows)[:5] == [
         "torch",
         "inductor",
         "aoti",

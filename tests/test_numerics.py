@@ -345,3 +345,38 @@ def test_a_folded_layer_stands_for_what_it_took_in():
     assert values["conv2d"] == ""
     assert values["avg_pool2d"] == "batch_norm"
     assert values["conv2d_1"] == "batch_norm_1"
+
+
+def _lucky() -> tuple[fx.GraphModule, Program]:
+    """A graph of large cancellations: exact on whole numbers, far off one rounding beside them."""
+    model = Does(lambda s, x: (x * 4096 + 1) - x * 4096)
+    return two(model, torch.arange(12, dtype=torch.float32).reshape(4, 3))
+
+
+def test_the_original_s_conditioning_decides_where_its_own_run_was_lucky() -> None:
+    original, program = _lucky()
+    known = numerics.References()
+    whole = program.example
+    known.calls, known.exact = [whole], [original(*whole[0]).double()]
+    known.own, known.nearby = [original(*whole[0])], [[]]
+    assert torch.equal(known.own[0].double(), known.exact[0])
+
+    def rounds_otherwise(x: Tensor) -> Tensor:
+        return (x * (1 + 2**-23) * 4096 + 1) - x * 4096
+
+    with pytest.raises(VerificationError):
+        numerics.verify(original, rounds_otherwise, known)
+    numerics._add_nearby(original, known)
+    assert numerics.verify(original, rounds_otherwise, known).passed
+    with pytest.raises(VerificationError):
+        numerics.verify(original, lambda x: rounds_otherwise(x) + 0.5, known)
+
+
+def test_a_wrong_fold_is_refused_on_more_inputs_too() -> None:
+    original, program = two(Net(), torch.randn(2, 3, 6, 6))
+    gm = program.graph_module
+    with torch.no_grad():
+        gm.get_parameter("head.bias").add_(0.01)
+    known = numerics.references(original, program)
+    with pytest.raises(VerificationError):
+        numerics.verify_folded(original, gm, program, known)

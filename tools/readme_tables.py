@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "targets.md")
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table:\2 -->)", re.DOTALL)
 
 Result = dict[str, Any]
@@ -165,6 +166,61 @@ def torch_compile(result: Result) -> str:
     return table(head, body) + _footer(result)
 
 
+def half(result: Result) -> str:
+    """Errors of three float16 models of one network, and their ratios."""
+    labels = list(result["rows"][0]["errors"])
+    ratios = ("refold / unfolded", "refold / folded in float16")
+    body = [
+        [
+            row["network"],
+            *(f"{row['errors'][label]:.1e}" for label in labels),
+            *(f"{row[ratio]:.2f}" for ratio in ratios),
+        ]
+        for row in result["rows"]
+    ]
+    middle = [statistics.median(row[ratio] for row in result["rows"]) for ratio in ratios]
+    body.append(["median", *("" for _ in labels), *(f"{m:.2f}" for m in middle)])
+    note = (
+        f"\n\nMedian difference from the float64 network over all outputs of "
+        f"{result['settings']['inputs']} images, relative to the largest output."
+    )
+    return table(["network", *labels, *ratios], body) + note + _footer(result)
+
+
+def targets(result: Result) -> str:
+    """For each network and target: operators, size, error and the ratio of CPU times."""
+    names = list(result["rows"][0]["targets"])
+    body = [
+        [row["network"], *(_on_target(row["targets"][name]) for name in names)]
+        for row in result["rows"]
+    ]
+    rounds = result["settings"]["rounds"]
+    note = (
+        "\n\nOperators: unfolded -> refold; megabytes: the same; error: relative to the float64 "
+        "original (what rounding may explain); time: unfolded / refold, the ratio of median CPU "
+        f"times over {rounds} paired rounds with its 95 % interval, above 1 refold is faster. "
+        "Batch 1, float32, one core."
+    )
+    return table(["network", *names], body) + note + _footer(result)
+
+
+def _on_target(cell: dict[str, Any]) -> str:
+    before, after = cell["unfolded"], cell["folded"]
+    if "error" in after:
+        return f"failed: {after['error'].splitlines()[0]}"
+    was = "failed" if "error" in before else before["nodes"]
+    size = "failed" if "error" in before else f"{before['bytes'] / 1e6:.1f}"
+    parts = [f"{was} -> {after['nodes']}", f"{size} -> {after['bytes'] / 1e6:.1f} MB"]
+    numbers = after.get("numbers")
+    if numbers:
+        parts.append(f"error {numbers['error']:.0e} ({numbers['tolerance']:.0e})")
+    else:
+        parts.append("not run")
+    if "unfolded / folded" in cell:
+        parts.append(f"time {_interval(cell['unfolded / folded'])}")
+    return "; ".join(parts)
+
+
 def _gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
@@ -182,6 +238,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "networks": ("networks", networks),
     "latency": ("ort_latency", latency),
     "memory": ("memory", memory),
+    "targets": ("targets", targets),
+    "half": ("half", half),
     "torch-compile": ("dynamo", torch_compile),
 }
 

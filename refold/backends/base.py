@@ -19,6 +19,7 @@ from refold.errors import BackendError, MissingDependencyError, UsageError, did_
 
 if TYPE_CHECKING:
     from refold.frontends.export import Program
+    from refold.numerics import References
 
 Runner = Callable[..., Any]
 
@@ -70,12 +71,43 @@ class Target(Protocol):
         """Counts for the report: ``nodes``, ``bytes``."""
 
 
+def is_static(target: Target) -> bool:
+    """Whether a target fixes every shape when it lowers; it says so in an attribute ``static``."""
+    return bool(getattr(target, "static", False))
+
+
+def verification_of(target: Target) -> str:
+    """How far a target's artifacts are verified; it says so in an attribute ``verified``."""
+    return str(getattr(target, "verified", "run and compared where it is compiled"))
+
+
+@runtime_checkable
+class KeepsRecord(Protocol):
+    """A target whose artifact is verified on another machine, later."""
+
+    def record(
+        self, artifact: Artifact, known: References, weights: dict[str, dict[str, Any]]
+    ) -> References:
+        """Adds to an artifact what the original computes, and where its weights came from.
+
+        Returns:
+            The references that the artifact is judged by here.
+        """
+
+
 _BUILT_IN = {
     "torch": "refold.backends.torch:TorchTarget",
     "inductor": "refold.backends.inductor:InductorTarget",
     "aoti": "refold.backends.aoti:AotiTarget",
     "onnx": "refold.backends.onnx:OnnxTarget",
     "ort": "refold.backends.onnxruntime:OnnxRuntimeTarget",
+    "ort-format": "refold.backends.ort_format:OrtFormatTarget",
+    "openvino": "refold.backends.openvino:OpenVinoTarget",
+    "executorch": "refold.backends.executorch:ExecuTorchTarget",
+    "litert": "refold.backends.litert:LiteRtTarget",
+    "ncnn": "refold.backends.ncnn:NcnnTarget",
+    "coreml": "refold.backends.coreml:CoreMlTarget",
+    "trt": "refold.backends.tensorrt.target:TensorRTTarget",
 }
 _registered: dict[str, Target] = {}
 
@@ -137,14 +169,30 @@ def require(target: Target) -> None:
         raise MissingDependencyError(f"target {target.name!r} cannot be used here: {reason}")
 
 
-def check_output(path: Path, *, force: bool = False) -> None:
-    """Raises if ``path`` cannot be written, as far as that shows before it is tried."""
-    if path.is_dir():
+def marker_of(target: Target) -> str | None:
+    """The file that marks a saved artifact where that is a directory, ``None`` where it is a file.
+
+    A target says so in an optional attribute ``marker``.
+    """
+    return cast("str | None", getattr(target, "marker", None))
+
+
+def check_output(path: Path, *, force: bool = False, marker: str | None = None) -> None:
+    """Raises if ``path`` cannot be written, as far as that shows before it is tried.
+
+    Args:
+        path: file to write, or directory if there is a ``marker``.
+        force: whether an existing one may be replaced.
+        marker: a file that a directory must hold to be taken for an artifact and replaced.
+    """
+    if path.is_dir() and marker is None:
         raise UsageError(f"{path} is a directory: name a file in it")
     if path.exists() and not force:
         raise UsageError(
             f"{path} exists: pass force=True (--force on the command line) to overwrite it"
         )
+    if path.exists() and marker is not None and not (path / marker).is_file():
+        raise UsageError(f"{path} has no {marker}, so it is no artifact: choose another name")
     if not path.parent.is_dir():
         raise BackendError(f"cannot write {path}: the directory {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
@@ -152,25 +200,30 @@ def check_output(path: Path, *, force: bool = False) -> None:
 
 
 def write_atomically(
-    path: str | os.PathLike[str], writer: Callable[[Path, str], None], *, force: bool = False
+    path: str | os.PathLike[str],
+    writer: Callable[[Path, str], None],
+    *,
+    force: bool = False,
+    marker: str | None = None,
 ) -> Path:
     """Lets ``writer(folder, name)`` write into a hidden folder, then moves the files to ``path``.
 
     Nothing is left behind when the writer fails, and an existing file is never half overwritten.
+    With a ``marker`` (see :func:`check_output`) ``name`` is a directory.
 
     Raises:
         UsageError: the file exists and ``force`` is false.
         BackendError: the directory is missing or not writable, or the disk is full.
     """
     path = Path(path)
-    check_output(path, force=force)
+    check_output(path, force=force, marker=marker)
     folder: Path | None = None
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         writer(folder, path.name)
         # The file of that name goes last: whoever sees it finds the files that it refers to.
         for file in sorted(folder.iterdir(), key=lambda f: f.name == path.name):
-            os.replace(file, path.parent / file.name)
+            _move(file, path.parent / file.name)
     except OSError as error:
         reason = error.strerror or str(error)
         raise BackendError(f"cannot write {path}: {reason}; nothing was written") from error
@@ -178,3 +231,18 @@ def write_atomically(
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
     return path
+
+
+def _move(source: Path, destination: Path) -> None:
+    """Moves a file over an existing one, or a directory into the place of an existing one."""
+    if not (source.is_dir() and destination.is_dir()):
+        os.replace(source, destination)
+        return
+    # No directory can be renamed over another: the old one steps aside, and back if need be.
+    aside = source.with_name(f"{source.name}.old")
+    os.replace(destination, aside)
+    try:
+        os.replace(source, destination)
+    except OSError:
+        os.replace(aside, destination)
+        raise

@@ -65,6 +65,14 @@ class Signature:
                 leaves.append(int(value) if r.is_integer else value)
         return pytree.tree_unflatten(leaves, self._out_spec)
 
+    def results(self, returned: Any) -> list[torch.Tensor]:
+        """The runtime's results in what the model returns: the inverse of :meth:`rebuild`."""
+        found: dict[int, torch.Tensor] = {}
+        for r, leaf in zip(self._results, pytree.tree_leaves(returned), strict=True):
+            if r.index is not None:
+                found[r.index] = torch.as_tensor(leaf)
+        return [found[i] for i in range(len(found))]
+
 
 def flatten(gm: fx.GraphModule, program: Program) -> tuple[fx.GraphModule, Signature]:
     """Copies a graph (sharing its tensors) with tensors alone as inputs and results.

@@ -122,6 +122,21 @@ def weight_bytes(model: Any) -> int:
     return sum(v.const_value.nbytes for v in values if v.const_value is not None)
 
 
+def places(model: Any, text: str) -> str:
+    """Where the nodes come from that a runtime's message names: a few lines, or nothing."""
+    words = set(re.findall(r"\w+", text))
+    found = [n for n in model.graph if n.name in words] or [
+        n for n in model.graph if n.op_type in words
+    ]
+    lines = []
+    for node in found[:3]:
+        module = node.metadata_props.get("refold.modules", "")
+        source = node.metadata_props.get("refold.source", "")
+        where = f" of module {module!r}" if module else ""
+        lines.append(f"\n  {node.op_type} {node.name}{where}{f' at {source}' if source else ''}")
+    return "".join(lines)
+
+
 def stats(model: Any) -> dict[str, int]:
     """Operator nodes and bytes of weights."""
     return {"nodes": sum(1 for _ in model.graph), "bytes": weight_bytes(model)}

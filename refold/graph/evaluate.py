@@ -196,7 +196,7 @@ def wide_call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         args = (args[0].clone(), *args[1:])
     try:
         return _widened(_call(target, args, kwargs))
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, AssertionError):  # quantisers assert their dtypes
         args, kwargs = _arguments(node, values, native=True)
         return _widened(_call(node.target, args, kwargs))
 
@@ -211,12 +211,14 @@ def _promoted(
     result = node.meta.get("val")
     if not isinstance(result, torch.Tensor) or result.dtype not in WIDE:
         return target, args, kwargs
+    schema = getattr(target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema is not None else []
+    if "out_dtype" in names:  # a dequantiser: integers come in, its scales say nothing
+        return target, args, {**kwargs, "out_dtype": WIDE[result.dtype]}
     tensors = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
     if any(t.is_floating_point() or t.is_complex() for t in tensors):
         return target, args, kwargs
     wide = WIDE[result.dtype]
-    schema = getattr(target, "_schema", None)
-    names = [a.name for a in schema.arguments] if schema is not None else []
     if "dtype" in names:
         if names.index("dtype") >= len(args) and kwargs.get("dtype") is None:
             kwargs["dtype"] = wide

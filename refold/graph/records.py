@@ -62,6 +62,29 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Quantised:
+    """A convolution or linear whose weight is ``scales * (integers - zeros)``, stored as integers.
+
+    ``scales`` and ``zeros`` are ``[O]``; ``axis`` is the channels' in the output, ``limits`` and
+    ``dtype`` are the integers'.
+    """
+
+    node: fx.Node
+    integers: fx.Node
+    scales: Lazy
+    zeros: torch.Tensor
+    bias_node: fx.Node | None
+    bias: Lazy | None
+    axis: int
+    limits: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def out_channels(self) -> int:
+        return self.scales.shape[0]
+
+
+@dataclass(frozen=True)
 class Affine:
     """``scale * x + shift`` with constants that broadcast against ``x`` (rank equal to its rank).
 
@@ -101,6 +124,14 @@ class Sum:
     left: fx.Node
     right: fx.Node
     alpha: float
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """The sum of tensors of the graph times constants that broadcast against them."""
+
+    node: fx.Node
+    terms: tuple[tuple[fx.Node, Lazy], ...]
 
 
 @dataclass(frozen=True)
@@ -240,6 +271,46 @@ def linear(node: object) -> Linear | None:
     return Linear(node, x, weight_node, weight, bias)  # type: ignore[arg-type]
 
 
+def quantised(node: object) -> Quantised | None:
+    """Reads a convolution or linear of a constant weight that is dequantised in the graph."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or not _fixed_float(node):
+        return None
+    if node.target not in _CONVS and node.target is not aten.linear.default:
+        return None
+    layer = arguments(node)
+    weight, bias_node = layer["weight"], layer["bias"]
+    if not is_tensor(weight) or weight.op != "call_function" or dtype(weight) != dtype(node):
+        return None
+    name = weight.target._schema.name
+    if not name.startswith("quantized_decomposed::dequantize_per_"):
+        return None
+    given = arguments(weight)
+    integers, zeros = given["input"], given.get("zero_points", given.get("zero_point"))
+    if not constants.is_get_attr(integers) or any(constants.is_mutation(u) for u in integers.users):
+        return None
+    count = int(shape(integers)[0])
+    if name.endswith("_channel") and given["axis"] == 0:
+        scales = constants.exact(given["scales"])
+    elif name.endswith("_tensor") and isinstance(given["scale"], float):
+        step = float(given["scale"])
+        scales = Lazy((count,), lambda: torch.full((count,), step, dtype=torch.float64))
+    else:
+        return None
+    bias = constants.exact(bias_node) if bias_node is not None else None
+    if scales is None or scales.shape != (count,) or (bias is None) != (bias_node is None):
+        return None
+    if isinstance(zeros, fx.Node) and not constants.is_get_attr(zeros):
+        return None
+    origin = (
+        constants.tensor(zeros).cpu() if isinstance(zeros, fx.Node) else torch.tensor(zeros or 0)
+    )
+    return Quantised(
+        node, integers, scales, origin.expand(count), bias_node, bias,
+        1 if node.target in _CONVS else -1,
+        (int(given["quant_min"]), int(given["quant_max"])), given["dtype"],
+    )  # fmt: skip
+
+
 def _einsum_product(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     """``...i,oi->...o`` and ``...i,io->...o``: data, matrix, whether the matrix is ``[I, O]``."""
     equation = str(node.args[0]).replace(" ", "")
@@ -312,10 +383,21 @@ def _pointwise_depthwise(node: fx.Node) -> Affine | None:
     return Affine(node, layer.x, scale, shift, node)
 
 
+def widening_affine(node: object) -> Affine | None:
+    """Reads a ``scale * x + shift`` that turns an integer tensor into floats (``uint8 / 255``).
+
+    It is a cast of ``x`` to the node's dtype, then the arithmetic.
+    """
+    if not isinstance(node, fx.Node) or node.op != "call_function" or not _fixed_float(node):
+        return None
+    return _arithmetic(node, widens=True)
+
+
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _ARITHMETIC = {aten.neg, aten.mul, aten.div, aten.add, aten.sub, aten.rsub, aten.addcmul}
 
 
-def _arithmetic(node: fx.Node) -> Affine | None:
+def _arithmetic(node: fx.Node, *, widens: bool = False) -> Affine | None:
     if getattr(node.target, "overloadpacket", None) not in _ARITHMETIC:
         return None
     rank = len(shape(node))
@@ -326,7 +408,8 @@ def _arithmetic(node: fx.Node) -> Affine | None:
     def make(x: Any, scale: Lazy | None, shift: Lazy | None) -> Affine | None:
         if not is_tensor(x) or scale is None or shift is None:
             return None
-        if not same(shape(x), shape(node)) or dtype(x) != dtype(node):
+        fits = dtype(x) in _INTEGERS if widens else dtype(x) == dtype(node)
+        if not fits or not same(shape(x), shape(node)):
             return None
         return Affine(node, x, scale, shift, node)
 
@@ -472,6 +555,47 @@ def add(node: object) -> Sum | None:
             return None
     sign = 1.0 if is_call(node, aten.add.Tensor) else -1.0
     return Sum(node, left, right, sign * float(alpha))
+
+
+def weighted_sum(node: object) -> WeightedSum | None:
+    """Reads ``lerp`` and ``addcmul`` with constant factors, and the sum or mean of a ``stack``."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or not _fixed_float(node):
+        return None
+    rank = len(shape(node))
+    terms: list[tuple[Any, Lazy | None]] = []
+    if is_call(node, aten.lerp.Scalar, aten.lerp.Tensor):
+        args = arguments(node)
+        weight = _constant(args["weight"], rank)
+        if weight is not None:
+            rest = weight.map(weight.shape, lambda w: 1 - w)
+            terms = [(args["self"], rest), (args["end"], weight)]
+    elif is_call(node, aten.addcmul.default):
+        args = arguments(node)
+        value = float(args["value"])
+        for data, other in ((args["tensor1"], args["tensor2"]), (args["tensor2"], args["tensor1"])):
+            factor = _constant(other, rank)
+            if factor is not None and not terms:
+                scaled = factor.map(factor.shape, lambda f: f * value)
+                terms = [(args["self"], _constant(1.0, rank)), (data, scaled)]
+    elif is_call(node, aten.sum.dim_IntList, aten.mean.dim):
+        stacked = node.args[0]
+        args = arguments(node)
+        if is_call(stacked, aten.stack.default) and args["dtype"] is None and not args["keepdim"]:
+            assert isinstance(stacked, fx.Node)
+            inner = arguments(stacked)
+            axis = int(inner["dim"]) % (rank + 1)
+            if [int(d) % (rank + 1) for d in args["dim"] or ()] == [axis]:
+                parts = inner["tensors"]
+                share = 1 / len(parts) if is_call(node, aten.mean.dim) else 1.0
+                terms = [(part, _constant(share, rank)) for part in parts]
+    read = []
+    for x, factor in terms:
+        if not is_tensor(x) or factor is None or constants.exact(x) is not None:
+            return None
+        if not same(shape(x), shape(node)) or dtype(x) != dtype(node):
+            return None
+        read.append((x, factor))
+    return WeightedSum(node, tuple(read)) if read else None
 
 
 def avg_pool(node: object) -> AvgPool | None:

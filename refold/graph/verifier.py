@@ -144,6 +144,8 @@ def _difference(old: Any, new: Any) -> str | None:
     """How two values differ in kind, shape, dtype or device, or ``None``."""
     if isinstance(old, torch.Tensor) != isinstance(new, torch.Tensor):
         return f"changed from {_describe(old)} to {_describe(new)}"
+    if isinstance(old, torch.SymBool) and isinstance(new, torch.SymBool):
+        return None  # a condition on sizes that depend on data: nothing decides it
     if not isinstance(old, torch.Tensor):
         equal = nodes.same(old, new) if isinstance(old, torch.SymInt) else old == new
         return None if equal or _same_hint(old, new) else f"changed from {old!r} to {new!r}"

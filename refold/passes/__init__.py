@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from refold.passes.absorb_scale_shift import AbsorbScaleShift
+from refold.passes.average_experts import AverageExperts
 from refold.passes.clean_up import CleanUp
 from refold.passes.fold_batch_norm import FoldBatchNorm
 from refold.passes.fold_branches import FoldBranches
 from refold.passes.fold_constants import FoldConstants
+from refold.passes.join_scale_shifts import JoinScaleShifts
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Pass
 
 PASSES: dict[str, type] = {
     "fold-constants": FoldConstants,
     "clean-up": CleanUp,
+    "average-experts": AverageExperts,
     "fold-batch-norm": FoldBatchNorm,
     "absorb-scale-shift": AbsorbScaleShift,
     "fold-branches": FoldBranches,
+    "join-scale-shifts": JoinScaleShifts,
 }
 
 
@@ -23,11 +27,13 @@ def _ordered(branches: FoldBranches) -> tuple[Pass, ...]:
     return (
         FoldConstants(),  # first: a generated weight must be a constant before anything reads it
         CleanUp(),  # an add(x, 0) or a dropout between two layers hides them from each other
+        AverageExperts(),  # equal experts are one; before other folds make them differ
         FoldBatchNorm(),  # into producers while each still has one user
         AbsorbScaleShift(),  # likewise; what stays are scales that no producer takes
         branches,  # reads what is left as affine maps; merged branches free new producers
+        JoinScaleShifts(),  # what no branch took in; one scale-shift may go where a sum could not
         FoldBatchNorm(),  # a norm after a merged block now has one producer
-        AbsorbScaleShift(),  # likewise for a scale after a merged block
+        AbsorbScaleShift(border_maps=True),  # likewise for scales; a map ends what branches merge
         CleanUp(),  # last: what the folds left without a reader
     )
 

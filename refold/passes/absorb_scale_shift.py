@@ -7,10 +7,20 @@ numbers): into a convolution, transposed convolution, linear, embedding or the a
 norm; through layouts (the axis is tracked by execution: the broadcast axis decides, never the
 length of the vector), concatenation, sums, averages and resizing; through ReLU, LeakyReLU, PReLU
 and max pooling only where the scale is positive; or into every consumer. LayerScale and SSF are
-this rule.
+this rule, and so is what a network does to its input: ``(x / 255 - mean) / std`` goes into the
+stem, and what is left of it is the cast of the integers.
 
-Exact when: the result has the data operand's shape and dtype, each step has one user, and no shift
-crosses a zero padding.
+A zero padding stands in the way of a shift alone:
+
+    conv(s * x + h, W) = conv(x + h / s, s * W)            the scale passes
+    pad(s * x + h, 0) = s * pad(x, -h / s) + h             one value for all channels: it is padded
+    conv(s * x + h, W) = conv(x, s * W) + conv(h, W)       ``border_maps``: a map of fixed size
+
+A quantised weight takes the scale into its scales and keeps its integers (but for their sign).
+Nothing crosses the quantiser of an activation.
+
+Exact when: the result has the data operand's shape and dtype, or casts integers to it; each step
+has one user; no shift crosses a zero padding otherwise.
 
 Before::
 
@@ -30,12 +40,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from refold.graph import nodes
+from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, is_call
 from refold.rewrite.push_affine import Pusher
 from refold.rewrite.result import PassResult, declined
+
+_ARITHMETIC = (aten.add, aten.sub, aten.rsub, aten.mul, aten.neg)
+_NARROW = (torch.uint8, torch.int8, torch.int16)
 
 
 @dataclass(frozen=True)
@@ -44,15 +59,26 @@ class AbsorbScaleShift:
 
     Attributes:
         max_growth: how far un-sharing weights may grow the stored constants (a ratio).
+        border_maps: a shift before a padded convolution may become a map that is added after it
+            (fixed height and width, and only where that is cheaper). A map ends what branches could
+            merge, so it is for the end of a pipeline.
     """
 
     name: str = "absorb-scale-shift"
     exactness: str = "reassociates"
     max_growth: float = 1.25
+    border_maps: bool = False
 
     def run(self, gm: fx.GraphModule) -> PassResult:
-        result = Pusher(gm, self.name, lambda record: not record.is_norm, self.max_growth).run()
+        result = Pusher(
+            gm, self.name, lambda record: not record.is_norm, self.max_growth,
+            border_maps=self.border_maps,
+        ).run()  # fmt: skip
         for node in gm.graph.nodes:
+            if is_call(node, *_ARITHMETIC) and nodes.dtype(node) in _NARROW:
+                reason = f"{op_name(node)} computes in {nodes.dtype(node)}, where it wraps around"
+                hint = "cast to a floating dtype first"
+                result.declined.append(declined(self.name, node, reason, hint))
             if is_call(node, aten.div.Tensor_mode, aten.div.Scalar_mode) and not nodes.pinned(node):
                 mode = nodes.arguments(node)["rounding_mode"]
                 if mode is not None:

@@ -6,6 +6,7 @@ Each line is an identity that holds bit for bit, written as a rule:
     x + 0 = 0 + x = x - 0 = x             x * 1 = 1 * x = x / 1 = x
     -(-x) = x                             relu(relu(x)) = relu(x)
     to(x, dtype of x) = x                 cat([x]) = x
+    leaky_relu(x, 1) = prelu(x, 1) = x
     reshape(reshape(x)) = reshape(x)      permute(permute(x)) = permute(x), or x
     x[:] = x, and every reshape, expand, repeat, pad that leaves the shape as it is
 
@@ -162,6 +163,7 @@ def _rules(*, strides_matter: bool) -> tuple[RewriteRule, ...]:
         Drop("add-zero", Call((aten.sub.Tensor, aten.sub.Scalar), x, zero, ...)),
         Drop("mul-one", Call((aten.mul.Tensor, aten.mul.Scalar), x, one)),
         Drop("mul-one", Call((aten.div.Tensor, aten.div.Scalar), x, one)),
+        Drop("leaky-relu-one", Call((aten.leaky_relu, aten.prelu), x, one)),
         Drop("double-neg", Call(aten.neg, Call(aten.neg, x).shared())),
         Drop("cast", _unchanged(Call((aten.to, aten.type_as, aten._to_copy), x, ...))),
         Drop("reshape", _unchanged(Call(_RESHAPES, x, ...))),

@@ -220,7 +220,7 @@ class _Folder:
         rest: list[tuple[float, fx.Node]], replaced: set[fx.Node],
     ) -> _Choice | None:  # fmt: skip
         dead = self._dying(node, key[1], replaced, {leaf for _, leaf in rest})
-        if not any(kind(n) in _PRODUCTS for n in dead):
+        if not any(kind(n) in (("embedding",) if key[0] == "table" else _PRODUCTS) for n in dead):
             return None
         emission = self._emission(node, key, merged)
         if emission is None:
@@ -250,13 +250,16 @@ class _Folder:
     def _grows(self, merged: AffineMap, dead: list[fx.Node], node: fx.Node) -> bool:
         width = node.meta["val"].element_size()
         size = merged.out_channels * merged.weight.shape[1] * math.prod(merged.taps) * width
-        freed = sum(
-            constants.size_in_bytes(c)
+        if size <= _GROWS_FROM:
+            return False
+        gone = set(dead)
+        freed = {
+            c
             for n in dead
             for c in n.all_input_nodes
-            if c.op == "get_attr"
-        )
-        return size > _GROWS_FROM and size > self.options.max_growth * freed
+            if c.op == "get_attr" and gone.issuperset(c.users)
+        }
+        return size > self.options.max_growth * sum(map(constants.size_in_bytes, freed))
 
     def _dying(
         self, node: fx.Node, root: fx.Node, replaced: set[fx.Node], kept: set[fx.Node]
@@ -291,6 +294,8 @@ class _Folder:
         kind_, root = key
         if kind_ == "feature":
             return self._emit_matrix(node, root, merged)
+        if kind_ == "table":
+            return self._emit_embedding(node, root, merged)
         return self._emit_conv(node, root, merged)
 
     def _emit_matrix(
@@ -315,6 +320,21 @@ class _Folder:
         if not same(shape(root)[:-1], shape(node)[:-1]) and not _static_but_batch(node):
             return None
         return price, emit
+
+    def _emit_embedding(
+        self, node: fx.Node, root: fx.Node, merged: AffineMap
+    ) -> tuple[float, Callable[[], fx.Node]] | None:
+        dense = am.regroup(merged, 1)
+        if not same(shape(node), (*shape(root), dense.out_channels)):
+            return None
+        rows = (dense.in_channels, dense.out_channels)
+        table = dense.weight.map(rows, lambda w: w.t() + dense.bias)
+
+        def emit() -> fx.Node:
+            weight = self._constant(node, "weight", table, node)
+            return self._call(aten.embedding.default, (weight, root), [node])
+
+        return cost.elementwise(hints(node), 1, node.meta["val"].element_size()), emit
 
     def _reshape_like(self, out: fx.Node, node: fx.Node) -> fx.Node:
         sizes = [s if isinstance(s, int) else -1 for s in shape(node)]

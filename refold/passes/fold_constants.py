@@ -18,7 +18,7 @@ After::
 
 Conditions: the operators draw no random numbers and read no written state; the result stores at
 most twice what its sources store (small results are free), and all results together keep the
-model within ``max_growth``. A low-rank product stays factored.
+model within ``max_growth``. A low-rank product stays factored, a dequantised weight stays integers.
 """
 
 from __future__ import annotations
@@ -170,6 +170,8 @@ def _foldable(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         if node not in constant or (pinned(node) and node.op != "get_attr"):
             continue
+        if op_name(node).startswith("dequantize"):
+            continue  # what it reads is stored: integers, which a runtime may compute with
         if all(a in out for a in node.all_input_nodes) and _has_plain_value(node):
             out.add(node)
     return out

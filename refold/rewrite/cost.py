@@ -66,9 +66,12 @@ def matrix(rows: int, out_features: int, in_features: int, width: int) -> float:
     return _time(flops, CostTable.load().linear, moved)
 
 
-def elementwise(shape: Sequence[int], operands: int, width: int) -> float:
-    """Microseconds of an operation that reads ``operands`` tensors of ``shape`` and writes one."""
-    return _time(0.0, 1.0, math.prod(shape) * (operands + 1) * width)
+def elementwise(shape: Sequence[int], operands: int, width: int, constant: int = 0) -> float:
+    """Microseconds of an operation that reads ``operands`` tensors of ``shape`` and writes one.
+
+    ``constant`` counts the elements of a broadcast operand.
+    """
+    return _time(0.0, 1.0, (math.prod(shape) * (operands + 1) + constant) * width)
 
 
 def _time(flops: float, rate: float, moved: float) -> float:
@@ -96,6 +99,8 @@ def of(node: fx.Node) -> float:
         return matrix(math.prod(shape[:-1]), shape[-1], inner, width)
     if op_name(node) in LAYOUT and op_name(node) not in ("cat", "clone", "repeat", "contiguous"):
         return 0.0
+    if kind(node) == "embedding":  # reads the rows that it picks
+        return elementwise(shape, 1, width)
     tensors = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
     read = sum(math.prod(hints(a)) for a in tensors)
     window = 1

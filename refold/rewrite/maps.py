@@ -1,7 +1,8 @@
 """Which affine maps of which earlier tensors a node computes: mechanism B of the design, reading.
 
 For every node, :class:`MapReader` keeps maps by key: the *kind* (``conv``: channels are axis 1;
-``feature``: the last axis, any rows before it) and the *root* they start from. A node's maps come
+``feature``: the last axis, any rows before it; ``table``: rows that an integer tensor picks, the
+matrix over its one-hot code) and the *root* they start from. A node's maps come
 from its operands' maps; whatever is not affine simply has none but itself.
 
 Composition is exact only where the padding that the outer map reads is what the inner map would
@@ -21,6 +22,7 @@ from torch import fx
 
 from refold.algebra import affine_map as am
 from refold.algebra.affine_map import AffineMap
+from refold.algebra.lazy import Lazy
 from refold.graph import constants, nodes, records
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, is_call, is_tensor, known, same, shape
@@ -96,10 +98,14 @@ class MapReader:
             return self._affine(affine)
         if (total := records.add(node)) is not None:
             return self._sum(total)
+        if (weighted := records.weighted_sum(node)) is not None:
+            return self._weighted(weighted)
         if (pool := records.avg_pool(node)) is not None:
             return self._pool(pool)
         if (pad := records.pad(node)) is not None:
             return self._pad(pad)
+        if is_call(node, aten.embedding.default):
+            return self._embedding(node)
         if is_call(node, aten.cat.default):
             return self._cat(node)
         if is_call(node, aten.slice.Tensor):
@@ -127,7 +133,8 @@ class MapReader:
         """``outer`` applied to ``u``, composed with each of ``u``'s maps that it may pass."""
         out: Maps = {}
         for key, inner in self.of(u).items():
-            if key[0] != kind or inner.out_channels != outer.in_channels:
+            rows = kind == "feature" and key[0] == "table"
+            if not (key[0] == kind or rows) or inner.out_channels != outer.in_channels:
                 continue
             if inner.spatial != outer.spatial:
                 continue
@@ -153,18 +160,20 @@ class MapReader:
         outer = am.matrix(linear.weight, _bias(linear.bias, linear.weight.shape[0]))
         return self._after(outer, linear.x, linear.node, "feature")
 
+    def _embedding(self, node: fx.Node) -> Maps:
+        args = nodes.arguments(node)
+        table, picked = constants.exact(args["weight"]), args["indices"]
+        if table is None or not is_tensor(picked):
+            return {}
+        matrix = table.map(table.shape[::-1], lambda rows: rows.t())
+        return {("table", picked): am.matrix(matrix, _bias(None, table.shape[1]))}
+
     def _affine(self, affine: records.Affine) -> Maps:
         out: Maps = {}
         for kind, axis in _axes(affine.node):
-            full = shape(affine.node)[axis]
-            varying = {
-                a for t in (affine.scale, affine.shift) for a, s in enumerate(t.shape) if s != 1
-            }
-            if varying - {axis} or not isinstance(full, int):
-                continue
-            scale = affine.scale.get().reshape(-1).expand(full)
-            shift = affine.shift.get().reshape(-1).expand(full)
-            if not bool((scale.isfinite() & shift.isfinite()).all()):
+            size = shape(affine.node)[axis]
+            scale, shift = _along(affine.scale, axis, size), _along(affine.shift, axis, size)
+            if scale is None or shift is None:
                 continue
             outer = am.diagonal(scale, shift, _spatial(kind, affine.node))
             out.update(self._after(outer, affine.x, affine.node, kind))
@@ -188,6 +197,28 @@ class MapReader:
                 )
         if not out:
             self._explain_pads(total, left, right)
+        return out
+
+    def _weighted(self, total: records.WeightedSum) -> Maps:
+        views = [self.of(x) for x, _ in total.terms]
+        out: Maps = {}
+        for kind, axis in _axes(total.node):
+            factors = [_along(f, axis, shape(total.node)[axis]) for _, f in total.terms]
+            for key in views[0]:
+                found = [v.get(key) for v in views]
+                if (
+                    key[0] != kind
+                    or any(m is None for m in found)
+                    or any(f is None for f in factors)
+                ):
+                    continue
+                maps = [
+                    am.compose(am.diagonal(f, torch.zeros_like(f), m.spatial), m)
+                    for m, f in zip(found, factors, strict=True)
+                    if m is not None and f is not None
+                ]
+                if all(addable(maps[0], m) for m in maps[1:]):
+                    out[key] = am.add(maps)
         return out
 
     def _explain_pads(self, total: records.Sum, left: Maps, right: Maps) -> None:
@@ -472,6 +503,14 @@ def _spatial(kind: str, node: fx.Node) -> int:
 
 def _bias(bias: Any, channels: int) -> torch.Tensor:
     return torch.zeros(channels, dtype=torch.float64) if bias is None else bias.get().reshape(-1)
+
+
+def _along(factor: Lazy, axis: int, size: nodes.Size) -> torch.Tensor | None:
+    """A constant as one finite value per channel, if it varies along that axis alone."""
+    if not isinstance(size, int) or any(s != 1 for a, s in enumerate(factor.shape) if a != axis):
+        return None
+    values = factor.get().reshape(-1).expand(size)
+    return values if bool(values.isfinite().all()) else None
 
 
 def addable(a: AffineMap, b: AffineMap) -> bool:

@@ -53,6 +53,16 @@ class PipelineResult:
         """Whether any pass changed the graph."""
         return any(run.result.modified for run in self.runs)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the passes have to say."""
+        return tuple(note for run in self.runs for note in run.result.notes)
+
+    @property
+    def allowed(self) -> float:
+        """The error that the user accepts for what approximate passes did."""
+        return max((run.result.allowed for run in self.runs), default=0.0)
+
 
 @dataclass(frozen=True)
 class Pipeline:

@@ -22,9 +22,10 @@ from torch import fx
 
 from refold.algebra.lazy import Lazy
 from refold.graph import constants, nodes, provenance, records
+from refold.graph.evaluate import discontinuous
 from refold.graph.kinds import kind, op_name
 from refold.graph.nodes import aten, is_call, is_tensor
-from refold.rewrite import layout
+from refold.rewrite import cost, layout
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
 Edit = Callable[[], None]
@@ -93,6 +94,7 @@ class _Plan:
     parts: dict[fx.Node, tuple[fx.Node, _Factor]] = field(default_factory=dict)
 
     kept: set[fx.Node] = field(default_factory=set)
+    price: float = 0.0  # of what the plan adds, in microseconds
 
     def keeps_value(self, node: fx.Node) -> bool:
         """True for a consumer that takes the factor in: what it computes stays the same."""
@@ -119,6 +121,8 @@ class Pusher:
         rule: id for the records.
         wants: which affine records to push.
         max_growth: how much larger the stored constants may become by un-sharing weights.
+        border_maps: let a shift that a convolution cannot take as a bias become a map of its
+            values, one for each position of the output, where that is cheaper.
     """
 
     def __init__(
@@ -127,11 +131,15 @@ class Pusher:
         rule: str,
         wants: Callable[[records.Affine], bool],
         max_growth: float,
+        *,
+        border_maps: bool = False,
     ) -> None:
+        self.border_maps = border_maps
         self.gm, self.graph, self.rule, self.wants = gm, gm.graph, rule, wants
         self.budget = (max_growth - 1.0) * constants.stored_bytes(gm)
         self.refusals: dict[fx.Node, tuple[str, str]] = {}
         self.escapes = False
+        self.record: records.Affine | None = None
 
     def run(self) -> PassResult:
         result = PassResult()
@@ -167,7 +175,7 @@ class Pusher:
         factor = _Factor(record.scale.get(), record.shift.get())
         if factor.is_identity:
             return None  # clean-up removes it, where no output would come to share storage
-        self.escapes = layout.escapes(record.node)
+        self.escapes, self.record = layout.escapes(record.node), record
         if not bool(torch.isfinite(factor.scale).all() & torch.isfinite(factor.shift).all()):
             self.refusals[record.node] = (
                 "its constant is not finite (a mask, zero variance without eps, NaN weights)",
@@ -286,6 +294,8 @@ class Pusher:
             plan.edits.append(lambda: self._set_linear(linear, weight, bias))
         elif (norm := records.norm_affine(u)) is not None:
             self._up_norm(norm, factor, plan)
+        elif (quantised := records.quantised(u)) is not None:
+            self._up_quantised(quantised, factor, plan)
         elif is_call(u, aten.embedding.default) and _embedding_table(u) is not None:
             table = _embedding_table(u)
             assert table is not None
@@ -320,6 +330,53 @@ class Pusher:
                 u, norm.weight_index, norm.weight, new_weight, norm.bias_index, norm.bias, new_bias
             )
         )
+
+    def _up_quantised(self, layer: records.Quantised, factor: _Factor, plan: _Plan) -> None:
+        """Into the scales of the weight: ``s * d * (q - z) = |s| * d * (sign(s) * (q - z))``.
+
+        The integers stay what they are but for channels of a negative or zero factor.
+        """
+        u = layer.node
+        scale, shift = factor.vectors(layer.axis, layer.out_channels)
+        new_scales = layer.scales.map(
+            layer.scales.shape, lambda d: torch.where(scale == 0, d, d * scale.abs())
+        )
+        bias = _shifted(layer.bias, scale, shift, u)
+        self._check_range(u, new_scales)
+        self._check_range(u, bias)
+        zeros = layer.zeros.to(torch.int64)
+        integers = None
+        if bool((scale <= 0).any()):
+            stored = constants.tensor(layer.integers)
+            rows = (-1, *(1,) * (stored.dim() - 1))
+            origin = zeros.reshape(rows)
+            turned = origin + scale.sign().long().reshape(rows) * (stored.cpu().long() - origin)
+            low, high = layer.limits
+            if bool(((turned < low) | (turned > high)).any()):
+                raise Refused(f"{u.name} has a quantised weight that a negative scale would clip")
+            integers = turned.to(dtype=stored.dtype, device=stored.device)
+
+        def edit() -> None:
+            name = _name(layer.integers)
+            kind_of = layer.integers.meta["val"]
+            with self.graph.inserting_before(u):
+                q = layer.integers
+                if integers is not None:
+                    q = constants.add(self.gm, name, integers)
+                scales = constants.add(self.gm, f"{name}.scales", new_scales, u.meta["val"])
+                stored_zeros = constants.add(self.gm, f"{name}.zeros", zeros.to(kind_of.device))
+                weight = nodes.call(
+                    self.graph, torch.ops.quantized_decomposed.dequantize_per_channel.default,
+                    (q, scales, stored_zeros, 0, *layer.limits, layer.dtype),
+                    rule=self.rule, sources=[u],
+                )  # fmt: skip
+                provenance.derive(weight, [u], self.rule, value=None)
+                values: dict[int, Any] = {1: weight}
+                if bias is not None:
+                    values[2] = constants.add(self.gm, f"{name}.bias", bias, u.meta["val"])
+            set_arguments(u, values)
+
+        plan.edits.append(edit)
 
     def _up_affine(self, u: fx.Node, factor: _Factor, plan: _Plan) -> bool:
         record = records.affine(u)
@@ -585,11 +642,11 @@ class Pusher:
             channels = (
                 conv.weight.shape[0] if conv.transposed else (conv.weight.shape[1] * conv.groups)
             )
+            reason = _uneven(conv, factor) if factor.shifts else None
+            if reason is not None and not self._pad_before_cast(conv, factor, plan):
+                self._down_map(conv, factor, reason, plan)
+                factor = _Factor(factor.scale, torch.zeros_like(factor.scale))
             scale, shift = factor.vectors(1, channels)
-            if factor.shifts and conv.transposed:
-                raise Refused(f"the kernel taps that meet an output of {c.name} differ in number")
-            if factor.shifts and (any(conv.padding) or _pads_high(conv)):
-                raise Refused(f"{c.name} pads with zeros, and the shift would reach its border")
             self._check_sharing(conv.weight_node)
 
             def scaled(w: torch.Tensor) -> torch.Tensor:
@@ -631,6 +688,93 @@ class Pusher:
         plan.touch(c)
         return True
 
+    def _pad_before_cast(self, conv: records.Conv, factor: _Factor, plan: _Plan) -> bool:
+        """Pads integers with the one value that the scale and shift take to zero.
+
+        Only where the cast to floats follows, so that narrow elements move instead of wide ones.
+        """
+        assert self.record is not None
+        cast, c = self.record.x, conv.node
+        if conv.x is not self.record.node or not nodes.only_user(conv.x, c):
+            return False
+        if not is_call(cast, aten.to.dtype) or not nodes.only_user(cast, self.record.reader):
+            return False
+        source = cast.args[0]
+        assert isinstance(source, fx.Node)
+        if nodes.dtype(source) not in (torch.uint8, torch.int8) or nodes.pinned(cast):
+            return False
+        if (
+            conv.transposed
+            or factor.varies() - {1}
+            or isinstance(nodes.arguments(c)["padding"], str)
+        ):
+            return False
+        value, limits = _preimage(factor, 0.0), torch.iinfo(nodes.dtype(source))
+        if value is None or value != round(value) or not limits.min <= value <= limits.max:
+            return False
+        if cost.elementwise(nodes.hints(source), 1, 1) >= cost.of(self.record.node):
+            return False
+
+        def edit() -> None:
+            amounts = [p for p in reversed(conv.padding) for _ in (0, 1)]
+            with self.graph.inserting_before(cast):
+                padded = nodes.call(
+                    self.graph, aten.pad.default, (source, amounts, "constant", value),
+                    rule=self.rule, sources=[conv.x],
+                )  # fmt: skip
+            for node in (padded, cast):  # neither has the value of a node of the original
+                provenance.derive(node, [node], self.rule, value=None)
+            cast.replace_input_with(source, padded)
+            cast.meta["val"] = nodes.fake_result(cast)
+            set_arguments(c, {4: [0] * conv.spatial})
+
+        plan.edits.append(edit)
+        return True
+
+    def _down_map(self, conv: records.Conv, factor: _Factor, reason: str, plan: _Plan) -> None:
+        """Adds to the output what the layer makes of the shift, computed once."""
+        c = conv.node
+        assert self.record is not None
+        sizes, results = nodes.shape(conv.x)[1:], nodes.shape(c)[1:]
+        if not self.border_maps or 0 in factor.varies() or _widens(self.record):
+            raise Refused(reason)
+        if any(not isinstance(s, int) for s in (*sizes, *results)):
+            raise Refused(f"{reason}; a map of what it adds needs a fixed height and width")
+        shape = (1, *map(int, results))
+        rest = list(nodes.arguments(c).values())[3:]
+
+        def compute() -> torch.Tensor:
+            shift = factor.shift.expand(1, *map(int, sizes))
+            out: torch.Tensor = c.target(shift, conv.weight.get(), None, *rest)  # type: ignore[operator]
+            return out
+
+        added = Lazy(shape, compute)
+        width = c.meta["val"].element_size()
+        plan.price += cost.elementwise(nodes.hints(c), 1, width, added.numel())
+        now = cost.of(self.record.node)
+        if plan.price >= now:
+            raise Refused(
+                f"{reason}; a map of what it adds would cost {plan.price:.1f} us instead of "
+                f"{now:.1f} us (cost table)"
+            )
+        size = added.numel() * width
+        if size > _SMALL:
+            if size > self.budget:
+                raise Refused(f"{reason}; a map of what it adds would grow the constants too far")
+            self.budget -= size
+        self._check_range(c, added)
+
+        def edit() -> None:
+            with self.graph.inserting_before(c.next):
+                data = constants.add(self.gm, f"{c.name}.map", added, c.meta["val"])
+                total = nodes.call(
+                    self.graph, aten.add.Tensor, (c, data), rule=self.rule, sources=[c], like=c
+                )
+            provenance.derive(c, [c], self.rule, value=None)
+            c.replace_all_uses_with(total, lambda user: user is not total, propagate_meta=False)
+
+        plan.edits.append(edit)
+
     def _down_passing(self, c: fx.Node, n: fx.Node, factor: _Factor, plan: _Plan) -> None:
         plan.touch(c)
         if c.args and c.args[0] is n and layout.is_layout(c):
@@ -661,7 +805,7 @@ class Pusher:
         raise Refused(_not_linear(c))
 
     def _down_affine(self, record: records.Affine, factor: _Factor, plan: _Plan) -> None:
-        """Into a norm; a scale also passes a shift: ``s * x + h = s * (x + h / s)``."""
+        """Into a norm; the scale alone passes a shift: ``s * x + h = s * (x + h / s)``."""
         c, n = record.node, record.x
         inner = _Factor(record.scale.get(), record.shift.get())
         both = _Factor(inner.scale * factor.scale, inner.scale * factor.shift + inner.shift)
@@ -671,18 +815,17 @@ class Pusher:
             plan.kept.add(c)
             plan.edits.append(lambda: self._emit_norm(c, n, both))
             return
-        if not both.shifts:
+        if not factor.shifts and not inner.shifts:
             return self._down(c, factor, plan)
-        if not bool((inner.scale == 1).all()):
-            raise Refused(f"{c.name} scales and shifts at once")
-        if bool((factor.scale == 0).any()):
+        if bool((factor.scale == 1).all()):
+            raise Refused(f"{c.name} scales or shifts, too, and is pushed by itself")
+        if bool((both.scale == 0).any()):
             raise Refused(f"a zero scale does not pass {c.name}, which shifts")
         if nodes.dtype(c) == torch.float16:
             raise Refused(f"{c.name} could overflow float16 before the scale")
-        moved = _Factor(factor.scale, torch.zeros_like(factor.shift))
+        moved = _Factor(both.scale, torch.zeros_like(both.scale))
         self._down(c, moved, plan)
-        ones = torch.ones_like(factor.scale)
-        shift = both.shift / factor.scale
+        ones, shift = torch.ones_like(both.scale), both.shift / both.scale
         plan.edits.append(lambda: self._emit_affine(c, n, ones, shift))
 
     def _down_pad(self, pad: records.Pad, factor: _Factor, plan: _Plan) -> None:
@@ -695,6 +838,8 @@ class Pusher:
         value = _preimage(factor, pad.value)
         if value is None:
             raise Refused(f"{pad.node.name} would have to pad each channel with another value")
+        if abs(value) > torch.finfo(nodes.dtype(pad.node)).max:
+            raise Refused(f"the value that {pad.node.name} would pad with overflows its dtype")
         index = 2 if is_call(pad.node, aten.constant_pad_nd.default) else 3
         plan.edits.append(lambda: set_arguments(pad.node, {index: value}))
 
@@ -826,6 +971,10 @@ def set_arguments(node: fx.Node, values: dict[int, Any]) -> None:
 
 def _not_linear(node: fx.Node) -> str:
     name = op_name(node)
+    if name.startswith("dequantize"):
+        return f"{name} gives integers their scale, which the quantiser before it shares"
+    if discontinuous(node):
+        return f"{name} rounds its input, so a scale and shift cannot cross it"
     if name in _MIXES:
         return f"{name} reads another tensor, which would have to change with it"
     if name in _UNREAD:
@@ -883,7 +1032,8 @@ def _preimage(factor: _Factor, value: float) -> float | None:
         return None
     found = (value - factor.shift) / factor.scale
     first = float(found.reshape(-1)[0])
-    return first if bool((found == first).all()) else None
+    rounding = 8 * torch.finfo(torch.float64).eps * abs(first)
+    return first if bool(((found - first).abs() <= rounding).all()) else None
 
 
 def _narrow(t: torch.Tensor, axis: int, start: int, size: int) -> torch.Tensor:
@@ -900,6 +1050,18 @@ def _aligned(factor: _Factor, operand: fx.Node) -> _Factor:
             raise Refused("the constant varies along an axis that this factor broadcasts")
     shape = (lambda t: t.reshape(t.shape[lead:])) if lead else (lambda t: t)
     return _Factor(shape(factor.scale), shape(factor.shift))
+
+
+def _uneven(conv: records.Conv, factor: _Factor) -> str | None:
+    """Why the layer makes of a shift something else than a bias, or ``None``."""
+    name = conv.node.name
+    if factor.varies() - {1}:
+        return "the constant varies along another axis than the channels"
+    if conv.transposed:
+        return f"the kernel taps that meet an output of {name} differ in number"
+    if any(conv.padding) or _pads_high(conv):
+        return f"{name} pads with zeros, and the shift would reach its border"
+    return None
 
 
 def _pads_high(conv: records.Conv) -> bool:

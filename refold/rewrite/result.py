@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -22,6 +22,7 @@ class Applied:
         added: names of the new nodes.
         modules: module paths the removed nodes came from.
         detail: one line for people.
+        figures: what the rewrite was judged by, as numbers (parameters, errors, ...).
     """
 
     rule: str
@@ -30,6 +31,7 @@ class Applied:
     added: tuple[str, ...]
     modules: tuple[str, ...] = ()
     detail: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,22 @@ class Declined:
 
 @dataclass
 class PassResult:
-    """Outcome of one pass: whether the graph changed, and its records."""
+    """Outcome of one pass: whether the graph changed, and its records.
+
+    Attributes:
+        modified: whether the graph changed.
+        applied: the rewrites that happened.
+        declined: those that did not.
+        notes: sentences for the report.
+        allowed: the error of the model's outputs, relative to their scale, that the user accepts
+            for what an approximate pass did; 0 if everything is exact up to rounding.
+    """
 
     modified: bool = False
     applied: list[Applied] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    allowed: float = 0.0
 
 
 @runtime_checkable

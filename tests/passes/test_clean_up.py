@@ -96,6 +96,7 @@ KEPT = {"relu": 1, "sigmoid": 1}
         lambda v: 1.0 * v,
         lambda v: v / 1,
         lambda v: v.neg().neg(),
+        lambda v: F.leaky_relu(v, 1.0),
         lambda v: v.to(torch.float32),
         lambda v: torch.ops.aten._to_copy(v, dtype=torch.float32),
         lambda v: v.type_as(torch.relu(v)),
@@ -128,6 +129,7 @@ def test_no_ops_go(function) -> None:
         (lambda v, c: v * c, torch.ones(4, 1, 1)),
         (lambda v, c: c * v, torch.ones(6)),
         (lambda v, c: v / c, torch.ones(4, 1, 1)),
+        (F.prelu, torch.ones(4)),
     ],
 )
 def test_constants_of_zeros_and_ones_go(function, constant) -> None:
@@ -145,6 +147,7 @@ def test_constants_of_zeros_and_ones_go(function, constant) -> None:
         lambda v: 0 - v,
         lambda v: 2 / v,
         lambda v: torch.div(v, 1, rounding_mode="floor"),
+        lambda v: F.leaky_relu(v, 0.99),
         lambda v: torch.sub(v, v, alpha=0),
         lambda v: torch.ops.aten.slice(v, 1, 1, 99),
         lambda v: v.flip(1),
@@ -172,6 +175,7 @@ def test_what_computes_something_stays(function) -> None:
         (lambda v, c: v * c, torch.full((4, 1, 1), float("nan"))),
         (lambda v, c: c - v, torch.zeros(4, 1, 1)),
         (lambda v, c: c / v, torch.ones(4, 1, 1)),
+        (F.prelu, torch.tensor([1.0, 1.0, 1.0, 0.5])),
     ],
 )
 def test_other_constants_stay(function, constant) -> None:

@@ -307,3 +307,107 @@ def test_dynamic_borders_of_the_bias_fold_too() -> None:
         assert left(gm) == {"conv": 1}
         x = image(4, 9, 11)
         assert torch.allclose(gm(x), net(x), rtol=0, atol=1e-12)
+
+
+WEIGHTS = torch.rand(4, 1, 1, dtype=torch.float64)
+PIXELS = torch.rand(7, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: torch.stack([s.a(x), s.c(x), x]).sum(0),
+        lambda s, x: torch.stack([s.a(x), s.c(x), x], dim=2).mean(2),
+        lambda s, x: torch.stack([s.a(x), s.n(s.c(x))], -1).sum(dim=-1),
+        lambda s, x: torch.lerp(s.a(x), s.c(x), 0.3),
+        lambda s, x: torch.lerp(s.a(x), s.n(x), WEIGHTS),
+        lambda s, x: torch.addcmul(s.a(x), s.c(x), WEIGHTS, value=-2),
+        lambda s, x: torch.addcmul(s.a(x), WEIGHTS, x),
+    ],
+)
+def test_sums_in_other_spellings(forward) -> None:
+    net = Net(
+        lambda s, x: F.relu(forward(s, x)), a=conv(padding=1), c=conv(k=1), n=bn()
+    )  # fmt: skip
+    after, _ = run(FoldBranches(), net, image())
+    assert left(after) == {"conv": 1, "relu": 1}
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: torch.lerp(s.a(x), s.c(x), PIXELS),
+        lambda s, x: torch.lerp(s.a(x), s.c(x), x.sigmoid()),
+        lambda s, x: torch.addcmul(s.a(x), s.c(x), x),
+        lambda s, x: torch.stack([s.a(x), s.c(x)]).sum(1),
+        lambda s, x: torch.stack([s.a(x), s.c(x)]).sum((0, 1)),
+        lambda s, x: torch.stack([s.a(x), s.c(x)]).sum(0, keepdim=True),
+        lambda s, x: torch.stack([s.a(x), s.c(x)]).amax(0),
+        lambda s, x: torch.stack([s.a(x), s.c(F.relu(x))]).sum(0),
+    ],
+)
+def test_what_only_looks_like_a_sum_of_branches_stays(forward) -> None:
+    net = Net(lambda s, x: forward(s, x), a=conv(padding=1), c=conv(k=1))
+    after, _ = run(FoldBranches(prefer="nodes"), net, image())
+    assert left(after)["conv"] == 2
+
+
+def embedded(forward, width: int = 6, **parts: nn.Module) -> tuple[nn.Module, torch.Tensor]:
+    table = nn.Embedding(11, width)
+    return Net(lambda s, i: torch.tanh(forward(s, i)), e=table, **parts), torch.randint(
+        0, 11, (2, 5)
+    )
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, i: s.e(i) + 2 * s.up(s.down(i)),  # a low-rank branch on a table
+        lambda s, i: s.up(s.down(i)),
+        lambda s, i: s.e(i) * 6**0.5 + s.h,
+        lambda s, i: s.e(i) - s.f(i),
+        lambda s, i: s.n(s.e(i) + s.f(i)),
+    ],
+)
+def test_tables_are_maps_too(forward) -> None:
+    model, index = embedded(
+        forward, down=nn.Embedding(11, 2), up=nn.Linear(2, 6), f=nn.Embedding(11, 6),
+        n=nn.Linear(6, 3, bias=False), h=nn.Parameter(torch.randn(6)),
+    )  # fmt: skip
+    with torch.no_grad():
+        gm = trace(model, index)
+        PIPELINES["default"].run(gm)
+        assert left(gm) == {"embedding": 1, "tanh": 1}
+        assert torch.allclose(gm(index), model(index), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, i: s.e(i) + s.f(i.flip(1)),
+        lambda s, i: s.e(i) + s.f.weight[:5],  # a position's own row
+        lambda s, i: s.e(i) * s.e(i),
+    ],
+)
+def test_tables_of_other_rows_stay(forward) -> None:
+    model, index = embedded(forward, f=nn.Embedding(11, 6))
+    with torch.no_grad():
+        gm = trace(model, index)
+        before = left(gm).get("embedding")
+        PIPELINES["default"].run(gm)
+        assert left(gm).get("embedding") in (before, 1)
+        assert torch.allclose(gm(index), model(index), rtol=0, atol=1e-12)
+
+
+def test_a_tied_table_is_not_copied() -> None:
+    """The heads still read the tables: a merged one would be one more constant of their size."""
+
+    def forward(s, i):
+        y = torch.tanh(s.e(i) + s.f(i))
+        return F.linear(y, s.e.weight) * F.linear(y.sigmoid(), s.f.weight)
+
+    model = Net(forward, e=nn.Embedding(4096, 64), f=nn.Embedding(4096, 64))
+    with torch.no_grad():
+        gm = trace(model, torch.randint(0, 4096, (2, 5)))
+        PIPELINES["default"].run(gm)
+        assert left(gm)["embedding"] == 2

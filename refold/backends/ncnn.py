@@ -1,0 +1,194 @@
+"""Target ``ncnn``: an ncnn network (.param with its .bin), made by pnnx, run on the CPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from refold.backends import flat
+from refold.backends.base import Artifact, Runner, missing
+from refold.backends.static import StaticProgram, quiet
+from refold.errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    from refold.frontends.export import Program
+
+_ROUNDING = (
+    "the numbers were verified without Winograd convolution, whose rounding is larger: set "
+    "opt.use_winograd_convolution = false, and opt.use_fp16_* = false, to see the same"
+)
+
+
+@dataclass(frozen=True)
+class NcnnOptions:
+    """Options of the ``ncnn`` target.
+
+    Attributes:
+        threads: threads of one inference.
+    """
+
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise UsageError(f"threads must be 1 or more, got {self.threads}")
+
+
+@dataclass(frozen=True)
+class Content:
+    """A network in memory and how the model's own calls map onto it.
+
+    Attributes:
+        param: the layers, as text.
+        weights: the weights.
+        signature: of the model's own calls.
+        batch_axes: for each input, the axis of size 1 that ncnn takes it without.
+        sizes: for each result, its shape.
+    """
+
+    param: str
+    weights: bytes
+    signature: flat.Signature
+    batch_axes: tuple[int | None, ...]
+    sizes: tuple[tuple[int, ...], ...]
+
+
+class NcnnTarget:
+    """Lowers through TorchScript and pnnx; ncnn runs one example at a time."""
+
+    name = "ncnn"
+    suffix = ".param"
+    options = NcnnOptions
+    static = True
+    verified = "run and compared on the CPU, without Winograd convolution"
+
+    def available(self) -> str | None:
+        return missing(("ncnn", "pnnx"), "ncnn")
+
+    def lower(self, program: Program, gm: fx.GraphModule, options: NcnnOptions) -> Artifact:
+        static = StaticProgram.of(program, gm, "ncnn")
+        _check_inputs(static)
+        return Artifact(_convert(static), (*static.notes, _ROUNDING))
+
+    def load(self, artifact: Artifact, options: NcnnOptions) -> Runner:
+        content: Content = artifact.content
+        network = open_network(content, threads=options.threads)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            tensors = content.signature.tensors(args, kwargs)
+            return content.signature.rebuild(run_network(network, content, tensors))
+
+        return run
+
+    def save(self, artifact: Artifact, folder: Path, name: str) -> None:
+        if not name.endswith(self.suffix):
+            raise UsageError(f"ncnn has its weights beside it: call the file {name}.param")
+        (folder / name).write_text(artifact.content.param)
+        (folder / f"{name.removesuffix(self.suffix)}.bin").write_bytes(artifact.content.weights)
+
+    def stats(self, artifact: Artifact) -> dict[str, int]:
+        content: Content = artifact.content
+        kinds = layer_kinds(content.param)
+        nodes = sum(kind not in ("Input", "MemoryData") for kind in kinds)
+        return {"nodes": nodes, "bytes": len(content.weights)}
+
+
+def layer_kinds(param: str) -> list[str]:
+    """The kind of each layer of a network."""
+    return [line.split()[0] for line in param.splitlines()[2:]]
+
+
+def _check_inputs(static: StaticProgram) -> None:
+    for name, tensor in zip(static.signature.input_names, static.tensors, strict=True):
+        if tensor.dtype != torch.float32:
+            raise BackendError(f"ncnn takes float32 inputs alone; {name} is {tensor.dtype}")
+        if tensor.dim() and tensor.shape[0] != 1:
+            raise UsageError(
+                f"ncnn runs one example at a time, and {name} is {list(tensor.shape)}: pass an "
+                "example of batch 1"
+            )
+
+
+def _convert(static: StaticProgram) -> Content:
+    import pnnx
+
+    with tempfile.TemporaryDirectory(prefix="refold-") as name:
+        folder = Path(name)
+        with quiet(), torch.no_grad():
+            traced = torch.jit.trace(static.module.eval(), static.tensors, check_trace=False)
+        traced.save(str(folder / "model.pt"))
+        shapes = ",".join(f"[{','.join(map(str, t.shape))}]f32" for t in static.tensors)
+        done = subprocess.run(
+            [Path(pnnx.__file__).parent / "pnnx", "model.pt", f"inputshape={shapes}", "fp16=0"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode or not (folder / "model.ncnn.param").exists():
+            last = ([*done.stderr.split("\n\n"), ""][0].strip().splitlines() or ["no reason"])[-1]
+            raise BackendError(f"pnnx cannot convert the model (exit {done.returncode}): {last}")
+        param = (folder / "model.ncnn.param").read_text()
+        # What pnnx does not know it leaves under its own name, without an error.
+        strange = sorted({kind for kind in layer_kinds(param) if not kind.isidentifier()})
+        if strange:
+            kinds = ", ".join(strange)
+            raise BackendError(f"ncnn has no layer for {kinds}{static.places(kinds)}")
+        example = (folder / "model_ncnn.py").read_text()
+        axes = [_batch_axis(example, i) for i in range(len(static.tensors))]
+        returned: Any = static.module.graph.output_node().args[0]
+        sizes = [tuple(int(s) for s in n.meta["val"].shape) for n in returned]
+        data = (folder / "model.ncnn.bin").read_bytes()
+    return Content(param, data, static.signature, tuple(axes), tuple(sizes))
+
+
+def _batch_axis(example: str, index: int) -> int | None:
+    """The axis that pnnx took for an input's batch, as the program that it wrote beside says."""
+    found = re.search(rf"\bin{index}\b.*(?:batch_index=|squeeze\()(\d+)", example)
+    return int(found.group(1)) if found else None
+
+
+def open_network(content: Content, *, threads: int = 1) -> Any:
+    """Loads a network for float32 arithmetic without Winograd convolution."""
+    import ncnn
+
+    network = ncnn.Net()
+    for name in dir(network.opt):
+        if name.startswith(("use_fp16", "use_bf16")) or name == "use_winograd_convolution":
+            setattr(network.opt, name, False)
+    network.opt.num_threads = threads
+    with tempfile.TemporaryDirectory(prefix="refold-") as folder:
+        param, data = Path(folder) / "model.param", Path(folder) / "model.bin"
+        param.write_text(content.param)
+        data.write_bytes(content.weights)
+        if network.load_param(str(param)) or network.load_model(str(data)):
+            raise BackendError("ncnn cannot load the network that pnnx wrote")
+    return network
+
+
+def run_network(network: Any, content: Content, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Runs a network over torch tensors."""
+    import ncnn
+    import numpy as np
+
+    extractor = network.create_extractor()
+    kept = []  # ncnn reads the arrays where they are
+    for index, (tensor, axis) in enumerate(zip(tensors, content.batch_axes, strict=True)):
+        row = tensor if axis is None else tensor.squeeze(axis)
+        array = row.detach().cpu().contiguous().numpy()
+        kept.append(array)
+        extractor.input(f"in{index}", ncnn.Mat(array))
+    results = []
+    for index, sizes in enumerate(content.sizes):
+        code, value = extractor.extract(f"out{index}")
+        if code:
+            raise BackendError(f"ncnn failed to compute result {index} (code {code})")
+        results.append(torch.from_numpy(np.array(value)).reshape(sizes))
+    return results

@@ -1,0 +1,146 @@
+"""Target ``openvino``: OpenVINO's intermediate representation (.xml with its .bin), on the CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from refold.backends import flat, onnx
+from refold.backends.base import Artifact, Runner, missing
+from refold.errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    from refold.frontends.export import Program
+
+_DATA = frozenset({"Constant", "Parameter", "Result"})
+_HINT = (
+    "OpenVINO may compute in bfloat16 or float16 where the processor can: set "
+    "INFERENCE_PRECISION_HINT=f32, as here, for the numbers that were verified"
+)
+
+
+@dataclass(frozen=True)
+class OpenVinoOptions:
+    """Options of the ``openvino`` target.
+
+    Attributes:
+        threads: threads of one inference; 0 lets OpenVINO choose.
+    """
+
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise UsageError(f"threads must be 0 (OpenVINO chooses) or more, got {self.threads}")
+
+
+@dataclass(frozen=True)
+class Content:
+    """A model in memory (``openvino.Model``) and how the model's own calls map onto it."""
+
+    model: Any
+    signature: flat.Signature
+
+
+class OpenVinoTarget:
+    """Lowers through ONNX and runs the model in OpenVINO's CPU plugin."""
+
+    name = "openvino"
+    suffix = ".xml"
+    options = OpenVinoOptions
+    verified = "run and compared on the CPU"
+
+    def available(self) -> str | None:
+        return missing(("onnx", "onnxscript", "openvino"), "openvino")
+
+    def lower(self, program: Program, gm: fx.GraphModule, options: OpenVinoOptions) -> Artifact:
+        lowered = onnx.lower(program, gm, onnx.OnnxOptions().opset)
+        content: onnx.OnnxContent = lowered.content
+        return Artifact(Content(_read(content.model), content.signature), (*lowered.notes, _HINT))
+
+    def load(self, artifact: Artifact, options: OpenVinoOptions) -> Runner:
+        content: Content = artifact.content
+        signature = content.signature
+        compiled = compile_model(content.model, threads=options.threads)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return signature.rebuild(run_compiled(compiled, signature.tensors(args, kwargs)))
+
+        return run
+
+    def save(self, artifact: Artifact, folder: Path, name: str) -> None:
+        import openvino
+
+        if not name.endswith(self.suffix):
+            raise UsageError(f"OpenVINO finds the weights by the suffix: call the file {name}.xml")
+        # The default rounds the weights to float16 without a word.
+        openvino.save_model(artifact.content.model, str(folder / name), compress_to_fp16=False)
+
+    def stats(self, artifact: Artifact) -> dict[str, int]:
+        operations = artifact.content.model.get_ops()
+        sizes = [op.get_byte_size() for op in operations if op.get_type_name() == "Constant"]
+        nodes = sum(op.get_type_name() not in _DATA for op in operations)
+        return {"nodes": nodes, "bytes": sum(sizes)}
+
+
+def _read(model: Any) -> Any:
+    import openvino
+    from openvino.passes import ConstantFolding, Manager
+
+    from refold import __version__
+
+    with tempfile.TemporaryDirectory(prefix="refold-") as folder:
+        onnx.save(model, Path(folder), "model.onnx")
+        try:
+            read = openvino.Core().read_model(str(Path(folder) / "model.onnx"))
+        except RuntimeError as error:
+            text = _last_line(error)
+            raise BackendError(
+                f"OpenVINO cannot read the model: {text}{onnx.places(model, text)}"
+            ) from error
+    # The ONNX reader computes shapes of biases that are known.
+    folding = Manager()
+    folding.register_pass(ConstantFolding())
+    folding.run_passes(read)
+    read.set_rt_info(__version__, ["refold", "version"])
+    return read
+
+
+def compile_model(model: Any, *, threads: int = 0) -> Any:
+    """Compiles a model or an .xml file for the CPU, in the model's own precision."""
+    import openvino
+
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    try:
+        return openvino.Core().compile_model(model, "CPU", settings)
+    except RuntimeError as error:
+        raise BackendError(f"OpenVINO cannot compile the model: {_last_line(error)}") from error
+
+
+def run_compiled(compiled: Any, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Runs a compiled model over torch tensors, in the order of its inputs."""
+    feeds = [t.detach().cpu().contiguous().numpy() for t in tensors]
+    try:
+        results = compiled(feeds)
+    except RuntimeError as error:
+        raise BackendError(f"OpenVINO failed to run the model: {_last_line(error)}") from error
+    # The results are views of buffers that the next run writes to.
+    return [torch.tensor(results[i]) for i in range(len(compiled.outputs))]
+
+
+def executed_layers(compiled: Any) -> int:
+    """Layers that OpenVINO executes after its own fusions."""
+    operations = compiled.get_runtime_model().get_ops()
+    kinds = [str(op.get_rt_info()["layerType"].astype(str)) for op in operations]
+    return sum(kind not in ("Const", "Input", "Output") for kind in kinds)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

@@ -1,0 +1,94 @@
+"""Target ``ort-format``: ONNX Runtime's own file format (.ort), which minimal builds load too."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from refold.backends import flat, onnx, onnxruntime
+from refold.backends.base import Artifact, Runner
+from refold.errors import BackendError
+
+if TYPE_CHECKING:
+    from refold.frontends.export import Program
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file in memory, how the model's own calls map onto it, and the bytes of its weights."""
+
+    data: bytes
+    signature: flat.Signature
+    weights: int
+
+
+class OrtFormatTarget(onnxruntime.OnnxRuntimeTarget):
+    """Lowers through ONNX to a .ort file at the level that every processor can run."""
+
+    name = "ort-format"
+    suffix = ".ort"
+    verified = "run and compared on the CPU"
+
+    def lower(
+        self, program: Program, gm: fx.GraphModule, options: onnxruntime.OnnxRuntimeOptions
+    ) -> Artifact:
+        lowered = onnx.lower(program, gm, options.opset)
+        content: onnx.OnnxContent = lowered.content
+        data = _convert(content.model)
+        weights = onnx.weight_bytes(content.model)
+        return Artifact(Content(data, content.signature, weights), lowered.notes)
+
+    def load(self, artifact: Artifact, options: onnxruntime.OnnxRuntimeOptions) -> Runner:
+        content: Content = artifact.content
+        signature = content.signature
+        session = onnxruntime.open_session(content.data, threads=options.threads)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            tensors = signature.tensors(args, kwargs)
+            return signature.rebuild(onnxruntime.run_session(session, tensors))
+
+        return run
+
+    def save(self, artifact: Artifact, folder: Path, name: str) -> None:
+        (folder / name).write_bytes(artifact.content.data)
+
+    def stats(self, artifact: Artifact) -> dict[str, int]:
+        content: Content = artifact.content
+        return {"nodes": count_nodes(content.data), "bytes": content.weights}
+
+
+def _convert(model: Any) -> bytes:
+    """Writes the file with the optimizations that depend on no processor.
+
+    Those that do are recorded in it, and replayed where the file is loaded.
+    """
+    import onnxruntime as runtime
+
+    with tempfile.TemporaryDirectory(prefix="refold-") as folder:
+        source, written = Path(folder) / "model.onnx", Path(folder) / "model.ort"
+        onnx.save(model, Path(folder), source.name)
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(written)
+        options.add_session_config_entry("session.save_model_format", "ORT")
+        options.add_session_config_entry("optimization.minimal_build_optimizations", "save")
+        try:
+            runtime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            # The bindings raise classes of their own that share no base but Exception.
+            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise BackendError(
+                f"ONNX Runtime cannot convert the model: {text}{onnx.places(model, text)}"
+            ) from error
+        return written.read_bytes()
+
+
+def count_nodes(data: bytes) -> int:
+    """Operator nodes of a .ort file."""
+    from onnxruntime.tools.ort_format_model.ort_flatbuffers_py.fbs import InferenceSession
+
+    return InferenceSession.InferenceSession.GetRootAs(data, 0).Model().Graph().NodesLength()

@@ -1,0 +1,122 @@
+"""Programs of fixed shapes, for runtimes that plan all their memory ahead of time."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from refold.backends import flat
+from refold.backends.torch import symbolic_dims
+from refold.errors import BackendError
+from refold.graph import provenance
+from refold.graph.kinds import op_name
+
+if TYPE_CHECKING:
+    from refold.frontends.export import Program
+
+
+@dataclass(frozen=True)
+class StaticProgram:
+    """A folded program over flat tensors of fixed shapes.
+
+    Attributes:
+        module: the graph, one tensor a placeholder.
+        tensors: an input for each placeholder.
+        signature: how the model's own calls map onto them.
+        notes: what became static, for the report.
+    """
+
+    module: fx.GraphModule
+    tensors: tuple[torch.Tensor, ...]
+    signature: flat.Signature
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, program: Program, gm: fx.GraphModule, runtime: str) -> StaticProgram:
+        """Flattens the program; raises if one of its dimensions is still symbolic."""
+        module, signature = flat.flatten(gm, program)
+        inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+        for node in inputs:
+            dims = symbolic_dims(node)
+            if dims:
+                raise BackendError(
+                    f"{runtime} needs fixed shapes, and dimension {dims[0]} of {node.name} is "
+                    "dynamic: leave dynamic_shapes out, or export the program without them"
+                )
+        tensors = tuple(t.clone() for t in signature.tensors(program.args, program.kwargs))
+        shapes = (
+            f"{name} {list(t.shape)}"
+            for name, t in zip(signature.input_names, tensors, strict=True)
+        )
+        notes = [f"{runtime} needs fixed shapes, the batch's too: {', '.join(shapes)}"]
+        if signature.written:
+            names = ", ".join(signature.written)
+            notes.append(f"the model writes its input {names}; the artifact leaves it alone")
+        return cls(module, tensors, signature, tuple(notes))
+
+    def export(self) -> torch.export.ExportedProgram:
+        """The graph as an exported program of its own."""
+        with torch.no_grad():
+            return torch.export.export(self.module, self.tensors, strict=False)
+
+    def places(self, text: str) -> str:
+        """Where the operators come from that a converter's message names: lines, or nothing."""
+        # Converters say aten::foo_copy.out, aten_foo_default, torch.ops.aten.foo.default.
+        words = {w.removesuffix("_copy") for w in re.findall(r"[a-z]\w*", text)}
+        words |= {w.removeprefix("aten_").removesuffix("_default") for w in words}
+        lines = []
+        for node in self.module.graph.nodes:
+            if node.op == "call_function" and op_name(node).split(".")[0] in words:
+                module, source = provenance.module_path(node), provenance.source_line(node)
+                where = f" of module {module!r}" if module else ""
+                lines.append(f"\n  {node.name}{where}{f' at {source}' if source else ''}")
+        return "".join(lines[:3])
+
+
+def keep_pooled_dims(graph: fx.Graph) -> None:
+    """Means over height and width keep their dimensions, and a view drops them.
+
+    XNNPACK takes a mean for global average pooling in that spelling alone; the numbers are the
+    same.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mean.dim):
+        data, dims, keep, *dtype = [*node.args, False][:3] + list(node.args[3:])
+        result = node.meta["val"]
+        pools = data.meta["val"].dim() == 4 and sorted(d % 4 for d in dims or ()) == [2, 3]
+        if keep or not pools or dtype or node.kwargs:
+            continue
+        sizes = [int(s) for s in result.shape]
+        with graph.inserting_before(node):
+            mean = graph.call_function(node.target, (data, dims, True))
+            dropped = graph.call_function(torch.ops.aten.view.default, (mean, sizes))
+        mean.meta = {**node.meta, "val": result.new_empty([*sizes, 1, 1])}
+        dropped.meta = dict(node.meta)
+        node.replace_all_uses_with(dropped)
+        graph.erase_node(node)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the converters' chatter: deprecations of their own, a line for every stage."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    sink = io.StringIO()
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(sink),
+            contextlib.redirect_stderr(sink),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

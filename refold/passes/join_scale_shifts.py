@@ -1,0 +1,129 @@
+"""Join scale-shifts of one tensor that are added: a norm beside its input, a scale minus one.
+
+    (g1 * x + h1) + a * (g2 * x + h2) = (g1 + a * g2) * x + (h1 + a * h2)
+
+Each side is a chain of scale-shifts (batch norms, depthwise 1x1 convolutions, ``g*x``, ``x+h`` in
+any spelling), or the tensor itself. What comes out is one scale-shift, which the layers around it
+may then absorb, where the sum could not go.
+
+Exact when: both chains start from one tensor, nothing else reads what lies between, and the
+constants stay as small as the ones that they replace. Two calls at most stand for two at least.
+
+Before::
+
+    %n = batch_norm(%x, @gamma, @beta, @mean, @var)
+    %s = mul(%x, @alpha)
+    %y = add(%n, %s)
+
+After::
+
+    %s = mul(%x, @folded_scale)
+    %y = add(%s, @folded_shift)
+
+Source: RepBN (Guo et al., SLAB, ICML 2024, section 3.2); RIFormer (Wang et al., CVPR 2023, section
+3.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from refold.algebra.lazy import Lazy
+from refold.graph import constants, nodes, records
+from refold.graph.nodes import aten
+from refold.rewrite.driver import apply_rules
+from refold.rewrite.pattern import Call, Match, Var
+from refold.rewrite.result import PassResult
+from refold.rewrite.rule import Builder, RewriteRule
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """``scale * x + shift``, and the calls that compute it from ``x``."""
+
+    x: fx.Node
+    scale: torch.Tensor
+    shift: torch.Tensor
+    calls: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class JoinScaleShifts:
+    """Joins scale-shifts that are added; see the module docstring."""
+
+    name: str = "join-scale-shifts"
+    exactness: str = "reassociates"
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        return apply_rules(gm, (Join(),))
+
+
+class Join(RewriteRule):
+    """The sum of two scale-shifts of one tensor is one scale-shift of it."""
+
+    name = "join-scale-shifts"
+    exactness = "reassociates"
+    pattern = Call(
+        (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor), Var("a"), Var("b"), ...
+    ).where(lambda node: _joined(node) is not None)
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        joined = _joined(match.root)
+        assert joined is not None
+        result, root = joined.x, match.root
+        for target, name, value in _steps(joined):
+            data = constants.add(build.gm, f"{root.name}.{name}", Lazy.of(value), root.meta["val"])
+            result = nodes.call(
+                build.graph, target, (result, data),
+                rule=self.name, sources=joined.calls, like=root,
+            )  # fmt: skip
+        return result
+
+
+def _steps(joined: _Chain) -> list[tuple[Any, str, torch.Tensor]]:
+    steps: list[tuple[Any, str, torch.Tensor]] = []
+    if not bool((joined.scale == 1).all()):
+        steps.append((aten.mul.Tensor, "scale", joined.scale))
+    if not bool((joined.shift == 0).all()):
+        steps.append((aten.add.Tensor, "shift", joined.shift))
+    return steps
+
+
+def _joined(root: fx.Node) -> _Chain | None:
+    total = records.add(root)
+    if total is None:
+        return None
+    right = {chain.x: chain for chain in _chains(total.right, root)}
+    for left in _chains(total.left, root):
+        other = right.get(left.x)
+        if other is None or not (left.calls or other.calls):
+            continue
+        calls = tuple(dict.fromkeys((*left.calls, *other.calls, root)))  # two at least
+        scale = left.scale + total.alpha * other.scale
+        shift = left.shift + total.alpha * other.shift
+        widest = max(t.numel() for c in (left, other) for t in (c.scale, c.shift))
+        if max(scale.numel(), shift.numel()) > widest:
+            return None  # one varies along one axis, one along another
+        finite = bool(scale.isfinite().all()) and bool(shift.isfinite().all())
+        return _Chain(left.x, scale, shift, calls) if finite else None
+    return None
+
+
+def _chains(node: fx.Node, reader: fx.Node) -> list[_Chain]:
+    """A node as a scale-shift of itself, of what it scales and shifts, and so on upwards."""
+    one = torch.ones((1,) * len(nodes.shape(node)), dtype=torch.float64)
+    found = [_Chain(node, one, torch.zeros_like(one))]
+    while True:
+        last = found[-1]
+        step = records.affine(last.x)
+        if step is None or nodes.pinned(last.x) or not nodes.only_user(last.x, reader):
+            return found
+        scale, shift = step.scale.get(), step.shift.get()
+        own = (last.x,) if step.reader is last.x else (step.reader, last.x)
+        calls = (*own, *last.calls)
+        found.append(_Chain(step.x, last.scale * scale, last.scale * shift + last.shift, calls))
+        reader = step.reader

@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+import refold
+from refold.backends import litert as backend
+from refold.errors import BackendError, UsageError
+from tests.backends import runtimes
+
+pytest.importorskip("litert_torch")
+pytest.importorskip("ai_edge_litert")
+
+
+@pytest.fixture(scope="module")
+def built():
+    return runtimes.compile_net("litert", 2)
+
+
+def test_calls(built):
+    compiled, model, _ = built
+    runtimes.check_calls(compiled, model, 2)
+    assert any("fixed shapes" in note for note in compiled.report.notes)
+
+
+def test_saved_file_runs(built, tmp_path):
+    compiled, model, x = built
+    path = compiled.save(tmp_path / "net.tflite")
+    runtimes.check_files(tmp_path, {"net.tflite"})
+    data = path.read_bytes()
+    assert backend.count_operators(data) == compiled.report.artifact["nodes"] == 5
+    run = backend.open_interpreter(data).get_signature_runner()
+    got = torch.from_numpy(run(args_0=x.numpy())["output_0"])
+    torch.testing.assert_close(got, model(x))
+
+
+def test_folding_leaves_fewer_operators():
+    runtimes.check_residual("litert", 2)
+
+
+def test_zero_pad_before_max_pool():
+    runtimes.check_zero_pad("litert", 2)
+
+
+def test_order_of_inputs_and_results():
+    class Net(torch.nn.Module):
+        def forward(self, x, y):
+            return {"difference": x - y, "x": (x * 2).relu(), "y": y.exp()}
+
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    compiled = refold.compile_for_inference(Net(), (x, y), target="litert")
+    for name, expected in Net()(x, y).items():
+        torch.testing.assert_close(compiled(x, y)[name], expected)
+
+
+def test_corrupt_model_is_an_error():
+    with pytest.raises(BackendError, match="LiteRT cannot load the model"):
+        backend.open_interpreter(b"no model" * 100)
+
+
+def test_no_threads():
+    with pytest.raises(UsageError, match="threads must be 1 or more"):
+        backend.LiteRtOptions(threads=0)
