@@ -110,6 +110,11 @@ class Cubic(nn.Module):
         return nn.functional.interpolate(x, scale_factor=2.0, mode="bicubic")
 
 
+class Pooled(nn.Module):
+    def forward(self, x):
+        return nn.functional.avg_pool1d(x.flatten(2), 2)
+
+
 class Dilated(nn.Module):
     def __init__(self):
         super().__init__()
@@ -124,7 +129,7 @@ class Bits(nn.Module):
         return x.to(torch.int32) & 7
 
 
-@pytest.mark.parametrize("kind", [Indices, Dilated, Cubic, Bits])
+@pytest.mark.parametrize("kind", [Indices, Dilated, Bits])
 def test_parser_and_table_agree_on_rejections(kind, tmp_path):
     path = lowered(kind(), torch.randn(2, 3, 8, 8), tmp_path)
     model = path / artifact.MODEL
@@ -140,6 +145,14 @@ def test_parser_and_table_agree_on_rejections(kind, tmp_path):
     assert by_table.source in str(error.value)
     assert "fix:" in str(error.value)
     assert not (path / artifact.ENGINES).exists()
+
+
+@pytest.mark.parametrize("kind", [Cubic, Pooled])
+def test_parser_and_table_agree_on_what_is_accepted(kind, tmp_path):
+    path = lowered(kind(), torch.randn(2, 3, 8, 8), tmp_path)
+    found = check.preflight(path / artifact.MODEL, ops.Version.parse("rtx"), library.find(RTX))
+    assert not found.rejections
+    assert build.build(path, library=RTX).record.layers
 
 
 def test_parser_names_the_users_line_where_the_table_knows_nothing(small, monkeypatch):

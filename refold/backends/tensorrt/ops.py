@@ -1,7 +1,8 @@
 """What a version of TensorRT accepts, by name, dtype and attribute: facts known without it.
 
 The operators and dtypes are those that the parser's documentation states for 10.15 (opset 9 to
-24), corrected where the parser of TensorRT-RTX 1.7 was asked and said otherwise. A table of names
+24), corrected where the parser of TensorRT-RTX 1.7 was asked and said otherwise (it takes cubic
+Resize and pooling over one dimension, and no HardSwish in bfloat16). A table of names
 cannot decide everything: where the library is installed its own parser has the last word.
 """
 
@@ -187,18 +188,13 @@ def _attribute_objections(
     ranks: Mapping[int, int],
     outputs: int,
 ) -> Iterator[Objection]:
-    if op in ("MaxPool", "AveragePool", "LpPool"):
-        if ranks.get(0, 4) not in (4, 5):
-            yield Objection(f"{op} over {ranks[0] - 2} dimensions", "reshape to two dimensions")
-        if any(d != 1 for d in attributes.get("dilations", ())):
-            yield Objection(f"{op} with dilation", "use dilation 1")
+    dilated = any(d != 1 for d in attributes.get("dilations", ()))
+    if op in ("MaxPool", "AveragePool", "LpPool") and dilated:
+        yield Objection(f"{op} with dilation", "use dilation 1")
     if op == "MaxPool" and outputs > 1:
         yield Objection("MaxPool that returns indices", "use return_indices=False")
-    if op == "Resize":
-        if attributes.get("antialias"):
-            yield Objection("Resize with antialias", "use antialias=False")
-        if attributes.get("mode", "nearest") not in ("nearest", "linear", b"nearest", b"linear"):
-            yield Objection(f"Resize with mode {attributes['mode']}", "use linear or nearest")
+    if op == "Resize" and attributes.get("antialias"):
+        yield Objection("Resize with antialias", "use antialias=False")
     if op.startswith("Reduce") and 1 in ranks and 1 not in constants:
         yield Objection(f"{op} over axes that are computed", "give the dimensions as numbers")
     if op in ("Squeeze", "Unsqueeze", "CumSum") and 1 in ranks and 1 not in constants:
