@@ -481,8 +481,8 @@ def drop_no_ops(gm: fx.GraphModule) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target is aten.view.default:
-            node.target = aten.reshape.default
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default  # also where a copy before it is dropped
             continue
         source = node.args[0] if node.args else None
         if not is_tensor(node) or not isinstance(source, fx.Node) or not is_tensor(source):
