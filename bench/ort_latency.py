@@ -44,7 +44,9 @@ def write_forms(name: str, size: int | None, folder: Path) -> tuple[dict[str, Pa
     model, images = network(name, size)
     image = images[:1]
     with quiet():
-        folded = refold.compile_for_inference(model, (images,), target="onnx")
+        folded = refold.compile_for_inference(
+            model, (image,), target="onnx", dynamic_shapes=({},)
+        )  # static like the others: sizes that are computed cost time of their own
         paths = {
             "unfolded": export_onnx(model, (image,), folder / "unfolded.onnx"),
             "deploy": export_onnx(deploy_form(model), (image,), folder / "deploy.onnx"),

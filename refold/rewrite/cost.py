@@ -22,6 +22,10 @@ from refold.graph.kinds import LAYOUT, kind, op_name
 from refold.graph.nodes import hint, hints
 
 
+_LANES = 16  # floats in a vector of the kernels that the table was measured on
+_FEW = 4  # up to so many input channels kernels for images do not pad them
+
+
 @dataclass(frozen=True)
 class CostTable:
     """Measured rates of one machine: GFLOP/s per family, GB/s, microseconds per launch."""
@@ -48,15 +52,23 @@ def convolution(
     """Microseconds of a convolution; shapes are ``[N, C, *spatial]`` at the trace's sizes."""
     table = CostTable.load()
     window = math.prod(taps)
-    flops = 2.0 * math.prod(out_shape) * per_group * window
+    positions = math.prod(out_shape) // max(out_shape[1], 1)
+    channels, inner = _in_lanes(out_shape[1]), per_group
     if per_group == 1 and groups > 1:
         rate = table.conv_depthwise
     elif groups > 1:
-        rate = table.conv_grouped
+        rate, channels = table.conv_grouped, out_shape[1]
     else:
         rate = table.conv_1x1 if window == 1 else table.conv_kxk
+        inner = _in_lanes(per_group) if per_group > _FEW else per_group
+    flops = 2.0 * positions * channels * inner * window
     moved = (math.prod(out_shape) + math.prod(in_shape)) * width
     return _time(flops, rate, moved + out_shape[1] * per_group * window * width)
+
+
+def _in_lanes(channels: int) -> int:
+    """Channels as blocked kernels compute them: six take as long as sixteen."""
+    return -(-channels // _LANES) * _LANES
 
 
 def matrix(rows: int, out_features: int, in_features: int, width: int) -> float:
