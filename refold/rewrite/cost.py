@@ -21,7 +21,6 @@ from refold.graph import records
 from refold.graph.kinds import LAYOUT, kind, op_name
 from refold.graph.nodes import hint, hints
 
-
 _LANES = 16  # floats in a vector of the kernels that the table was measured on
 _FEW = 4  # up to so many input channels kernels for images do not pad them
 

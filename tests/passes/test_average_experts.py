@@ -375,6 +375,7 @@ def test_verification_takes_the_mean_of_the_experts() -> None:
     assert 1e-5 < judged["error"] <= judged["tolerance"] == 0.1
     assert any("compared with the mean of the experts" in n for n in folded.report.notes)
     assert any("measured" in n and "parameters" in n for n in folded.report.notes)
+    assert any(n.startswith("time on the example, before / after") for n in folded.report.notes)
     again = refold.Report.from_json(folded.report.to_json())
     figures = [a.figures for a in again.applied if a.rule == "average-experts"]
     assert figures[0]["tolerance"] == 0.1
@@ -386,6 +387,7 @@ def test_a_random_partition_that_stays_is_not_compared() -> None:
     assert "draws random numbers" in folded.report.numerics["summary"]
     assert any("random partition" in d.reason for d in folded.report.declined)
     assert not any("compared with the mean" in n for n in folded.report.notes)
+    assert not any("time on the example" in n for n in folded.report.notes)
 
 
 def test_other_random_numbers_still_forbid_a_comparison() -> None:
