@@ -7,6 +7,9 @@ A batch norm in eval mode is a scale and a shift per channel of axis 1; it goes 
 (convolution, transposed convolution with groups, linear, another norm's affine part), passing
 layouts, concatenation, sums and unpadded averages, or into every consumer where that is exact.
 
+A norm that nothing takes is one scale-shift already, and stays one call: runtimes have a kernel for
+it, and a multiplication and an addition would be two.
+
 Exact when: running statistics are used (``training=False``); the producer has no other user; on
 the way down, no zero padding meets the shift.
 
