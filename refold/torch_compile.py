@@ -421,9 +421,12 @@ class _Guarded:
             if inside:
                 run = self._compiler.folded(gm, captured.fakes)
                 return _Variant(state, run, inductor.SizeGuards({}, None))
-            return _Variant(
-                state, *inductor.compile_outside(gm, captured.fakes, self._compiler.folded)
-            )
+            try:
+                made = inductor.compile_outside(gm, captured.fakes, self._compiler.folded)
+            except Exception as error:
+                reason = f"compiling it failed ({error!r:.300})"
+                raise NotFoldable(reason, "report it as a bug of refold") from error
+            return _Variant(state, *made)
 
     def _folded(self, args: Sequence[Any]) -> fx.GraphModule:
         captured, settings = self._captured, self._settings

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -75,6 +74,7 @@ class InductorTarget:
         gm, settings = artifact.content.graph_module, artifact.content.settings
         info = gm.graph._codegen.pytree_info
         flat, rebuild = _flat_graph(gm)
+        sizes = _name_sizes(flat)
         fakes = [n.meta["val"] for n in flat.graph.find_nodes(op="placeholder")]
         with torch.no_grad():
             compiled, guards = compile_outside(
@@ -84,8 +84,10 @@ class InductorTarget:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             leaves = fx_pytree.tree_flatten_spec((args, kwargs), info.in_spec)
-            chosen = compiled if guards.hold(leaves) else flat
-            return pytree.tree_unflatten(rebuild(conform.call(chosen, leaves)), info.out_spec)
+            named = [leaves[i].shape[axis] for i, axis in sizes]
+            chosen = compiled if guards.hold([*leaves, *named]) else flat
+            results = conform.call(lambda *inputs: chosen(*inputs, *named), leaves)
+            return pytree.tree_unflatten(rebuild(results), info.out_spec)
 
         return run
 
@@ -172,30 +174,11 @@ def compile_outside(
     """
     mode = nodes.fake_mode(gm.graph)
     env = getattr(mode, "shape_env", None)
-    with _open(env) as made, _scalars_as_they_are():
+    with _open(env) as made:
         context = torch._guards.tracing(torch._guards.TracingContext(mode))
         with context if mode is not None else nullcontext():
             compiled = compiler(gm, list(fakes))
         return compiled, SizeGuards.of(fakes, made())
-
-
-@contextmanager
-def _scalars_as_they_are() -> Iterator[None]:
-    """Turns a pass of AOTAutograd off that makes tensors of Python floats.
-
-    It serves floats among the inputs, which an exported graph does not have, and fails where a
-    float depends on a size that no input names (``interpolate`` with a dynamic height).
-    """
-    name = "TENSORIFY_PYTHON_SCALARS"  # the pass has no other switch
-    before = os.environ.get(name)
-    os.environ[name] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @contextmanager
@@ -316,3 +299,24 @@ def _flat_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, Callable[..., list[
         return [next(computed) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
 
     return fx.GraphModule(gm, graph), rebuild
+
+
+def _name_sizes(flat: fx.GraphModule) -> list[tuple[int, int]]:
+    """Gives every symbolic size an input of its own, as dynamo does; returns where each is found.
+
+    A pass of AOTAutograd looks sizes that floats depend on up among the inputs
+    (``interpolate`` with a dynamic height and a scale factor).
+    """
+    inputs = flat.graph.find_nodes(op="placeholder")
+    found: dict[Any, tuple[int, int]] = {}
+    for i, node in enumerate(inputs):
+        for axis, size in enumerate(nodes.shape(node) if nodes.is_tensor(node) else ()):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                found.setdefault(size.node.expr, (i, axis))
+    last = inputs[-1] if inputs else None
+    for i, axis in found.values():
+        with flat.graph.inserting_after(last):
+            last = flat.graph.placeholder(f"size_{i}_{axis}")
+        last.meta["val"] = nodes.shape(inputs[i])[axis]
+    flat.recompile()
+    return list(found.values())
