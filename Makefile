@@ -50,7 +50,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy
 	$(PIP) --editable '.[ort,openvino,test]'
-	$(PIP) pyyaml huggingface_hub safetensors pillow
+	$(PIP) pyyaml huggingface_hub safetensors pillow transformers
 	$(PIP) --no-deps timm torchvision
 	@touch $@
 
