@@ -108,8 +108,9 @@ def _joined(root: fx.Node) -> _Chain | None:
         widest = max(t.numel() for c in (left, other) for t in (c.scale, c.shift))
         if max(scale.numel(), shift.numel()) > widest:
             return None  # one varies along one axis, one along another
-        finite = bool(scale.isfinite().all()) and bool(shift.isfinite().all())
-        return _Chain(left.x, scale, shift, calls) if finite else None
+        largest = torch.finfo(nodes.dtype(root)).max  # float16 overflows where its parts did not
+        fits = all(bool((t.abs() <= largest).all()) for t in (scale, shift))
+        return _Chain(left.x, scale, shift, calls) if fits else None
     return None
 
 

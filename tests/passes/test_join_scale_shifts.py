@@ -113,6 +113,18 @@ def test_a_plain_sum_stays() -> None:
     assert left(after) == {"tanh": 1, "relu": 1, "add": 1}
 
 
+def test_what_would_overflow_float16_stays() -> None:
+    class Halves(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x * 60000 + x * 60000)
+
+    with torch.no_grad():
+        gm = trace(Halves(), torch.randn(2, 4, 3, 3).half())
+        before = left(gm)
+        JOIN.run(gm)
+        assert left(gm) == before
+
+
 def test_excluded_layers_stay() -> None:
     model = net(lambda s, x: s.n(x) + x, n=nn.BatchNorm2d(4))
     with torch.no_grad():
