@@ -20,21 +20,6 @@ NET = "tests.small_nets:ConvNet"
 PLAIN = "tests.small_nets:NothingToFold"
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[1])
-
-    def call(*arguments):
-        try:
-            code = cli.main([str(a) for a in arguments])
-        except SystemExit as error:
-            code = error.code
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return call
-
-
 # --- commands -------------------------------------------------------------------------------------
 
 

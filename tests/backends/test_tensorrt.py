@@ -846,21 +846,6 @@ HOLDERS = ("library", "build", "runner")
 # --- command line ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[2])
-
-    def call(*arguments):
-        try:
-            code = cli.main([str(a) for a in arguments])
-        except SystemExit as error:
-            code = error.code
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return call
-
-
 NET = "tests.small_nets:ConvNet"
 
 
