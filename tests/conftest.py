@@ -1,4 +1,4 @@
-"""Shared fixtures: one thread, no warnings of torch's own tracing, a seed a test, the command line."""
+"""Shared fixtures: one thread, a seed for every test, the command line."""
 
 from __future__ import annotations
 
