@@ -50,7 +50,7 @@ from refold.graph.kinds import kind, op_name
 from refold.graph.nodes import aten, hint, hints, same, shape
 from refold.rewrite import cost, layout, maps
 from refold.rewrite.maps import Key, MapReader
-from refold.rewrite.push_affine import overflows
+from refold.rewrite.push_affine.walk import overflows
 from refold.rewrite.result import Declined, PassResult, applied, declined
 
 _PRODUCTS = ("conv", "linear", "matmul")

@@ -1,0 +1,1 @@
+"""Mechanism A: one room a direction. ``pusher`` decides, ``up`` and ``down`` plan."""

@@ -1,0 +1,265 @@
+"""The way down: every reader of a tensor takes its scale and shift."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from refold.algebra.lazy import Lazy
+from refold.graph import constants, nodes, provenance, records
+from refold.graph.nodes import aten, is_call, is_tensor
+from refold.rewrite import cost, layout
+from refold.rewrite.push_affine.factor import Factor, Plan, Refused, preimage
+from refold.rewrite.push_affine.walk import (
+    SMALL,
+    Walk,
+    not_linear,
+    reads,
+    set_arguments,
+    uneven,
+    widens,
+)
+
+
+class Downward(Walk):
+    """Plans readers."""
+
+    def _down(self, n: fx.Node, factor: Factor, plan: Plan) -> None:
+        """Plans every reader of ``n`` to read a value to which the factor was not applied."""
+        if factor.is_identity:
+            return
+        for user in list(n.users):
+            if nodes.pinned(user):
+                raise Refused(f"{user.name} is excluded")
+            if user.op != "call_function" or reads(user, n) != 1:
+                raise Refused(f"{user.name} reads it")
+            if not self._down_terminal(user, n, factor, plan):
+                self._down_passing(user, n, factor, plan)
+
+    def _down_terminal(self, c: fx.Node, n: fx.Node, factor: Factor, plan: Plan) -> bool:
+        if (conv := records.conv(c)) is not None and conv.x is n:
+            channels = (
+                conv.weight.shape[0] if conv.transposed else (conv.weight.shape[1] * conv.groups)
+            )
+            reason = uneven(conv, factor) if factor.shifts else None
+            if reason is not None and not self._pad_before_cast(conv, factor, plan):
+                self._down_map(conv, factor, reason, plan)
+                factor = Factor(factor.scale, torch.zeros_like(factor.scale))
+            scale, shift = factor.vectors(1, channels)
+            self._check_sharing(conv.weight_node)
+
+            def scaled(w: torch.Tensor) -> torch.Tensor:
+                ones = (1,) * (w.dim() - 2)
+                if conv.transposed:
+                    return w * scale.reshape(-1, 1, *ones)
+                blocks = w.reshape(conv.groups, -1, *w.shape[1:])
+                return (blocks * scale.reshape(conv.groups, 1, w.shape[1], *ones)).reshape(w.shape)
+
+            def moved() -> torch.Tensor:
+                w = conv.weight.get()
+                w = w.reshape(conv.groups, -1, w.shape[1], w[0, 0].numel()).sum(-1)
+                extra = torch.einsum("goi,gi->go", w, shift.reshape(conv.groups, -1)).reshape(-1)
+                return extra if conv.bias is None else extra + conv.bias.get()
+
+            weight = conv.weight.map(conv.weight.shape, scaled)
+            bias = Lazy((conv.out_channels,), moved) if factor.shifts else conv.bias
+            self._check_range(c, weight)
+            self._check_range(c, bias)
+            plan.edits.append(
+                lambda: self._set_weights(c, 1, conv.weight_node, weight, 2, conv.bias_node, bias)
+            )
+        elif (linear := records.linear(c)) is not None and linear.x is n:
+            scale, shift = factor.vectors(-1, linear.weight.shape[1])
+            self._check_sharing(linear.weight_node)
+            weight = linear.weight.times(scale)
+
+            def total() -> torch.Tensor:
+                extra = linear.weight.get() @ shift
+                return extra if linear.bias is None else extra + linear.bias.get()
+
+            bias = Lazy((weight.shape[0],), total) if factor.shifts else linear.bias
+            self._check_range(c, weight)
+            self._check_range(c, bias)
+            plan.edits.append(lambda: self._set_linear(linear, weight, bias))
+        else:
+            return False
+        plan.kept.add(c)
+        plan.touch(c)
+        return True
+
+    def _pad_before_cast(self, conv: records.Conv, factor: Factor, plan: Plan) -> bool:
+        """Pads integers with the one value that the scale and shift take to zero.
+
+        Only where the cast to floats follows, so that narrow elements move instead of wide ones.
+        """
+        assert self.record is not None
+        cast, c = self.record.x, conv.node
+        if conv.x is not self.record.node or not nodes.only_user(conv.x, c):
+            return False
+        if not is_call(cast, aten.to.dtype) or not nodes.only_user(cast, self.record.reader):
+            return False
+        source = cast.args[0]
+        assert isinstance(source, fx.Node)
+        if nodes.dtype(source) not in (torch.uint8, torch.int8) or nodes.pinned(cast):
+            return False
+        if (
+            conv.transposed
+            or factor.varies() - {1}
+            or isinstance(nodes.arguments(c)["padding"], str)
+        ):
+            return False
+        value, limits = preimage(factor, 0.0), torch.iinfo(nodes.dtype(source))
+        if value is None or value != round(value) or not limits.min <= value <= limits.max:
+            return False
+        if cost.elementwise(nodes.hints(source), 1, 1) >= cost.of(self.record.node):
+            return False
+
+        def edit() -> None:
+            amounts = [p for p in reversed(conv.padding) for _ in (0, 1)]
+            with self.graph.inserting_before(cast):
+                padded = nodes.call(
+                    self.graph, aten.pad.default, (source, amounts, "constant", value),
+                    rule=self.rule, sources=[conv.x],
+                )  # fmt: skip
+            for node in (padded, cast):  # neither has the value of a node of the original
+                provenance.derive(node, [node], self.rule, value=None)
+            cast.replace_input_with(source, padded)
+            cast.meta["val"] = nodes.fake_result(cast)
+            set_arguments(c, {4: [0] * conv.spatial})
+
+        plan.edits.append(edit)
+        return True
+
+    def _down_map(self, conv: records.Conv, factor: Factor, reason: str, plan: Plan) -> None:
+        """Adds to the output what the layer makes of the shift, computed once."""
+        c = conv.node
+        assert self.record is not None
+        sizes, results = nodes.shape(conv.x)[1:], nodes.shape(c)[1:]
+        if not self.border_maps or 0 in factor.varies() or widens(self.record):
+            raise Refused(reason)
+        if any(not isinstance(s, int) for s in (*sizes, *results)):
+            raise Refused(f"{reason}; a map of what it adds needs a fixed height and width")
+        shape = (1, *map(int, results))
+        rest = list(nodes.arguments(c).values())[3:]
+
+        def compute() -> torch.Tensor:
+            shift = factor.shift.expand(1, *map(int, sizes))
+            out: torch.Tensor = c.target(shift, conv.weight.get(), None, *rest)  # type: ignore[operator]
+            return out
+
+        added = Lazy(shape, compute)
+        width = c.meta["val"].element_size()
+        plan.price += cost.elementwise(nodes.hints(c), 1, width, added.numel())
+        now = cost.of(self.record.node)
+        if plan.price >= now:
+            raise Refused(
+                f"{reason}; a map of what it adds would cost {plan.price:.1f} us instead of "
+                f"{now:.1f} us (cost table)"
+            )
+        size = added.numel() * width
+        if size > SMALL:
+            if size > self.budget:
+                raise Refused(f"{reason}; a map of what it adds would grow the constants too far")
+            self.budget -= size
+        self._check_range(c, added)
+
+        def edit() -> None:
+            with self.graph.inserting_before(c.next):
+                data = constants.add(self.gm, f"{c.name}.map", added, c.meta["val"])
+                total = nodes.call(
+                    self.graph, aten.add.Tensor, (c, data), rule=self.rule, sources=[c], like=c
+                )
+            provenance.derive(c, [c], self.rule, value=None)
+            c.replace_all_uses_with(total, lambda user: user is not total, propagate_meta=False)
+
+        plan.edits.append(edit)
+
+    def _down_passing(self, c: fx.Node, n: fx.Node, factor: Factor, plan: Plan) -> None:
+        plan.touch(c)
+        if c.args and c.args[0] is n and layout.is_layout(c):
+            try:
+                if not is_tensor(c):
+                    for part in list(c.users):
+                        if part.target is not operator.getitem:
+                            raise Refused(f"{part.name} reads it")
+                        self._down(part, self._gathered(part, n, factor), plan)
+                    return
+                return self._down(c, self._gathered(c, n, factor), plan)
+            except layout.Unproven as unproven:
+                raise Refused(str(unproven)) from unproven
+        if is_call(c, aten.cat.default):
+            return self._down_cat(c, n, factor, plan)
+        if (record := records.affine(c)) is not None and record.x is n:
+            return self._down_affine(record, factor, plan)
+        if (pad := records.pad(c)) is not None and pad.x is n and pad.mode == "constant":
+            self._down_pad(pad, factor, plan)
+            return self._down(c, factor, plan)
+        if c.args and c.args[0] is n and self._commutes(c, factor):
+            if is_call(c, aten.mean.dim) and not nodes.arguments(c)["keepdim"]:
+                reduced = self._reduced(c) or set()
+                sizes = [s for a, s in enumerate(factor.scale.shape) if a not in reduced]
+                shifts = [s for a, s in enumerate(factor.shift.shape) if a not in reduced]
+                factor = Factor(factor.scale.reshape(sizes), factor.shift.reshape(shifts))
+            return self._down(c, factor, plan)
+        raise Refused(not_linear(c))
+
+    def _down_affine(self, record: records.Affine, factor: Factor, plan: Plan) -> None:
+        """Into a norm; the scale alone passes a shift: ``s * x + h = s * (x + h / s)``."""
+        c, n = record.node, record.x
+        inner = Factor(record.scale.get(), record.shift.get())
+        both = Factor(inner.scale * factor.scale, inner.scale * factor.shift + inner.shift)
+        if record.is_norm:
+            if both.varies() - {1}:
+                raise Refused(f"the constant varies along another axis than {c.name}'s channels")
+            plan.kept.add(c)
+            plan.edits.append(lambda: self._emit_norm(c, n, both))
+            return
+        if not factor.shifts and not inner.shifts:
+            return self._down(c, factor, plan)
+        if bool((factor.scale == 1).all()):
+            raise Refused(f"{c.name} scales or shifts, too, and is pushed by itself")
+        if bool((both.scale == 0).any()):
+            raise Refused(f"a zero scale does not pass {c.name}, which shifts")
+        if nodes.dtype(c) == torch.float16:
+            raise Refused(f"{c.name} could overflow float16 before the scale")
+        moved = Factor(both.scale, torch.zeros_like(both.scale))
+        self._down(c, moved, plan)
+        ones, shift = torch.ones_like(both.scale), both.shift / both.scale
+        plan.edits.append(lambda: self._emit_affine(c, n, ones, shift))
+
+    def _down_pad(self, pad: records.Pad, factor: Factor, plan: Plan) -> None:
+        """Pads with the value that the scale and shift take to the pad's own."""
+        if not factor.shifts and pad.value == 0:
+            return
+        padded = len(factor.scale.shape) - len(pad.low)
+        if any(axis >= padded for axis in factor.varies()):
+            raise Refused("the constant varies along a padded axis")
+        value = preimage(factor, pad.value)
+        if value is None:
+            raise Refused(f"{pad.node.name} would have to pad each channel with another value")
+        if abs(value) > torch.finfo(nodes.dtype(pad.node)).max:
+            raise Refused(f"the value that {pad.node.name} would pad with overflows its dtype")
+        index = 2 if is_call(pad.node, aten.constant_pad_nd.default) else 3
+        plan.edits.append(lambda: set_arguments(pad.node, {index: value}))
+
+    def _gathered(self, c: fx.Node, n: fx.Node, factor: Factor) -> Factor:
+        return Factor(*layout.push(c, n, (factor.scale, factor.shift), self.graph))
+
+    def _down_cat(self, c: fx.Node, n: fx.Node, factor: Factor, plan: Plan) -> None:
+        args = nodes.arguments(c)
+        axis = int(args["dim"]) % factor.scale.dim()
+        sizes = [nodes.shape(p)[axis] for p in args["tensors"]]
+        if any(not isinstance(s, int) for s in sizes):
+            raise Refused("the concatenated axis is dynamic")
+
+        def spread(value: torch.Tensor, fill: float) -> torch.Tensor:
+            parts = []
+            for part, size in zip(args["tensors"], sizes, strict=True):
+                sizes_ = list(value.shape)
+                sizes_[axis] = int(size)
+                parts.append(value.expand(sizes_) if part is n else value.new_full(sizes_, fill))
+            return torch.cat(parts, axis)
+
+        self._down(c, Factor(spread(factor.scale, 1.0), spread(factor.shift, 0.0)), plan)

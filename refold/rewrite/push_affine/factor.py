@@ -1,0 +1,106 @@
+"""What is pushed, ``scale * x + shift``, and the plan of one path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from refold.graph import nodes
+
+Edit = Callable[[], None]
+
+
+class Refused(Exception):
+    """One step of a path cannot take the scale and shift."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """``scale * x + shift``: float64, rank of the tensor, every axis 1 or full."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    @property
+    def shifts(self) -> bool:
+        return bool(self.shift.any())
+
+    @property
+    def is_identity(self) -> bool:
+        return not self.shifts and bool((self.scale == 1).all())
+
+    @property
+    def is_positive(self) -> bool:
+        return bool((self.scale > 0).all())
+
+    def varies(self) -> set[int]:
+        """Axes along which the scale or the shift varies."""
+        return {a for t in (self.scale, self.shift) for a in range(t.dim()) if t.shape[a] != 1}
+
+    def vectors(self, axis: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift as ``[size]`` vectors along the one axis they may vary on."""
+        if self.varies() - {axis % self.scale.dim()}:
+            raise Refused("the constant varies along another axis than the channels")
+        return self.scale.reshape(-1).expand(size), self.shift.reshape(-1).expand(size)
+
+
+@dataclass
+class Plan:
+    """Edits to make, nodes whose value changes or that go, and parts of a tensor still to push.
+
+    ``parts`` holds, per tensor that several paths reach through disjoint slices, its reader on the
+    path and the joint factor; it is pushed once, when every path has arrived.
+    """
+
+    edits: list[Edit] = field(default_factory=list)
+    touched: list[fx.Node] = field(default_factory=list)
+    removed: list[fx.Node] = field(default_factory=list)
+    parts: dict[fx.Node, tuple[fx.Node, Factor]] = field(default_factory=dict)
+
+    kept: set[fx.Node] = field(default_factory=set)
+    price: float = 0.0  # of what the plan adds, in microseconds
+
+    def keeps_value(self, node: fx.Node) -> bool:
+        """True for a consumer that takes the factor in: what it computes stays the same."""
+        return node in self.kept
+
+    def touch(self, node: fx.Node) -> None:
+        if node in self.touched:
+            raise Refused(f"the path reaches {node.name} twice")
+        self.touched.append(node)
+
+    def mark(self) -> tuple[int, int, int, dict[fx.Node, tuple[fx.Node, Factor]]]:
+        return len(self.edits), len(self.touched), len(self.removed), dict(self.parts)
+
+    def rewind(self, mark: tuple[int, int, int, dict[fx.Node, tuple[fx.Node, Factor]]]) -> None:
+        del self.edits[mark[0] :], self.touched[mark[1] :], self.removed[mark[2] :]
+        self.parts = mark[3]
+
+
+def narrow(t: torch.Tensor, axis: int, start: int, size: int) -> torch.Tensor:
+    return t if t.shape[axis] == 1 else t.narrow(axis, start, size)
+
+
+def aligned(factor: Factor, operand: fx.Node) -> Factor:
+    """The factor for one operand of a broadcasting product."""
+    sizes = nodes.shape(operand)
+    rank = factor.scale.dim()
+    lead = rank - len(sizes)
+    for axis in factor.varies():
+        if axis < lead or nodes.same(sizes[axis - lead], 1):
+            raise Refused("the constant varies along an axis that this factor broadcasts")
+    shape = (lambda t: t.reshape(t.shape[lead:])) if lead else (lambda t: t)
+    return Factor(shape(factor.scale), shape(factor.shift))
+
+
+def preimage(factor: Factor, value: float) -> float | None:
+    """The one number that becomes ``value`` in every channel, or ``None``."""
+    if bool((factor.scale == 0).any()):
+        return None
+    found = (value - factor.shift) / factor.scale
+    first = float(found.reshape(-1)[0])
+    rounding = 8 * torch.finfo(torch.float64).eps * abs(first)
+    return first if bool(((found - first).abs() <= rounding).all()) else None

@@ -1,0 +1,132 @@
+"""Pushes a constant scale and shift into what produces or consumes the tensor.
+
+    y = s * f(x) + t    ->    y = f'(x)          (up: f takes the scale and shift into its weights)
+    y = f(s * x + t)    ->    y = f'(x)          (down: every consumer takes them)
+
+On its way it passes operations that commute with it: layouts, concatenation, sums, unpadded
+averages, resizing, and, for a positive scale without shift, ReLU-like activations. A whole path is
+planned before anything changes: one node that cannot take its part, and nothing happens.
+
+``fold-batch-norm`` and ``absorb-scale-shift`` are this mechanism, seen by kind of node.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from refold.graph import nodes, provenance, records
+from refold.graph.kinds import kind
+from refold.graph.nodes import aten
+from refold.rewrite import layout
+from refold.rewrite.push_affine.down import Downward
+from refold.rewrite.push_affine.factor import Factor, Plan, Refused
+from refold.rewrite.push_affine.up import Upward
+from refold.rewrite.push_affine.walk import (
+    operand,
+    widens,
+)
+from refold.rewrite.result import Applied, PassResult, applied, declined
+
+
+class Pusher(Upward, Downward):
+    """Pushes every affine operation of one family in a graph; see the module docstring.
+
+    Args:
+        gm: the graph module.
+        rule: id for the records.
+        wants: which affine records to push.
+        max_growth: how much larger the stored constants may become by un-sharing weights.
+        border_maps: let a shift that a convolution cannot take as a bias become a map of its
+            values, one for each position of the output, where that is cheaper.
+    """
+
+    def run(self) -> PassResult:
+        result = PassResult()
+        changed = True
+        while changed:
+            changed = False
+            for node in list(self.graph.nodes):
+                if node.op != "call_function" or not node.users or nodes.pinned(node):
+                    continue  # erased nodes have no users
+                record = records.affine(node) or records.widening_affine(node)
+                if record is None or not self.wants(record):
+                    continue
+                done = self.push(record)
+                if done is not None:
+                    result.applied.append(done)
+                    self.refusals.pop(node, None)
+                    changed = True
+            if changed:
+                self.graph.eliminate_dead_code()
+        result.modified = bool(result.applied)
+        alive = set(self.graph.nodes)
+        result.declined = [
+            declined(self.rule, node, reason, hint)
+            for node, (reason, hint) in self.refusals.items()
+            if node in alive
+        ]
+        return result
+
+    def push(self, record: records.Affine) -> Applied | None:
+        """Tries up, then down; records why when neither works."""
+        factor = Factor(record.scale.get(), record.shift.get())
+        if factor.is_identity:
+            return None  # clean-up removes it, where no output would come to share storage
+        self.escapes, self.record = layout.escapes(record.node), record
+        if not bool(torch.isfinite(factor.scale).all() & torch.isfinite(factor.shift).all()):
+            self.refusals[record.node] = (
+                "its constant is not finite (a mask, zero variance without eps, NaN weights)",
+                "if that is not meant, check the weights and statistics of this layer",
+            )
+            return None
+        plan = Plan()
+        try:
+            if widens(record):
+                raise Refused("its input is an integer tensor")
+            self._up(record.x, record.reader, factor, plan)
+            while plan.parts:  # the last in the graph first: its path may lead to an earlier one
+                source = max(plan.parts)
+                self._up_shared(source, *plan.parts.pop(source), plan)
+            return self._commit(record, plan)
+        except Refused as refusal:
+            upward = str(refusal)
+        plan = Plan()
+        try:
+            self._down(record.node, factor, plan)
+            return self._commit(record, plan)
+        except Refused as refusal:
+            downward = str(refusal)
+        self.refusals[record.node] = (f"into its input: {upward}; into its users: {downward}", "")
+        return None
+
+    def _commit(self, record: records.Affine, plan: Plan) -> Applied:
+        done = applied(
+            self.rule,
+            [record.node, *plan.removed],
+            plan.touched,
+            f"{kind(record.node)} into {', '.join(sorted({kind(t) for t in plan.touched}))}",
+        )
+        for node in plan.touched:
+            value: fx.Node | None = None  # upward, what lies between has a value of its own
+            if node is record.x:
+                value = record.node
+            elif plan.keeps_value(node):
+                value = node
+            provenance.derive(node, [record.node, node], self.rule, value=value)
+        current = operand(record.reader, record.x)
+        for edit in plan.edits:
+            edit()
+        new = current()
+        if widens(record):
+            with self.graph.inserting_before(record.node):
+                new = nodes.call(
+                    self.graph, aten.to.dtype, (new, nodes.dtype(record.node)),
+                    rule=self.rule, sources=[record.node],
+                )  # fmt: skip
+            provenance.derive(new, [record.node], self.rule, value=None)
+        nodes.replace(record.node, new)
+        for node in dict.fromkeys((record.node, record.reader)):
+            if not node.users:
+                self.graph.erase_node(node)
+        return done

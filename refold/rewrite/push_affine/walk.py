@@ -1,0 +1,290 @@
+"""What the way up and the way down share: what commutes, and how weights are set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from refold.algebra.lazy import Lazy
+from refold.graph import constants, nodes, records
+from refold.graph.evaluate import discontinuous
+from refold.graph.kinds import op_name
+from refold.graph.nodes import aten, is_call
+from refold.rewrite.push_affine.factor import Factor, Refused
+
+SMALL = 1 << 13  # bytes below which un-sharing a weight is never refused
+_HOMOGENEOUS = {"relu", "leaky_relu", "prelu", "_prelu_kernel"}
+_MAX_POOLS = {"max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d"}
+_MEANS = {"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}
+_MIXES = {"add", "sub", "rsub", "mul", "div", "cat", "stack", "addcmul", "lerp", "where"}
+_UNREAD = {
+    "conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "addmm", "baddbmm", "matmul", "bmm",
+    "einsum", "sum", "cumsum", "slice_scatter", "copy_", "copy", "to", "_to_copy", "index",
+    "scaled_dot_product_attention", "batch_norm", "im2col", "fft_rfft2", "fft_irfft2", "pad",
+}  # fmt: skip
+_RESIZES = {
+    "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d", "upsample_bicubic2d",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+}  # fmt: skip
+
+
+class Walk:
+    """One pass over a graph that pushes affine operations; see the package's docstring."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        rule: str,
+        wants: Callable[[records.Affine], bool],
+        max_growth: float,
+        *,
+        border_maps: bool = False,
+    ) -> None:
+        self.border_maps = border_maps
+        self.gm, self.graph, self.rule, self.wants = gm, gm.graph, rule, wants
+        self.budget = (max_growth - 1.0) * constants.stored_bytes(gm)
+        self.refusals: dict[fx.Node, tuple[str, str]] = {}
+        self.escapes = False
+        self.record: records.Affine | None = None
+
+    def _commutes(self, u: fx.Node, factor: Factor) -> bool:
+        """True if ``u(scale * x + shift) == scale * u(x) + shift`` for ``u``'s first input."""
+        name = op_name(u)
+        rank = factor.scale.dim()
+        pooled = next((int(c) for c in name if c.isdigit()), 0)
+        spatial = {a for a in factor.varies() if a >= rank - pooled}
+        if name in _HOMOGENEOUS or name in _MAX_POOLS:
+            if not factor.is_positive:
+                raise Refused(f"a negative or zero scale does not pass {name}")
+            if name in _MAX_POOLS:
+                return not spatial
+            if factor.shifts:
+                raise Refused(f"a shift does not pass {name}")
+            return True
+        if (pool := records.avg_pool(u)) is not None:
+            if factor.shifts and not pool.keeps_constants:
+                raise Refused(f"{name} averages zero padding in, which the shift would change")
+            return not spatial
+        if name in _MEANS:
+            return not spatial
+        if name in _RESIZES:
+            return not spatial
+        if is_call(u, aten.mean.dim):
+            return self._reduced(u) is not None and not (
+                factor.varies() & (self._reduced(u) or set())
+            )
+        if (pad := records.pad(u)) is not None and pad.mode == "constant":
+            axes = range(rank - len(pad.low), rank)
+            if factor.shifts or pad.value != 0:
+                raise Refused("a shift does not pass zero padding")
+            return not (factor.varies() & set(axes))
+        return False
+
+    def _reduced(self, u: fx.Node) -> set[int] | None:
+        args = nodes.arguments(u)
+        source = args["self"]
+        if args["dtype"] is not None or (not args["keepdim"] and not args["dim"]):
+            return None
+        rank = len(nodes.shape(source))
+        return {int(d) % rank for d in args["dim"] or range(rank)}
+
+    def _reshaped(self, factor: Factor, u: fx.Node, source: fx.Node) -> Factor:
+        """The factor at ``u``'s input: a mean without ``keepdim`` has fewer axes."""
+        if not is_call(u, aten.mean.dim) or nodes.arguments(u)["keepdim"]:
+            return factor
+        reduced = self._reduced(u) or set()
+        rank = len(nodes.shape(source))
+        kept = [a for a in range(rank) if a not in reduced]
+
+        def spread(t: torch.Tensor) -> torch.Tensor:
+            sizes = [1] * rank
+            for axis, size in zip(kept, t.shape, strict=True):
+                sizes[axis] = size
+            return t.reshape(sizes)
+
+        return Factor(spread(factor.scale), spread(factor.shift))
+
+    def _constant(self, before: fx.Node, name: str, data: Lazy, like: fx.Node) -> fx.Node:
+        with self.graph.inserting_before(before):
+            return constants.add(self.gm, name, data, like.meta["val"])
+
+    def _set_weights(
+        self, node: fx.Node, weight_index: int, weight_node: Any, weight: Lazy,
+        bias_index: int = -1, bias_node: Any = None, bias: Lazy | None = None,
+    ) -> None:  # fmt: skip
+        like = next(n for n in (weight_node, bias_node, node) if n is not None)
+        base = constant_name(like) if like.op == "get_attr" else node.name
+        new = self._constant(node, base, weight, like)
+        values: dict[int, Any] = {weight_index: new}
+        if bias is not None and bias_index >= 0:
+            stem = base.removesuffix("weight").rstrip("._")
+            values[bias_index] = self._constant(node, f"{stem}.bias", bias, like)
+        set_arguments(node, values)
+
+    def _set_linear(self, linear: records.Linear, weight: Lazy, bias: Lazy | None) -> None:
+        node = linear.node
+        base = (
+            constant_name(linear.weight_node) if linear.weight_node.op == "get_attr" else node.name
+        )
+        new = self._constant(node, base, weight, linear.weight_node)
+        bias_node = None
+        if bias is not None:
+            stem = base.removesuffix("weight").rstrip("._")
+            bias_node = self._constant(node, f"{stem}.bias", bias, linear.weight_node)
+        node.target = aten.linear.default
+        node.args, node.kwargs = (linear.x, new, bias_node), {}
+
+    def _emit_norm(self, node: fx.Node, x: fx.Node, factor: Factor) -> None:
+        channels = nodes.shape(node)[1]
+        scale, shift = factor.vectors(1, int(channels))
+        with self.graph.inserting_before(node):
+            parts = [
+                constants.add(self.gm, f"{node.name}.{label}", Lazy.of(value), node.meta["val"])
+                for label, value in (
+                    ("weight", scale), ("bias", shift),
+                    ("mean", torch.zeros_like(scale)), ("var", torch.ones_like(scale)),
+                )
+            ]  # fmt: skip
+            new = nodes.call(
+                self.graph, aten.batch_norm.default,
+                (x, *parts, False, 0.0, 0.0, False), rule=self.rule, sources=[node],
+            )  # fmt: skip
+        nodes.replace(node, new)
+
+    def _emit_affine(
+        self, node: fx.Node, x: fx.Node, scale: torch.Tensor, shift: torch.Tensor
+    ) -> None:
+        out = x
+        with self.graph.inserting_before(node):
+            for target, value, neutral in (
+                (aten.mul.Tensor, scale, 1.0), (aten.add.Tensor, shift, 0.0),
+            ):  # fmt: skip
+                if bool((value == neutral).all()):
+                    continue
+                data = constants.add(
+                    self.gm, f"{node.name}.{target._schema.name[6:]}", Lazy.of(value),
+                    node.meta["val"],
+                )  # fmt: skip
+                out = nodes.call(self.graph, target, (out, data), rule=self.rule, sources=[node])
+        nodes.replace(node, out)
+
+    def _check_range(self, node: fx.Node, value: Lazy | None) -> None:
+        """fp16 overflows where its parts did not; wider dtypes do not come near their limits."""
+        if value is not None and nodes.dtype(node) == torch.float16 and overflows(value):
+            raise Refused(f"the folded weights of {node.name} would overflow float16")
+
+    def _check_sharing(self, weight: fx.Node) -> None:
+        readers = len(weight.users)
+        size = constants.size_in_bytes(weight)
+        if readers < 2 or size <= SMALL:
+            return
+        if size > self.budget:
+            raise Refused(
+                f"{weight.name} is shared by {readers} layers, and storing it once more would grow "
+                f"the constants past max_growth"
+            )
+        self.budget -= size
+
+
+def overflows(value: Lazy) -> bool:
+    """True if a constant does not fit float16."""
+    return bool((value.evaluate().abs() > torch.finfo(torch.float16).max).any())
+
+
+def widens(record: records.Affine) -> bool:
+    return nodes.dtype(record.x) != nodes.dtype(record.node)
+
+
+def embedding_table(node: fx.Node) -> Lazy | None:
+    table = node.args[0]
+    return constants.exact(table) if isinstance(table, fx.Node) else None
+
+
+def set_arguments(node: fx.Node, values: dict[int, Any]) -> None:
+    """Sets positional arguments by schema index, filling the ones between with defaults."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    bound = nodes.arguments(node)
+    last = max(max(values), len(node.args) - 1)
+    node.args = tuple(values[i] if i in values else bound[schema[i].name] for i in range(last + 1))
+    names = {schema[i].name for i in range(last + 1)}
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k not in names}
+
+
+def not_linear(node: fx.Node) -> str:
+    name = op_name(node)
+    if name.startswith("dequantize"):
+        return f"{name} gives integers their scale, which the quantiser before it shares"
+    if discontinuous(node):
+        return f"{name} rounds its input, so a scale and shift cannot cross it"
+    if name in _MIXES:
+        return f"{name} reads another tensor, which would have to change with it"
+    if name in _UNREAD:
+        return f"nothing is known of how {name} carries a scale and shift"
+    return f"{name} is not linear in its input, so a scale and shift cannot cross it"
+
+
+def operand(reader: fx.Node, x: fx.Node) -> Callable[[], fx.Node]:
+    """The node that stands where ``reader`` reads ``x`` now: an edit may replace ``x``."""
+    index = reader.args.index(x)
+    return lambda: reader.args[index]  # type: ignore[return-value]
+
+
+def constant_name(constant: fx.Node) -> str:
+    return str(constant.meta.get("refold_name", constant.target))
+
+
+def reads(consumer: fx.Node, u: fx.Node) -> int:
+    return sum(a is u for a in torch.utils._pytree.tree_leaves((consumer.args, consumer.kwargs)))
+
+
+def scale_outputs(w: torch.Tensor, conv: records.Conv, scale: torch.Tensor) -> torch.Tensor:
+    """Scales the output channels of a transposed convolution's ``[I, O / groups, *k]`` weight."""
+    blocks = w.reshape(conv.groups, -1, *w.shape[1:])
+    rows = scale.reshape(conv.groups, 1, w.shape[1], *(1,) * conv.spatial)
+    return (blocks * rows).reshape(w.shape)
+
+
+def shifted(
+    bias: Lazy | None, scale: torch.Tensor, shift: torch.Tensor, node: fx.Node
+) -> Lazy | None:
+    """``scale * bias + shift``; what cancels to the rounding of the node's dtype is zero.
+
+    A network that subtracts its own bias before a zero pad (Diverse Branch Block) does so up to
+    rounding; the zero is what lets the pad be seen through.
+    """
+    if bias is None and not bool(shift.any()):
+        return None
+    eps = torch.finfo(nodes.dtype(node)).eps
+
+    def compute() -> torch.Tensor:
+        if bias is None:
+            return shift.clone()
+        moved = bias.get() * scale
+        total = moved + shift
+        noise = 8 * eps * torch.maximum(moved.abs(), shift.abs())
+        return torch.where((total.abs() <= noise) & (shift != 0), 0.0, total)
+
+    return Lazy(tuple(scale.shape), compute)
+
+
+def uneven(conv: records.Conv, factor: Factor) -> str | None:
+    """Why the layer makes of a shift something else than a bias, or ``None``."""
+    name = conv.node.name
+    if factor.varies() - {1}:
+        return "the constant varies along another axis than the channels"
+    if conv.transposed:
+        return f"the kernel taps that meet an output of {name} differ in number"
+    if any(conv.padding) or pads_high(conv):
+        return f"{name} pads with zeros, and the shift would reach its border"
+    return None
+
+
+def pads_high(conv: records.Conv) -> bool:
+    """'same' padding of an even kernel pads the high side alone."""
+    args = nodes.arguments(conv.node)
+    return args["padding"] == "same" and any(
+        d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.weight.shape[2:], strict=True)
+    )
