@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import statistics
 from dataclasses import fields
 from typing import Any
@@ -64,12 +65,15 @@ def measure(target: Target, traced: Traced, rounds: int) -> dict[str, Any]:
             record, runner = lowered(target, traced, copy_sharing_tensors(gm))
             if runner is not None:
                 runs[form] = lambda run=runner: run(image)
-                found = numerics.verify(traced.unfolded, runner, traced.known)
+                found, _ = numerics.verify_widely(
+                    traced.unfolded, runner, traced.program, traced.known
+                )
                 record["numbers"] = {
                     k: getattr(found, k) for k in ("error", "own_error", "tolerance")
                 }
         except RefoldError as error:
-            record = {"error": f"{type(error).__name__}: {error}"}
+            reason = re.sub(r"\S*/site-packages/", "", str(error))
+            record = {"error": f"{type(error).__name__}: {reason}"}
         row[form] = record
     if len(runs) == 2 and all("numbers" in row[form] for form in runs):
         seconds = interleaved(runs, rounds)

@@ -181,18 +181,31 @@ def verify(
     return result
 
 
+def outputs(gm: fx.GraphModule, calls: list[Call]) -> list[Any]:
+    """What a graph returns for each call, in its own dtype; its state stays as it is."""
+    found = []
+    for call in calls:
+        args, kwargs = fresh(call)
+        with _state_kept(gm), torch.no_grad():
+            found.append(gm(*args, **kwargs))
+    return found
+
+
 def draws(gm: fx.GraphModule) -> bool:
     """True if two runs of a graph may differ."""
     return any(_draws(n) for n in gm.graph.nodes)
 
 
-def verify_folded(
-    original: fx.GraphModule | None, gm: fx.GraphModule, program: Program, known: References
+def verify_widely(
+    original: fx.GraphModule | None,
+    candidate: Callable[..., Any],
+    program: Program,
+    known: References,
 ) -> tuple[Numerics, References]:
-    """Compares a folded graph with its original; more inputs decide where the first do not.
+    """Compares a candidate with its original; more inputs decide where the first do not.
 
     Few inputs may miss the original's own worst rounding, which is heavy-tailed; so may a single
-    run where the folded graph happens to have its worst. More inputs are drawn then, and the
+    run where the candidate happens to have its worst. More inputs are drawn then, and the
     original is also run one rounding beside each of them.
 
     Returns:
@@ -201,14 +214,15 @@ def verify_folded(
     Raises:
         VerificationError: as :func:`verify`.
     """
+    folded = candidate if isinstance(candidate, fx.GraphModule) else None
     try:
-        return verify(original, gm, known, folded_gm=gm), known
+        return verify(original, candidate, known, folded_gm=folded), known
     except VerificationError:
         if original is None:
             raise
     known = replace(references(original, program, runs=_MORE_RUNS), allowed=known.allowed)
     _add_nearby(original, known)
-    return verify(original, gm, known, folded_gm=gm), known
+    return verify(original, candidate, known, folded_gm=folded), known
 
 
 def _draws(node: fx.Node) -> bool:
@@ -281,7 +295,7 @@ def _shapes(call: Call) -> str:
 
 
 def _calls(program: Program, runs: int) -> Iterator[tuple[Call, bool]]:
-    """The example, then random inputs like it, at batch 1, 2 and 3 where the batch is dynamic."""
+    """The example, then random inputs like it: at batch 1, 2 and 3, at half the other sizes."""
     example: Call = program.example
     yield example, False
     generator = torch.Generator().manual_seed(0)
@@ -290,28 +304,41 @@ def _calls(program: Program, runs: int) -> Iterator[tuple[Call, bool]]:
     plain = bool(symbols) and all(isinstance(s, str) and s.isidentifier() for s in symbols)
     if plain:
         for batch in (1, 2, 3):
-            if _allowed(program, symbols, batch):
-                yield _like(program, example, generator, batch), True
+            if all(_allowed(program, s, batch) for s in symbols):
+                yield _like(program, example, generator, dict.fromkeys(symbols, batch)), True
                 given += 1
+    halved = _halved(program, symbols)
+    if halved:
+        yield _like(program, example, generator, halved), True
+        given += 1
     while given < runs:
-        yield _like(program, example, generator, None), True
+        yield _like(program, example, generator, {}), True
         given += 1
 
 
-def _allowed(program: Program, symbols: set[Any], batch: int) -> bool:
-    for symbol in symbols:
-        low, high = program.ranges.get(symbol, (0, None))
-        # The tracer's own lower bound is 2, for want of a better one.
-        if batch < (1 if low <= 2 else low) or (high is not None and batch > high):
-            return False
-    return True
+def _halved(program: Program, batches: set[Any]) -> dict[Any, int]:
+    """Half the example's size for each dynamic dimension that is not a batch."""
+    found = {}
+    for leaf, described in zip(pytree.tree_leaves(program.example), program.inputs, strict=True):
+        for size, have in zip(described.sizes, getattr(leaf, "shape", ()), strict=False):
+            if isinstance(size, str) and size not in batches:
+                if not size.isidentifier() or not _allowed(program, size, have // 2):
+                    return {}
+                found[size] = int(have) // 2
+    return found
 
 
-def _like(program: Program, example: Call, generator: torch.Generator, batch: int | None) -> Call:
+def _allowed(program: Program, symbol: Any, size: int) -> bool:
+    low, high = program.ranges.get(symbol, (0, None))
+    # The tracer's own lower bound is 2, for want of a better one.
+    return size >= (1 if low <= 2 else low) and (high is None or size <= high)
+
+
+def _like(
+    program: Program, example: Call, generator: torch.Generator, resized: dict[Any, int]
+) -> Call:
+    """Random inputs like the example's; ``resized`` holds other sizes for symbols."""
     leaves, spec = pytree.tree_flatten(example)
-    resized = {
-        s.sizes[s.batch]: batch for s in program.inputs if s.batch is not None and batch is not None
-    }
     out = []
     for leaf, described in zip(leaves, program.inputs, strict=True):
         if not isinstance(leaf, torch.Tensor):
