@@ -19,7 +19,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from refold.graph.constants import is_mutation
+from refold.graph.constants import drop_dead_code, is_mutation
 from refold.graph.kinds import op_name
 from refold.graph.nodes import (
     aten,
@@ -69,7 +69,7 @@ def functional_module(
     assert isinstance(gm, fx.GraphModule)
     redone = not make_functional(gm, aliasing_known=aliasing_known)
     if redone:
-        gm = _without_dropout(program).run_decompositions({}).module(check_guards=False)
+        gm = _without_idle_calls(program).run_decompositions({}).module(check_guards=False)
         assert isinstance(gm, fx.GraphModule)
         _normalise(gm, scatters=True)
     gm.recompile()
@@ -100,15 +100,19 @@ def _normalise(gm: fx.GraphModule, *, scatters: bool) -> None:
         _strip_scatters(gm)
     _spell_shapes(gm.graph)
     drop_no_ops(gm)
-    gm.graph.eliminate_dead_code()
+    drop_dead_code(gm.graph)
     _unstamp(gm.graph)
 
 
-def _without_dropout(program: ExportedProgram) -> ExportedProgram:
-    """The program without dropout that does nothing: decomposing it would make it a copy."""
-    if not any(_returns_input(n) for n in program.graph.nodes):
-        return program
+def _without_idle_calls(program: ExportedProgram) -> ExportedProgram:
+    """The program without calls that do nothing, for decomposing.
+
+    An inactive dropout would become a copy. Among what nobody reads are calls that fail, where the
+    model caught the error: they would be run again.
+    """
     graph, signature = copy.deepcopy(program.graph), copy.deepcopy(program.graph_signature)
+    for node, copied in zip(list(program.graph.nodes), list(graph.nodes), strict=True):
+        copied.name = node.name  # an input that is called like a builtin gets another in a copy
     for node in list(graph.nodes):
         if _returns_input(node):
             source = node.args[0]
@@ -117,6 +121,7 @@ def _without_dropout(program: ExportedProgram) -> ExportedProgram:
                     spec.arg.name = source.name  # type: ignore[union-attr]
             node.replace_all_uses_with(source, propagate_meta=False)
             graph.erase_node(node)
+    drop_dead_code(graph)
     return ExportedProgram(
         root=program.graph_module,
         graph=graph,
@@ -226,6 +231,9 @@ def _localise(gm: fx.GraphModule) -> None:
             replacement = _functional(gm, node, keys, members, fresh, order, last_use)
             for key in keys:
                 members[key].extend(replacement)
+            for made in replacement:  # it stands for what was written, where a dropout reads it
+                for own in {root(k) for k in _storages(made.meta.get("val"))} - keys:
+                    merged[own] = min(keys)
             continue
         for key in keys:
             members[key].append(node)

@@ -263,9 +263,23 @@ def run_program(steps: list[tuple[int, int, int]], x: Tensor) -> tuple[Tensor, .
 @settings(max_examples=30, deadline=None)
 @given(PROGRAM)
 @example([(6, 0, 0), (0, 0, 0), (1, 0, 0), (4, 7, 0)])  # a reshape that copies, decomposed
+@example([(1, 1, 0), (9, 1, 0), (1, 1, 0)])  # dropout of what was written, written again
+@example([(0, 0, 0), (4, 0, 0), (1, 0, 0), (8, 3, 0), (13, 5, 0)])  # a caught error, decomposed
 def test_any_program_means_the_same(steps: list[tuple[int, int, int]]) -> None:
     model = Does(lambda s, x: run_program(steps, x))
     x = torch.arange(24.0).reshape(2, 3, 4) / 10 - 1
     gm, _ = functional(model, x, dynamic=False)
     assert not [n for n in gm.graph.nodes if is_mutation(n)]
     torch.testing.assert_close(gm(x.clone()), model(x.clone()), rtol=0, atol=0)
+
+
+def test_an_attention_that_nobody_reads_goes_and_a_draw_stays() -> None:
+    def function(s: Does, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        F.scaled_dot_product_attention(heads, heads, heads)
+        F.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.5)
+        return x.exp()
+
+    gm, _ = functional(Does(function), torch.randn(2, 3, 4))
+    kept = [n for n in gm.graph.nodes if "attention" in str(n.target)]
+    assert [n.args[4] for n in kept] == [0.5]
