@@ -1,0 +1,67 @@
+"""Builds the kernel's shared library with the system's C compiler.
+
+``python -m refold.native`` puts it beside its sources, and so does ``pip install``. This file
+imports nothing of refold: packages are built where torch is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LIBRARY = HERE / "_bcq.so"
+_SOURCES = ("bcq.c", "pool.h", "x86.h", "neon.h")
+# The library chooses its instructions when it is loaded: nothing here may depend on the machine.
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread")
+
+
+class BuildError(Exception):
+    """There is no compiler, or it fails; the message says which."""
+
+
+def fingerprint() -> str:
+    """What a library must carry to be of these sources."""
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        digest.update((HERE / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compiler() -> list[str] | None:
+    """The command of the C compiler: ``$CC``, else the first of cc, gcc and clang."""
+    if os.environ.get("CC"):
+        return shlex.split(os.environ["CC"])
+    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    return [found] if found else None
+
+
+def build(output: Path = LIBRARY, extra: tuple[str, ...] = ()) -> Path:
+    """Compiles the library; an existing one is replaced only by a complete one.
+
+    Raises:
+        BuildError: there is no compiler, or it fails.
+    """
+    if sys.platform == "win32":
+        raise BuildError("the kernel is written for POSIX threads, which Windows does not have")
+    command = compiler()
+    if command is None:
+        raise BuildError("no C compiler (cc, gcc or clang) is installed")
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        made = Path(folder) / output.name
+        source = f'-DBCQ_SOURCE="{fingerprint()}"'
+        arguments = [*command, *_FLAGS, source, *extra, str(HERE / _SOURCES[0]), "-o", str(made)]
+        try:
+            done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise BuildError(f"{command[0]} cannot be run: {error.strerror}") from error
+        if done.returncode != 0:
+            raise BuildError(f"{command[0]} failed:\n{done.stderr.strip()}")
+        os.replace(made, output)
+    return output
