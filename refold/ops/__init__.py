@@ -1,0 +1,1 @@
+"""Operators of refold's own: what no ATen operator says."""
