@@ -84,6 +84,17 @@ def byte_rate(launch: float) -> float:
     return statistics.median(rates)
 
 
+def resize_rate(launch: float) -> float:
+    """GB/s of bilinear resizing to twice the size: it computes more than it moves."""
+    rates = []
+    for channels, size in SHAPES:
+        x = torch.randn(1, channels, size // 2, size // 2)
+        spent = seconds(lambda x=x, size=size: F.interpolate(x, size=size, mode="bilinear"))
+        moved = 4 * (x.numel() + channels * size * size)
+        rates.append(moved / max(spent - launch * 1e-6, spent / 4) / 1e9)
+    return statistics.median(rates)
+
+
 def measure() -> dict[str, float]:
     """All rates of the table."""
     torch.set_num_threads(1)
@@ -97,6 +108,7 @@ def measure() -> dict[str, float]:
             "conv_depthwise": convolution_rate(3, lambda c: c, launch),
             "linear": linear_rate(launch),
             "bytes": byte_rate(launch),
+            "resize": resize_rate(launch),
             "launch": launch,
         }
 
@@ -108,7 +120,7 @@ def main() -> None:
     rates = {k: float(f"{v:.3g}") for k, v in measure().items()}
     record = {
         "rates": rates,
-        "units": {"conv_*, linear": "GFLOP/s", "bytes": "GB/s", "launch": "us"},
+        "units": {"conv_*, linear": "GFLOP/s", "bytes, resize": "GB/s", "launch": "us"},
         "measured": {"torch": torch.__version__, "machine": platform.machine(), "threads": 1},
     }
     text = json.dumps(record, indent=2) + "\n"

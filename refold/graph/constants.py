@@ -26,10 +26,23 @@ def tensor(node: fx.Node) -> torch.Tensor:
     """The tensor behind a ``get_attr`` node; a pending constant is computed and rounded now."""
     if "refold_lazy" in node.meta:
         materialise(node)
+    return attribute(node).detach()
+
+
+def attribute(node: fx.Node) -> torch.Tensor:
+    """The parameter or buffer itself."""
     owner: Any = node.graph.owning_module
     for part in str(node.target).split("."):
         owner = getattr(owner, part)
-    return owner.detach()
+    assert isinstance(owner, torch.Tensor)
+    return owner
+
+
+def stored(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The parameters and buffers that the graph reads, by name."""
+    return {
+        str(n.target): attribute(n) for n in gm.graph.find_nodes(op="get_attr") if is_get_attr(n)
+    }
 
 
 def exact(node: object) -> Lazy | None:
@@ -272,17 +285,45 @@ def canonicalise(gm: fx.GraphModule) -> int:
     return merged
 
 
+def drop_dead_code(graph: fx.Graph) -> None:
+    """Removes what nobody reads, an attention without dropout too (fx takes it for random)."""
+    graph.eliminate_dead_code(lambda n: n.is_impure() and not _draws_nothing(n))
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    target = node.target
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in target.tags
+        and not target._schema.is_mutable
+        and _is_switched_off(node)
+    )
+
+
 def sweep(gm: fx.GraphModule) -> None:
     """Removes dead code and drops tensors and submodules that no node reads any more."""
-    gm.graph.eliminate_dead_code()
+    drop_dead_code(gm.graph)
     used = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
     for name in [n for n, _ in gm.named_parameters(remove_duplicate=False)] + [
         n for n, _ in gm.named_buffers(remove_duplicate=False)
     ]:
-        if name not in used:
+        if not _is_below(name, used):
             path, _, attr = name.rpartition(".")
             delattr(gm.get_submodule(path), attr)
-    gm.delete_all_unused_submodules()
+    above = {path for name in used for path in _ancestors(name)}
+    for name in [n for n, _ in gm.named_modules() if n]:
+        if name not in above and not _is_below(name, used):
+            gm.delete_submodule(name)
     for name, value in list(vars(gm).items()):
         if isinstance(value, torch.Tensor) and name not in used:
             delattr(gm, name)
+
+
+def _is_below(name: str, used: set[str]) -> bool:
+    """True if a path is used, or lies in a module that is (a branch has modules of its own)."""
+    return name in used or any(path in used for path in _ancestors(name))
+
+
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]

@@ -32,6 +32,7 @@ LAYOUT = frozenset({
     "chunk", "unbind", "getitem", "cat", "stack", "contiguous", "clone", "roll", "flip",
     "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "repeat", "narrow", "unfold",
     "alias", "detach", "sym_size", "expand_as", "view_as", "reshape_as", "swapaxes", "numpy_T",
+    "mT",
 })  # fmt: skip
 
 

@@ -216,6 +216,8 @@ def conv(node: object) -> Conv | None:
     output_padding = _ints(args.get("output_padding", 0), spatial)
     if stride is None or dilation is None or output_padding is None:
         return None
+    if not isinstance(args["groups"], int):
+        return None  # as many groups as samples: the layer is another one for each batch size
     padding: Ints | None
     if isinstance(args["padding"], str):
         total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
@@ -226,7 +228,7 @@ def conv(node: object) -> Conv | None:
         return None
     return Conv(
         node, x, weight_node, bias_node, weight, bias, stride, padding, dilation,
-        int(args["groups"]), transposed, output_padding,
+        args["groups"], transposed, output_padding,
     )  # fmt: skip
 
 

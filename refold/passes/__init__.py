@@ -5,10 +5,14 @@ from __future__ import annotations
 from refold.passes.absorb_scale_shift import AbsorbScaleShift
 from refold.passes.average_experts import AverageExperts
 from refold.passes.clean_up import CleanUp
+from refold.passes.defer_resizes import DeferResizes
+from refold.passes.drop_zero_channels import DropZeroChannels
+from refold.passes.fold_attention_biases import FoldAttentionBiases
 from refold.passes.fold_batch_norm import FoldBatchNorm
 from refold.passes.fold_branches import FoldBranches
 from refold.passes.fold_constants import FoldConstants
 from refold.passes.join_scale_shifts import JoinScaleShifts
+from refold.passes.substitute_shift_add import SubstituteShiftAdd
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Pass
 
@@ -20,6 +24,10 @@ PASSES: dict[str, type] = {
     "absorb-scale-shift": AbsorbScaleShift,
     "fold-branches": FoldBranches,
     "join-scale-shifts": JoinScaleShifts,
+    "defer-resizes": DeferResizes,
+    "drop-zero-channels": DropZeroChannels,
+    "fold-attention-biases": FoldAttentionBiases,
+    "substitute-shift-add": SubstituteShiftAdd,
 }
 
 
@@ -28,12 +36,16 @@ def _ordered(branches: FoldBranches) -> tuple[Pass, ...]:
         FoldConstants(),  # first: a generated weight must be a constant before anything reads it
         CleanUp(),  # an add(x, 0) or a dropout between two layers hides them from each other
         AverageExperts(),  # equal experts are one; before other folds make them differ
+        DropZeroChannels(),  # on the weights as they were trained; all that follows is smaller
         FoldBatchNorm(),  # into producers while each still has one user
         AbsorbScaleShift(),  # likewise; what stays are scales that no producer takes
+        DeferResizes(),  # norms are in the products; what is resized may merge with what makes it
         branches,  # reads what is left as affine maps; merged branches free new producers
         JoinScaleShifts(),  # what no branch took in; one scale-shift may go where a sum could not
+        DeferResizes(),  # products that were several branches
         FoldBatchNorm(),  # a norm after a merged block now has one producer
         AbsorbScaleShift(border_maps=True),  # likewise for scales; a map ends what branches merge
+        FoldAttentionBiases(),  # nothing but layouts is left between projections and products
         CleanUp(),  # last: what the folds left without a reader
     )
 
@@ -41,4 +53,11 @@ def _ordered(branches: FoldBranches) -> tuple[Pass, ...]:
 PIPELINES: dict[str, Pipeline] = {
     "default": Pipeline("default", _ordered(FoldBranches())),
     "min-nodes": Pipeline("min-nodes", _ordered(FoldBranches(prefer="nodes"))),
+    "shift-add": Pipeline(
+        "shift-add",
+        (
+            *_ordered(FoldBranches()),  # exact, so it goes first
+            SubstituteShiftAdd(),  # approximate: after all that is exact, on the weights it leaves
+        ),
+    ),
 }

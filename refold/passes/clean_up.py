@@ -9,6 +9,7 @@ Each line is an identity that holds bit for bit, written as a rule:
     leaky_relu(x, 1) = prelu(x, 1) = x
     reshape(reshape(x)) = reshape(x)      permute(permute(x)) = permute(x), or x
     x[:] = x, and every reshape, expand, repeat, pad that leaves the shape as it is
+    slice_scatter(x, y, d, a, b) = cat([x[:a], y, x[b:]], d), for a computed y
 
 0 and 1 are Python numbers or constant tensors of that value, and only where the result has the
 shape and the dtype of ``x``. NaN and infinity pass unchanged. One liberty is taken: ``-0.0 + 0.0``
@@ -150,6 +151,48 @@ class MergeRelus(RewriteRule):
         return result
 
 
+class JoinStoredSlice(RewriteRule):
+    """``x[:, a:b] = y`` on a copy of ``x`` is a concatenation, which other rules can see through.
+
+    A constant that is stored stays: branch folding reads it as the value of a border.
+    """
+
+    name = "clean-up/stored-slice"
+    pattern = Call(aten.slice_scatter, x, Var("y"), ...).where(
+        lambda node: _is_internal(node) and _stored_range(node) is not None
+    )
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        stored = _stored_range(match.root)
+        assert stored is not None
+        axis, start, end, size = stored
+        parts = [match["y"]]
+        if start > 0:
+            parts.insert(0, build(aten.slice.Tensor, match["x"], axis, 0, start))
+        if end < size:
+            parts.append(build(aten.slice.Tensor, match["x"], axis, end, size))
+        return build(aten.cat.default, parts, axis)
+
+
+def _stored_range(node: fx.Node) -> tuple[int, int, int, int] | None:
+    """Axis, start, end and the axis' size of a slice that a computed tensor is stored to."""
+    args = nodes.arguments(node)
+    base, source, start, end = args["self"], args["src"], args["start"], args["end"]
+    if not (nodes.is_tensor(base) and nodes.is_tensor(source)):
+        return None
+    if nodes.dtype(base) != nodes.dtype(source) or constants.exact(source) is not None:
+        return None
+    axis = int(args["dim"]) % len(nodes.shape(base))
+    size = nodes.shape(base)[axis]
+    bounds = (0 if start is None else start, size if end is None else end)
+    if args["step"] != 1 or not isinstance(size, int):
+        return None
+    if any(not isinstance(bound, int) for bound in bounds):
+        return None
+    low, high, _ = slice(*bounds).indices(size)
+    return (axis, low, high, size) if low < high else None
+
+
 def _rules(*, strides_matter: bool) -> tuple[RewriteRule, ...]:
     zero = Const("c").where(_holds(0))
     one = Const("c").where(_holds(1))
@@ -182,6 +225,7 @@ def _rules(*, strides_matter: bool) -> tuple[RewriteRule, ...]:
         # the trace saw does not prove that a copy is not needed. One that feeds an output stays,
         # because the caller may rely on the layout that it asks for.
         rules.append(Drop("copy", Call(_COPIES, x, ...).where(_is_internal)))
+        rules.append(JoinStoredSlice())
     return tuple(rules)
 
 

@@ -17,13 +17,15 @@ After::
     y = conv2d(x, folded_v, b)
 
 Conditions: the operators draw no random numbers and read no written state; the result stores at
-most twice what its sources store (small results are free), and all results together keep the
-model within ``max_growth``. A low-rank product stays factored, a dequantised weight stays integers.
+most twice what its sources store (few small results are free), and all results together keep the
+model within ``max_growth``: parameters that many layers share count once, so a generator that feeds
+many weights stays. The weights of parallel branches count as the one that they become. A low-rank
+product stays factored, a dequantised weight stays integers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +35,11 @@ from refold.graph import constants, provenance
 from refold.graph.evaluate import evaluate_constants
 from refold.graph.functionalise import leaking
 from refold.graph.kinds import op_name
-from refold.graph.nodes import aten, call, is_call, is_tensor, pinned, replace
+from refold.graph.nodes import arguments, aten, call, is_call, is_tensor, pinned, replace
 from refold.rewrite.result import Applied, Declined, PassResult, applied, declined
 
-SMALL = 64 * 1024  # bytes; below it a constant is never worth an operator
+SMALL = 64 * 1024  # bytes; below it a constant is not worth an operator ...
+_MANY = 16  # ... unless all of them together are as much as so many of that size
 _LARGEST = 2.0  # one constant may store this many times what its sources store
 _VIEWS = frozenset({
     "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "movedim", "unsqueeze",
@@ -50,7 +53,8 @@ class FoldConstants:
     """Folds constant subgraphs into plain tensors.
 
     Attributes:
-        max_growth: the stored constants may grow by this factor in all.
+        max_growth: the stored constants may grow by this factor in all. A single constant may
+            grow by it too, and by 2 where it is less; ``math.inf`` folds whatever is constant.
     """
 
     name: str = "fold-constants"
@@ -97,45 +101,50 @@ class FoldConstants:
         self, graph: fx.Graph, constant: set[fx.Node], leaks: set[fx.Node]
     ) -> tuple[list[fx.Node], list[tuple[fx.Node, str, str]]]:
         """The nodes to fold, in graph order, and those declined with reason and hint."""
-        sources = _Storage(graph)
+        sources, parallel = _Storage(graph), _parallel_weights(graph)
         refused: dict[fx.Node, tuple[str, str]] = {}
-        barred: set[fx.Node] = set()  # neither folded nor worth a word
+        barred: set[fx.Node] = set()  # not folded; only what the model itself reads is worth a word
+        largest, limit = max(_LARGEST, self.max_growth), self.max_growth * sources.before
+        chosen = self._frontier(graph, constant, leaks, barred)
+        read = set(chosen)
+        many = False  # small constants: so many that they are refused too
         while True:
-            chosen = self._frontier(graph, constant, leaks, refused.keys() | barred)
+            large = [n for n in chosen if _bytes(n) >= SMALL]
             again = False
-            for node in chosen:
+            for node in large:
                 new, old = _bytes(node), sources.of(node)
-                if new < SMALL:
-                    continue
                 if _strides_zero(node):
+                    again = True
                     barred.add(node)
+                    read.update(node.all_input_nodes)
+                elif new > largest * old and not (
+                    _is_view_of_one(node) or _is_merged(node, parallel)
+                ):
                     again = True
-                elif new > _LARGEST * old and not _is_view_of_one(node):
-                    refused[node] = (
-                        f"the folded constant would store {_size(new)}, its sources {_size(old)}",
-                        "kept factored; fold it by hand if the memory does not matter",
-                    )
-                    again = True
-            if again:
-                continue
-            total, limit = sources.total(chosen), self.max_growth * sources.before
-            growing = [n for n in chosen if _bytes(n) >= SMALL and not _is_view_of_one(n)]
-            if total <= limit or not growing:
-                return chosen, [(n, *why) for n, why in refused.items()]
-            worst = max(growing, key=lambda n: _bytes(n) - sources.of(n))
-            refused[worst] = (
-                f"all constants would store {_size(total)} instead of {_size(sources.before)} "
-                f"(this one {_size(_bytes(worst))} from {_size(sources.of(worst))}), past the "
-                f"growth of {self.max_growth:g}",
-                "raise max_growth to fold it",
-            )
+                    barred.add(node)
+                    words = "the folded constant would store"
+                    refused[node] = _grown(words, new, old, "that it is computed from")
+            if not again:
+                total = sources.total(chosen) - _merged(chosen, parallel)
+                # an infinite growth of nothing is no number, and no limit
+                excess = total - limit
+                many = many or total - sources.before > _MANY * SMALL
+                growing = sources.growing(chosen, small=many) if excess > 0 else []
+                if not growing:
+                    return chosen, [(n, *why) for n, why in refused.items() if n in read]
+                words = f"past the growth of {self.max_growth:g}, all constants would store"
+                while growing and excess > 0:
+                    worst = growing.pop()
+                    excess -= _bytes(worst)
+                    barred.add(worst)
+                    refused[worst] = _grown(words, total, sources.before, "of now")
+            chosen = self._frontier(graph, constant, leaks, barred)
 
     @staticmethod
     def _frontier(
-        graph: fx.Graph, constant: set[fx.Node], leaks: set[fx.Node], out: Iterable[fx.Node]
+        graph: fx.Graph, constant: set[fx.Node], leaks: set[fx.Node], excluded: set[fx.Node]
     ) -> list[fx.Node]:
         """Constant calls that something not folded reads."""
-        excluded = set(out)
         frontier: list[fx.Node] = []
         # Nodes that stay although they are constant: excluded ones, and tuples somebody reads.
         stays: set[fx.Node] = set(excluded)
@@ -205,8 +214,35 @@ class _Storage:
             self._sources[node] = sum(dict(read).values())
         return self._sources[node]
 
+    def growing(self, folded: list[fx.Node], *, small: bool) -> list[fx.Node]:
+        """What makes the model larger, the worst last; ``small`` ones if nothing large does."""
+        gone = self._gone(folded)
+        kept = {key for node, (key, _) in self._kept.items() if node not in gone}
+        reads = {n: dict(self._kept[a] for a in _attributes(n)) for n in folded}
+        readers = Counter(key for read in reads.values() for key in read)
+        growth = {
+            n: _bytes(n) - sum(s for k, s in read.items() if readers[k] == 1 and k not in kept)
+            for n, read in reads.items()
+            if not _is_view_of_one(n)
+        }
+        worst = sorted((n for n in growth if growth[n] > 0), key=growth.__getitem__)
+        return [n for n in worst if _bytes(n) >= SMALL] or (worst if small else [])
+
     def total(self, folded: list[fx.Node]) -> int:
         """Bytes stored once ``folded`` are tensors and what only they read is gone."""
+        gone = self._gone(folded)
+        stored: dict[object, int] = dict(s for n, s in self._kept.items() if n not in gone)
+        for node in folded:
+            if _is_view_of_one(node):
+                key, size = self._kept[_attributes(node)[0]]
+                stored[key] = size
+            else:
+                stored[node] = _bytes(node)
+        return sum(stored.values())
+
+    @staticmethod
+    def _gone(folded: list[fx.Node]) -> set[fx.Node]:
+        """What only ``folded`` read."""
         new = set(folded)
         gone: set[fx.Node] = set()
         stack = list(folded)
@@ -217,14 +253,38 @@ class _Storage:
                 if all(u in new or u in gone for u in source.users):
                     gone.add(source)
                     stack.append(source)
-        stored: dict[object, int] = dict(s for n, s in self._kept.items() if n not in gone)
-        for node in folded:
-            if _is_view_of_one(node):
-                key, size = self._kept[_attributes(node)[0]]
-                stored[key] = size
-            else:
-                stored[node] = _bytes(node)
-        return sum(stored.values())
+        return gone
+
+
+def _parallel_weights(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """Weights of layers that read one tensor and are summed: the branches become one layer."""
+    found: dict[object, dict[fx.Node, None]] = {}
+    for node in graph.nodes:
+        if not is_call(node, aten.conv1d, aten.conv2d, aten.conv3d, aten.linear) or pinned(node):
+            continue
+        layer = arguments(node)
+        total = node
+        while len(total.users) == 1 and is_call(
+            user := next(iter(total.users)), aten.add, aten.sub
+        ):
+            total = user
+        if total is not node:
+            key = (layer["input"], total, str(layer.get("stride")), layer.get("groups"))
+            found.setdefault(key, {})[layer["weight"]] = None
+    return {w: tuple(same) for same in found.values() if len(same) > 1 for w in same}
+
+
+def _is_merged(node: fx.Node, parallel: dict[fx.Node, tuple[fx.Node, ...]]) -> bool:
+    """True if a branch beside a weight's own has one at least as large, which it joins."""
+    return any(o is not node and _bytes(o) >= _bytes(node) for o in parallel.get(node, ()))
+
+
+def _merged(folded: list[fx.Node], parallel: dict[fx.Node, tuple[fx.Node, ...]]) -> int:
+    """Bytes of the weights of parallel branches beyond the largest of each group."""
+    plain = {*folded, *(w for w in parallel if w.op == "get_attr")}
+    groups = dict.fromkeys(parallel.values())
+    sizes = [[_bytes(w) for w in group if w in plain] for group in groups]
+    return sum(sum(stored) - max(stored) for stored in sizes if stored)
 
 
 def _storage(node: fx.Node) -> tuple[object, int]:
@@ -261,6 +321,12 @@ def _size(count: int) -> str:
         if count >= width:
             return f"{count / width:.3g} {unit}"
     return f"{count} B"
+
+
+def _grown(words: str, new: int, old: int, what: str) -> tuple[str, str]:
+    """Why a constant stays factored, and what to do about it."""
+    factor = f"{new / old:.3g} times the {_size(old)} {what}" if old else f"from nothing {what}"
+    return f"{words} {_size(new)}, {factor}: it stays factored", "a larger max_growth folds it"
 
 
 def _strides_zero(node: fx.Node) -> bool:

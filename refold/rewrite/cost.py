@@ -27,7 +27,10 @@ _FEW = 4  # up to so many input channels kernels for images do not pad them
 
 @dataclass(frozen=True)
 class CostTable:
-    """Measured rates of one machine: GFLOP/s per family, GB/s, microseconds per launch."""
+    """Measured rates of one machine: GFLOP/s per family, GB/s, microseconds per launch.
+
+    ``resize`` is in GB/s too: interpolation computes more than it moves.
+    """
 
     conv_1x1: float
     conv_kxk: float
@@ -35,6 +38,7 @@ class CostTable:
     conv_depthwise: float
     linear: float
     bytes: float
+    resize: float
     launch: float
 
     @staticmethod
@@ -85,6 +89,13 @@ def elementwise(shape: Sequence[int], operands: int, width: int, constant: int =
     return _time(0.0, 1.0, (math.prod(shape) * (operands + 1) + constant) * width)
 
 
+def resize(out_shape: Sequence[int], in_shape: Sequence[int], width: int) -> float:
+    """Microseconds of a resize (upsampling, interpolation)."""
+    table = CostTable.load()
+    moved = (math.prod(out_shape) + math.prod(in_shape)) * width
+    return table.launch + moved / table.resize * 1e-3
+
+
 def _time(flops: float, rate: float, moved: float) -> float:
     table = CostTable.load()
     return table.launch + max(flops / rate, moved / table.bytes) * 1e-3
@@ -110,6 +121,8 @@ def of(node: fx.Node) -> float:
         return matrix(math.prod(shape[:-1]), shape[-1], inner, width)
     if op_name(node) in LAYOUT and op_name(node) not in ("cat", "clone", "repeat", "contiguous"):
         return 0.0
+    if "upsample" in op_name(node):
+        return resize(shape, hints(node.all_input_nodes[0]), width)
     if kind(node) == "embedding":  # reads the rows that it picks
         return elementwise(shape, 1, width)
     tensors = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]

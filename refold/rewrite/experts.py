@@ -524,13 +524,17 @@ def _terms(node: fx.Node, depth: int = 0) -> list[_Term] | None:
 
 def _scaled(node: fx.Node, depth: int) -> list[_Term] | None:
     left, right = node.args[0], node.args[1]
-    factor = _number(right)
-    if factor is None and named(node) == "mul":
-        left, right, factor = right, left, _number(left)
-    if factor is not None and isinstance(left, fx.Node):
-        factor = 1.0 / factor if named(node) == "div" else factor
+    if not _is_number(right) and named(node) == "mul":
+        left, right = right, left
+    if _is_number(right) and isinstance(left, fx.Node):
         inner = _terms(left, depth + 1)
-        return None if inner is None else [_Term(t.value, t.scale * factor, t.gate) for t in inner]
+        if inner is None:
+            return None
+        if not depth and len(inner) == 1:
+            return [_Term(node, 1.0)]  # no sum: the value of the factor decides nothing
+        factor = _number(right)
+        factor = 1.0 / factor if named(node) == "div" else factor
+        return [_Term(t.value, t.scale * factor, t.gate) for t in inner]
     if named(node) != "mul" or not is_tensor(left) or not is_tensor(right):
         return [_Term(node, 1.0)]
     pair = gated(node)
@@ -550,11 +554,16 @@ def gated(node: Any) -> tuple[fx.Node, fx.Node] | None:
     return None
 
 
-def _number(value: Any) -> float | None:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+def _is_number(value: Any) -> bool:
+    if isinstance(value, (int, float)):
+        return not isinstance(value, bool)
     lazy = constants.exact(value)
-    return float(lazy.get()) if lazy is not None and lazy.numel() == 1 else None
+    return lazy is not None and lazy.numel() == 1
+
+
+def _number(value: Any) -> float:
+    lazy = constants.exact(value)
+    return float(value if lazy is None else lazy.get())
 
 
 _Joined = tuple[fx.Node, int, list[float] | None, tuple[fx.Node, int] | None]

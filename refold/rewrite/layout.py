@@ -22,7 +22,7 @@ from refold.graph.nodes import Size, is_tensor, same, shape
 
 _GATHERS = frozenset({
     "view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t",
-    "squeeze", "unsqueeze", "expand", "slice", "select", "split", "split_with_sizes", "chunk",
+    "mT", "squeeze", "unsqueeze", "expand", "slice", "select", "split", "split_with_sizes", "chunk",
     "unbind", "getitem", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
     "native_channel_shuffle", "roll", "flip", "contiguous", "clone", "repeat", "movedim", "narrow",
     "swapaxes", "swapdims", "index_select", "repeat_interleave", "alias", "detach", "tile",
@@ -209,7 +209,7 @@ def _scatter(
     value: torch.Tensor, index: torch.Tensor, sizes: tuple[int, ...],
     read: torch.Tensor | None, fill: float,
 ) -> torch.Tensor:  # fmt: skip
-    if value.numel() == 1 and float(value) == fill:
+    if value.numel() == 1 and bool(value == fill):
         return torch.full((1,) * len(sizes), fill, dtype=torch.float64)
     flat = torch.full((math.prod(sizes),), fill, dtype=torch.float64)
     spread = value.expand(index.shape)

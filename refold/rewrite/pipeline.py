@@ -6,13 +6,13 @@ import fnmatch
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from importlib.metadata import entry_points
 
 from torch import fx, nn
 
 from refold.errors import UsageError, VerifierError, did_you_mean
-from refold.graph import constants, provenance
+from refold.graph import constants, provenance, subgraphs
 from refold.graph.kinds import census
 from refold.graph.verifier import signature, verify
 from refold.rewrite.result import Pass, PassResult
@@ -119,6 +119,24 @@ class Pipeline:
         self._known(name)
         return replace(self, passes=tuple(p for p in self.passes if p.name != name))
 
+    def with_growth(self, factor: float) -> Pipeline:
+        """A pipeline whose passes let the stored constants grow by ``factor`` in all.
+
+        Raises:
+            UsageError: the factor is no number or less than 1.
+        """
+        if not factor >= 1:
+            raise UsageError(f"max_growth is {factor}: expected 1 (no growth), more, or infinity")
+        return replace(
+            self,
+            passes=tuple(
+                replace(p, max_growth=factor)  # type: ignore[type-var]
+                if is_dataclass(p) and hasattr(p, "max_growth")
+                else p
+                for p in self.passes
+            ),
+        )
+
     def only(self, *names: str) -> Pipeline:
         """A pipeline of the passes with these names alone, in the pipeline's order."""
         for name in names:
@@ -157,13 +175,10 @@ class Pipeline:
             UsageError: a glob matches no module.
             VerifierError: a pass left an invalid graph; the message names the pass.
         """
+        subgraphs.own(gm)
         pin(gm, exclude)
-        result = PipelineResult()
-        for item in self.passes:
-            if progress is not None:
-                progress(item.name)
-            result.runs.append(_run_pass(item, gm, debug=debug, compare=compare))
-        if result.modified:
+        result = self._run(gm, debug=debug, progress=progress, compare=compare)
+        if result.modified or subgraphs.conds(gm):
             constants.sweep(gm)
             if consumed is not None:
                 constants.release(gm, consumed)
@@ -171,10 +186,52 @@ class Pipeline:
             gm.recompile()
         return result
 
+    def _run(
+        self,
+        gm: fx.GraphModule,
+        *,
+        debug: bool,
+        progress: Callable[[str], None] | None = None,
+        compare: Compare | None = None,
+    ) -> PipelineResult:
+        result = PipelineResult()
+        for item in self.passes:
+            if progress is not None:
+                progress(item.name)
+            result.runs.append(_run_pass(item, gm, debug=debug, compare=compare))
+        for cond in subgraphs.conds(gm):
+            subgraphs.sink(cond)
+            for branch in subgraphs.branches(cond):
+                inner = self._run(branch, debug=debug)
+                constants.sweep(branch)
+                constants.materialise_all(branch)
+                result.runs = [_joined(*pair) for pair in zip(result.runs, inner.runs, strict=True)]
+            subgraphs.lift(gm, cond)
+        return result
+
+
+def _joined(outer: PassRun, inner: PassRun) -> PassRun:
+    """One record of a pass that ran on a graph and on a branch of it."""
+    left, right = outer.result, inner.result
+    result = PassResult(
+        left.modified or right.modified,
+        left.applied + right.applied,
+        left.declined + right.declined,
+        left.notes + right.notes,
+        max(left.allowed, right.allowed),
+    )
+    return PassRun(
+        outer.name,
+        result,
+        outer.seconds + inner.seconds,
+        outer.before + inner.before,
+        outer.after + inner.after,
+    )
+
 
 def _run_pass(item: Pass, gm: fx.GraphModule, *, debug: bool, compare: Compare | None) -> PassRun:
     before, contract = census(gm.graph), signature(gm)
-    copy = _copy(gm) if debug and compare is not None else None
+    copy = copy_sharing_tensors(gm) if debug and compare is not None else None
     started = time.perf_counter()
     result = item.run(gm)
     seconds = time.perf_counter() - started
@@ -193,11 +250,11 @@ def _run_pass(item: Pass, gm: fx.GraphModule, *, debug: bool, compare: Compare |
     return PassRun(item.name, result, seconds, before, after)
 
 
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph over the same tensors."""
+def copy_sharing_tensors(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph over the same tensors, with the same call convention."""
     graph = fx.Graph()
-    graph._codegen = gm.graph._codegen
     graph.output(graph.graph_copy(gm.graph, {}))
+    graph.set_codegen(gm.graph._codegen)
     return fx.GraphModule(gm, graph)
 
 
@@ -207,17 +264,35 @@ def pin(gm: fx.GraphModule, exclude: Iterable[str]) -> None:
     Raises:
         UsageError: a glob matches no module path of the graph.
     """
-    globs = [exclude] if isinstance(exclude, str) else list(exclude)
+    for node in matching(gm, exclude, "exclude"):
+        node.meta["refold_pinned"] = True
+
+
+def matching(gm: fx.GraphModule, globs: str | Iterable[str], option: str) -> set[fx.Node]:
+    """The nodes of the modules that globs name, and of what lies inside these.
+
+    Args:
+        gm: the graph module.
+        globs: globs of module paths.
+        option: what the user calls them.
+
+    Raises:
+        UsageError: a glob matches no module path of the graph.
+    """
+    globs = [globs] if isinstance(globs, str) else list(globs)
     if not globs:
-        return
-    chains = {n: _ancestors(provenance.module_path(n)) for n in gm.graph.nodes}
+        return set()
+    inside = [n for g in subgraphs.walk(gm) for n in g.graph.nodes]
+    chains = {n: _ancestors(provenance.module_path(n)) for n in inside}
     known = {path for chain in chains.values() for path in chain}
     for glob in globs:
         if not any(fnmatch.fnmatchcase(path, glob) for path in known):
-            raise UsageError(f"exclude: no module matches {glob!r}{did_you_mean(glob, known)}")
-    for node, chain in chains.items():
-        if any(fnmatch.fnmatchcase(path, glob) for path in chain for glob in globs):
-            node.meta["refold_pinned"] = True
+            raise UsageError(f"{option}: no module matches {glob!r}{did_you_mean(glob, known)}")
+    return {
+        node
+        for node, chain in chains.items()
+        if any(fnmatch.fnmatchcase(path, glob) for path in chain for glob in globs)
+    }
 
 
 def _ancestors(path: str) -> list[str]:

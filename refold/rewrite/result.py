@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import fx
 
@@ -23,6 +23,7 @@ class Applied:
         modules: module paths the removed nodes came from.
         detail: one line for people.
         figures: what the rewrite was judged by, as numbers (parameters, errors, ...).
+        labels: what it is, in the field's words (family of scales, class of exactness, ...).
     """
 
     rule: str
@@ -32,6 +33,7 @@ class Applied:
     modules: tuple[str, ...] = ()
     detail: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,23 @@ class Declined:
     hint: str = ""
 
 
+@dataclass(frozen=True)
+class Substitution:
+    """What a pass replaced by something else on purpose, whose error is reported, not bounded.
+
+    What comes before is judged by the original, what comes after by what the pass left.
+
+    Attributes:
+        before: the graph without it.
+        after: the graph with it.
+        held_out: calls of the model that the pass did not look at, to measure the difference on.
+    """
+
+    before: fx.GraphModule
+    after: fx.GraphModule
+    held_out: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] = ()
+
+
 @dataclass
 class PassResult:
     """Outcome of one pass: whether the graph changed, and its records.
@@ -66,6 +85,7 @@ class PassResult:
         notes: sentences for the report.
         allowed: the error of the model's outputs, relative to their scale, that the user accepts
             for what an approximate pass did; 0 if everything is exact up to rounding.
+        substitution: the graphs that the two sides of an approximation are judged by.
     """
 
     modified: bool = False
@@ -73,6 +93,7 @@ class PassResult:
     declined: list[Declined] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     allowed: float = 0.0
+    substitution: Substitution | None = None
 
 
 @runtime_checkable

@@ -142,6 +142,48 @@ def test_one_part_of_a_split_scales_its_rows_alone() -> None:
     assert "mul" not in left(gm)
 
 
+POOL = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+
+
+@pytest.mark.parametrize(
+    ("forward", "scale"),
+    [
+        (lambda s, y: s.pool(y) - y, mixed(4, 1, 1)),
+        (lambda s, y: torch.add(F.max_pool2d(y, 3, 1, 1), y, alpha=-0.5), positive(4, 1, 1)),
+        (lambda s, y: torch.cat([y, F.relu(y)], 1), positive(1)),
+        (
+            lambda s, y: s.pool(s.pool(y) - y) + y,
+            mixed(4, 1, 1),
+        ),
+    ],
+    ids=["pool minus identity", "max pool", "cat", "nested"],
+)
+def test_a_tensor_takes_what_all_of_its_readers_want(forward, scale) -> None:
+    function = lambda s, x: forward(s, s.n(x)) * s.g + x.mean()
+    net = Net(function, n=nn.GroupNorm(1, 4), g=scale, pool=POOL)
+    gm, _ = run(AbsorbScaleShift(), net, image())
+    assert "mul" not in left(gm)
+
+
+@pytest.mark.parametrize(
+    ("forward", "scale"),
+    [
+        (lambda s, y: (s.pool(y) - y) * s.g + y, mixed(4, 1, 1)),
+        (lambda s, y: (s.pool(y) - y.sigmoid()) * s.g, mixed(4, 1, 1)),
+        (lambda s, y: (s.pool(y) * y) * s.g, mixed(4, 1, 1)),
+        (lambda s, y: (F.relu(y) - y) * s.g, mixed(4, 1, 1)),
+        (lambda s, y: (s.pool(y) - y) + s.g, mixed(4, 1, 1)),
+        (lambda s, y: torch.cat([y, s.pool(y)], 1) * s.g, mixed(8, 1, 1)),
+    ],
+    ids=["read later", "not linear", "product", "negative", "shift", "two factors"],
+)
+def test_a_tensor_keeps_what_its_readers_do_not_agree_on(forward, scale) -> None:
+    """Checked for numbers; a scale that only one of the two takes would be wrong."""
+    net = Net(lambda s, x: forward(s, s.n(x)), n=nn.GroupNorm(1, 4), g=scale, pool=POOL)
+    gm, _ = run(AbsorbScaleShift(), net, image())
+    assert {"mul", "add"} & set(left(gm))
+
+
 def test_a_depthwise_pointwise_layer_is_a_scale_and_shift() -> None:
     net = Net(lambda s, x: s.c(s.n(x)), n=nn.GroupNorm(1, 4), c=conv(k=1, groups=4))
     gm, _ = run(AbsorbScaleShift(), net, image())

@@ -311,6 +311,46 @@ def test_a_chain_of_two_unknown_sizes_stays() -> None:
     assert torch.equal(graph(other), Model()(other))
 
 
+def stored(v, value, *index):
+    """A copy of ``v`` with a value stored into a slice, as functionalised code writes it."""
+    return torch.slice_scatter(v, value, *index)
+
+
+@pytest.mark.parametrize(
+    ("index", "slices"),
+    [((1, 0, 2), 1), ((1, 1, 3), 2), ((1, 2, 100), 1), ((1, -3, -1), 2), ((1, 0, 4), 0)],
+)
+def test_a_stored_slice_is_a_concatenation(index, slices) -> None:
+    def model(v):
+        y = torch.relu(v)
+        return stored(y, torch.tanh(y[:, slice(*index[1:])]), *index) * 2
+
+    found = after(model, dynamic=True)
+    assert found["slice_scatter"] == 0
+    reads = 0 if index == (1, 0, 4) else 1
+    assert found["slice"] == slices + reads
+    assert found["cat"] == (1 if slices else 0)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda v: stored(v, torch.tanh(v[:, ::2]), 1, 0, 4, 2),
+        lambda v: stored(v, torch.zeros(2, 2, 6, 6), 1, 0, 2),
+        lambda v: stored(v.double(), torch.tanh(v[:, :2]), 1, 0, 2),
+        lambda v: stored(v, torch.tanh(v[:1]), 0, 0, 1),
+    ],
+    ids=["step", "constant", "dtype", "batch"],
+)
+def test_other_stores_stay(function) -> None:
+    assert after(lambda v: function(torch.relu(v)) * 2, dynamic=True)["slice_scatter"] == 1
+
+
+def test_a_stored_slice_that_is_returned_stays() -> None:
+    model = lambda v: stored(torch.relu(v), torch.tanh(v[:, :2]), 1, 0, 2)
+    assert after(model)["slice_scatter"] == 1
+
+
 def test_common_subexpressions_merge() -> None:
     assert after(lambda v: torch.relu(v) + torch.relu(v) * 2) == {"relu": 1, "mul": 1, "add": 1}
     deep = lambda v: torch.tanh(torch.abs(v)) * 2 + torch.tanh(torch.abs(v)) * 3

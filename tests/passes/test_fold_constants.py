@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -199,6 +200,60 @@ def test_low_rank_product_stays_factored() -> None:
     assert record.hint
 
 
+@pytest.mark.parametrize(("growth", "left"), [(31.0, 2), (32.0, 1), (math.inf, 1)])
+def test_max_growth_also_bounds_one_constant(growth: float, left: int) -> None:
+    model = Does(low_rank, a=torch.randn(256, 4), b=torch.randn(4, 256))
+    gm, result = folded(model, torch.randn(2, 256), max_growth=growth)
+    assert calls(gm) == ["matmul"] * left
+    assert bool(result.declined) == (left == 2)
+
+
+@pytest.mark.parametrize(("layers", "folds"), [(20, True), (36, False)])
+def test_small_weights_of_one_bank_count_together(layers: int, folds: bool) -> None:
+    def function(s: Does, x: Tensor) -> Tensor:
+        made = [(s.bank * s.mix[i]).sum(0) for i in range(layers)]
+        return torch.cat([torch.tanh(x @ weight) for weight in made])
+
+    bank = torch.randn(2, 100, 100) / 10
+    model = Does(function, bank=bank, mix=torch.randn(layers, 2, 1, 1))
+    gm, result = folded(model, torch.randn(2, 100))
+    # each is 39 KiB, from 78 KiB; 36 are 1.3 MiB more than the bank, one may still be made of it
+    assert calls(gm).count("sum") == (0 if folds else layers)
+    assert len(result.declined) == (0 if folds else layers)
+
+
+def test_what_does_not_grow_is_folded_beside_what_does() -> None:
+    def function(s: Does, x: Tensor) -> Tensor:
+        made = [(s.bank * s.mix[i]).sum(0) for i in range(4)]
+        return torch.cat([x @ weight for weight in made]) @ (s.v * s.g)
+
+    model = Does(
+        function, bank=torch.randn(2, 128, 128), mix=torch.randn(4, 2, 1, 1),
+        v=torch.randn(128, 128), g=torch.rand(128, 1),
+    )  # fmt: skip
+    gm, result = folded(model, torch.randn(2, 128))
+    assert calls(gm).count("sum") == len(result.declined) == 4
+    assert calls(gm).count("mul") == 4, "the product of its own v and g stores nothing more"
+
+
+def test_infinite_growth_of_nothing_stored() -> None:
+    model = Does(lambda s, x: x + torch.arange(300 * 300.0).sin().view(300, 300))
+    gm, result = folded(model, torch.randn(300, 300), max_growth=math.inf)
+    assert calls(gm) == ["add"]
+    assert not result.declined
+
+
+def test_a_generator_is_declined_once_behind_an_expand_too() -> None:
+    def function(s: Does, x: Tensor) -> Tensor:
+        return x + torch.tanh(s.a @ s.b * 2).unsqueeze(0).expand(3, 256, 256)
+
+    model = Does(function, a=torch.randn(256, 4), b=torch.randn(4, 256))
+    gm, result = folded(model, torch.randn(3, 256, 256))
+    (record,) = result.declined
+    assert "32 times the 8 KiB" in record.reason
+    assert calls(gm).count("matmul") == 1
+
+
 def test_small_low_rank_product_is_folded() -> None:
     model = Does(low_rank, a=torch.randn(32, 4), b=torch.randn(4, 32))
     gm, _ = folded(model, torch.randn(2, 32))
@@ -221,6 +276,48 @@ def test_merge_into_a_weight_of_the_same_size_does_not_grow() -> None:
     gm, result = folded(model, torch.randn(2, 256), max_growth=1.0)
     assert calls(gm) == ["linear"]
     assert not result.declined
+
+
+class Branches(nn.Module):
+    """Two convolutions, the weight of the second generated from a ninth of its numbers."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor], *, wide: bool = True) -> None:
+        super().__init__()
+        self.join = join
+        self.plain = nn.Parameter(torch.randn(64, 64, 3, 3) if wide else torch.randn(64, 64, 1, 1))
+        self.flat = nn.Parameter(torch.randn(64, 64, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = 2 * self.flat.expand(-1, -1, 3, 3)
+        first = F.conv2d(x, self.plain, padding=self.plain.shape[-1] // 2)
+        return self.join(first, F.conv2d(x, made, padding=1))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_weights_that_parallel_branches_merge_may_grow(sign: int) -> None:
+    """A difference convolution makes 9 numbers of 3, which the branch beside it takes in."""
+    gm, result = folded(Branches(lambda a, b: a + b if sign > 0 else a - b), wide_image())
+    assert calls(gm) == ["conv2d", "conv2d", "add" if sign > 0 else "sub"]
+    assert not result.declined
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Branches(lambda a, b: a * b),
+        Branches(lambda a, b: a + b.relu()),
+        Branches(lambda a, b: a + b, wide=False),
+    ],
+    ids=["product", "activation", "smaller sibling"],
+)
+def test_weights_of_other_branches_stay_factored(model: nn.Module) -> None:
+    gm, result = folded(model, wide_image())
+    assert any("factored" in record.reason for record in result.declined)
+    assert "expand" in calls(gm)
+
+
+def wide_image() -> Tensor:
+    return torch.randn(2, 64, 4, 4)
 
 
 def test_growth_in_total_is_bounded() -> None:

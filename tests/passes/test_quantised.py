@@ -322,6 +322,19 @@ def test_branches_of_quantised_weights_stay_integers() -> None:
     assert left(gm) == {"conv": 2, "add": 1, "relu": 1, "dequantize-per-channel": 2}
 
 
+def test_a_float8_weight_has_one_scale_for_all_channels() -> None:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        limits = (-448, 448, torch.float8_e4m3fn)
+        result: torch.Tensor = s.bn(F.conv2d(x, ops.dequantize_per_tensor(s.w, 0.004, 0, *limits)))
+        return result
+
+    net = Around(forward, bn=nn.BatchNorm2d(6))
+    net.register_buffer("w", (torch.randn(6, 3, 3, 3) * 50).to(torch.float8_e4m3fn))
+    gm, reasons = folded(net, torch.randn(2, 3, 7, 6))
+    assert left(gm)["batch-norm"] == 1
+    assert "has a float8 weight" in reasons
+
+
 def test_an_axis_of_the_inputs_takes_no_scale_of_the_outputs() -> None:
     net = Around(
         lambda s, x: s.bn(

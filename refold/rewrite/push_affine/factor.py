@@ -36,6 +36,12 @@ class Factor:
     def is_positive(self) -> bool:
         return bool((self.scale > 0).all())
 
+    def equals(self, other: Factor) -> bool:
+        same = self.scale.dim() == other.scale.dim()
+        return same and bool(
+            (self.scale == other.scale).all() and (self.shift == other.shift).all()
+        )
+
     def varies(self) -> set[int]:
         """Axes along which the scale or the shift varies."""
         return {a for t in (self.scale, self.shift) for a in range(t.dim()) if t.shape[a] != 1}
@@ -47,18 +53,25 @@ class Factor:
         return self.scale.reshape(-1).expand(size), self.shift.reshape(-1).expand(size)
 
 
+Mark = tuple[
+    int, int, int, dict[fx.Node, tuple[fx.Node, Factor]], dict[tuple[fx.Node, fx.Node], Factor]
+]
+
+
 @dataclass
 class Plan:
     """Edits to make, nodes whose value changes or that go, and parts of a tensor still to push.
 
     ``parts`` holds, per tensor that several paths reach through disjoint slices, its reader on the
-    path and the joint factor; it is pushed once, when every path has arrived.
+    path and the joint factor; it is pushed once, when every path has arrived. ``shared`` holds
+    what each reader of a tensor wants of the whole of it, where all readers are on the path.
     """
 
     edits: list[Edit] = field(default_factory=list)
     touched: list[fx.Node] = field(default_factory=list)
     removed: list[fx.Node] = field(default_factory=list)
     parts: dict[fx.Node, tuple[fx.Node, Factor]] = field(default_factory=dict)
+    shared: dict[tuple[fx.Node, fx.Node], Factor] = field(default_factory=dict)
 
     kept: set[fx.Node] = field(default_factory=set)
     price: float = 0.0  # of what the plan adds, in microseconds
@@ -72,12 +85,13 @@ class Plan:
             raise Refused(f"the path reaches {node.name} twice")
         self.touched.append(node)
 
-    def mark(self) -> tuple[int, int, int, dict[fx.Node, tuple[fx.Node, Factor]]]:
-        return len(self.edits), len(self.touched), len(self.removed), dict(self.parts)
+    def mark(self) -> Mark:
+        lengths = (len(self.edits), len(self.touched), len(self.removed))
+        return *lengths, dict(self.parts), dict(self.shared)
 
-    def rewind(self, mark: tuple[int, int, int, dict[fx.Node, tuple[fx.Node, Factor]]]) -> None:
+    def rewind(self, mark: Mark) -> None:
         del self.edits[mark[0] :], self.touched[mark[1] :], self.removed[mark[2] :]
-        self.parts = mark[3]
+        self.parts, self.shared = mark[3], mark[4]
 
 
 def narrow(t: torch.Tensor, axis: int, start: int, size: int) -> torch.Tensor:

@@ -80,17 +80,14 @@ class Pusher(Upward, Downward):
                 "if that is not meant, check the weights and statistics of this layer",
             )
             return None
-        plan = Plan()
-        try:
-            if widens(record):
-                raise Refused("its input is an integer tensor")
-            self._up(record.x, record.reader, factor, plan)
-            while plan.parts:  # the last in the graph first: its path may lead to an earlier one
-                source = max(plan.parts)
-                self._up_shared(source, *plan.parts.pop(source), plan)
-            return self._commit(record, plan)
-        except Refused as refusal:
-            upward = str(refusal)
+        upward = ""
+        for self.joins in (True, False):
+            plan = Plan()
+            try:
+                self._plan_up(record, factor, plan)
+                return self._commit(record, plan)
+            except Refused as refusal:
+                upward = str(refusal)
         plan = Plan()
         try:
             self._down(record.node, factor, plan)
@@ -99,6 +96,18 @@ class Pusher(Upward, Downward):
             downward = str(refusal)
         self.refusals[record.node] = (f"into its input: {upward}; into its users: {downward}", "")
         return None
+
+    def _plan_up(self, record: records.Affine, factor: Factor, plan: Plan) -> None:
+        if widens(record):
+            raise Refused("its input is an integer tensor")
+        self._up(record.x, record.reader, factor, plan)
+        while plan.parts or plan.shared:
+            # the last in the graph first: its path may lead to an earlier one
+            source = max([*plan.parts, *(u for u, _ in plan.shared)])
+            if source in plan.parts:
+                self._up_shared(source, *plan.parts.pop(source), plan)
+            else:
+                self._up_joint(source, plan)
 
     def _commit(self, record: records.Affine, plan: Plan) -> Applied:
         done = applied(

@@ -26,6 +26,8 @@ from refold.rewrite.push_affine.walk import (
     shifted,
 )
 
+_REGION = 32  # calls between a producer and what is pushed into it along several paths
+
 
 class Upward(Walk):
     """Plans producers."""
@@ -40,12 +42,44 @@ class Upward(Walk):
             raise Refused("its input is the network's input")
         if nodes.pinned(u):
             raise Refused(f"{u.name} is excluded")
-        if not nodes.only_user(u, consumer) or reads(consumer, u) != 1:
+        if reads(consumer, u) != 1:
             raise Refused(f"{u.name} has other users")
+        if not nodes.only_user(u, consumer):
+            if not self._is_inside(u):
+                raise Refused(f"{u.name} has other users")
+            plan.shared[u, consumer] = factor
+            return None
+        return self._into(u, factor, plan)
+
+    def _into(self, u: fx.Node, factor: Factor, plan: Plan) -> None:
         for step in (self._up_terminal, self._up_affine, self._up_layout, self._up_passing):
             if step(u, factor, plan):
-                return None
+                return
         raise Refused(not_linear(u))
+
+    def _is_inside(self, u: fx.Node) -> bool:
+        """True if all that is computed from ``u`` ends in the scale-shift that is pushed."""
+        if not self.joins or self.record is None:
+            return False
+        ends = {self.record.node, self.record.reader}
+        seen, stack = {u}, [u]
+        while stack:
+            for user in stack.pop().users:
+                if user in ends or user in seen:
+                    continue
+                if user.op != "call_function" or len(seen) == _REGION:
+                    return False
+                seen.add(user)
+                stack.append(user)
+        return True
+
+    def _up_joint(self, u: fx.Node, plan: Plan) -> None:
+        """Pushes into a tensor of which all readers want the same."""
+        wanted = {c: plan.shared.pop((u, c)) for (v, c) in list(plan.shared) if v is u}
+        first, *others = wanted.values()
+        if set(wanted) != set(u.users) or any(not first.equals(other) for other in others):
+            raise Refused(f"{u.name} has other users")
+        self._into(u, first, plan)
 
     def _into_constant(self, u: fx.Node, consumer: fx.Node, factor: Factor, plan: Plan) -> None:
         base = constants.exact(u)
@@ -130,6 +164,9 @@ class Upward(Walk):
         The integers stay what they are but for channels of a negative or zero factor.
         """
         u = layer.node
+        if layer.dtype.is_floating_point:
+            # PyTorch has no kernel for a float8 tensor with a scale for each channel.
+            raise Refused(f"{u.name} has a float8 weight, which has one scale for all channels")
         scale, shift = factor.vectors(layer.axis, layer.out_channels)
         new_scales = layer.scales.map(
             layer.scales.shape, lambda d: torch.where(scale == 0, d, d * scale.abs())

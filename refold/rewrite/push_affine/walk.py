@@ -49,6 +49,7 @@ class Walk:
         self.refusals: dict[fx.Node, tuple[str, str]] = {}
         self.escapes = False
         self.record: records.Affine | None = None
+        self.joins = True  # whether a tensor may take what all of its readers want
 
     def _commutes(self, u: fx.Node, factor: Factor) -> bool:
         """True if ``u(scale * x + shift) == scale * u(x) + shift`` for ``u``'s first input."""

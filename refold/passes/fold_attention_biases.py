@@ -1,0 +1,303 @@
+"""Take the biases of keys and values out of an attention.
+
+    softmax(q @ (k + 1 b^T)^T) = softmax(q @ k^T + (q @ b) 1^T) = softmax(q @ k^T)
+    softmax(s) @ (v + 1 b^T)   = softmax(s) @ v + 1 b^T
+    W (y + b) + c              = W y + (W b + c)
+
+A key's bias adds the same number to every score of a row, which a softmax does not see: the
+parameter changes nothing, and goes. Rows of weights sum to one, so a value's bias comes out as it
+went in, and the layer that reads the attention takes it into its own bias.
+
+Exact when: between projection and product stand layouts alone (no rotary embedding, no norm, no
+cache), and nothing else reads what changes. For values, the rows must sum to one: written out they
+do, or are NaN in any case; the fused operator gives zeros for a row whose keys are all hidden, so
+its mask is absent, causal, or a constant that leaves every row a key. A bias goes as a whole or
+not at all: one that also serves queries stays.
+
+Before::
+
+    %k = linear(%x, @wk, @bk)
+    %v = linear(%x, @wv, @bv)
+    %a = scaled_dot_product_attention(%q, %k, %v)
+    %y = linear(%a, @wo, @bo)
+
+After::
+
+    %k = linear(%x, @wk)
+    %v = linear(%x, @wv)
+    %a = scaled_dot_product_attention(%q, %k, %v)
+    %y = linear(%a, @wo, @folded_bias)
+
+Source: Namazifar et al., Role of Bias Terms in Dot-Product Attention (ICASSP 2023), section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from refold.algebra.lazy import Lazy
+from refold.graph import constants, nodes, provenance, records
+from refold.graph.attention import Attention, Operand, attention
+from refold.graph.kinds import kind
+from refold.graph.nodes import aten, is_tensor, shape
+from refold.rewrite import layout
+from refold.rewrite.push_affine.walk import overflows, reads
+from refold.rewrite.result import Applied, PassResult, applied, declined
+
+_PROJECTIONS = (
+    aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default
+)  # fmt: skip
+
+
+class _Refused(Exception):
+    """A bias cannot leave its attention."""
+
+
+@dataclass(frozen=True)
+class FoldAttentionBiases:
+    """Takes key and value biases out of attentions; see the module docstring."""
+
+    name: str = "fold-attention-biases"
+    exactness: str = "reassociates"
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        return _Folder(gm, self.name).run()
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """A layer with a bias, and the layouts from it to an operand, the layer's own reader first."""
+
+    layer: fx.Node
+    bias_node: fx.Node
+    bias: torch.Tensor
+    path: tuple[tuple[fx.Node, fx.Node], ...]
+
+    @property
+    def spread(self) -> torch.Tensor:
+        """The bias as it broadcasts against the layer's result."""
+        rank, axis = len(shape(self.layer)), _channels(self.layer)
+        return self.bias.reshape([-1 if a == axis else 1 for a in range(rank)])
+
+
+@dataclass
+class _Claim:
+    """Elements of a layer's bias that need not be there, and what the readers get instead."""
+
+    projection: _Projection
+    elements: torch.Tensor
+    role: str
+    passed: tuple[fx.Node, ...]
+    reader: records.Linear | None = None
+    added: torch.Tensor | None = None
+
+
+@dataclass
+class _Folder:
+    gm: fx.GraphModule
+    rule: str
+    result: PassResult = field(default_factory=PassResult)
+
+    def run(self) -> PassResult:
+        while any(_projects(reader) for reader in self._round()):
+            pass  # what a reader took in may leave the attention that it projects for
+        self.result.modified = bool(self.result.applied)
+        return self.result
+
+    def _round(self) -> set[fx.Node]:
+        """Settles every layer once; the readers that took something in."""
+        self.result.declined.clear()
+        claims: dict[fx.Node, list[_Claim]] = {}
+        for node in list(self.gm.graph.nodes):
+            found = attention(node)
+            if found is None or nodes.pinned(node):
+                continue
+            for make in (self._keys, self._values):
+                try:
+                    claim = make(found)
+                except (_Refused, layout.Unproven) as refusal:
+                    self.result.declined.append(declined(self.rule, node, str(refusal)))
+                    continue
+                if claim is not None:
+                    claims.setdefault(claim.projection.layer, []).append(claim)
+        took: set[fx.Node] = set()
+        for layer, held in claims.items():
+            if layer not in took and self._settle(layer, held):
+                took.update(c.reader.node for c in held if c.reader is not None)
+        return took
+
+    def _keys(self, found: Attention) -> _Claim | None:
+        if isinstance(found.keys, str):
+            raise _Refused(f"the keys' bias stays: {found.keys}")
+        projection = _projection(found.keys, "keys")
+        if projection is None:
+            return None
+        scores = found.scores[:-1]
+        if any(nodes.pinned(n) for n in scores):
+            raise _Refused("the keys' bias stays: the scores are excluded")
+        self._arriving(projection, found.keys, "keys")
+        elements = self._elements(projection, found.keys, next(iter(scores), found.node))
+        return _Claim(projection, elements, "keys", scores)
+
+    def _values(self, found: Attention) -> _Claim | None:
+        projection = _projection(found.values, "values")
+        if projection is None:
+            return None
+        if found.hidden is not None:
+            raise _Refused(f"the values' bias stays: {found.hidden}")
+        shift = found.carried(self._arriving(projection, found.values, "values"))
+        elements = self._elements(projection, found.values, found.node)
+        reader, vector, passed = self._reader(found.node, shift)
+        added = reader.weight.get() @ vector
+        if nodes.dtype(reader.node) == torch.float16 and overflows(Lazy.of(added)):
+            raise _Refused("the values' bias stays: the reader's bias would overflow float16")
+        return _Claim(projection, elements, "values", passed, reader, added)
+
+    def _arriving(self, projection: _Projection, operand: Operand, role: str) -> torch.Tensor:
+        """The bias where the product reads it, constant over the keys."""
+        shift = projection.spread
+        for node, source in projection.path:
+            shift = layout.push(node, source, _pair(shift), self.gm.graph)[1]
+        if shift.shape[operand.axis] != 1:
+            raise _Refused(f"the {role}' bias stays: it differs from key to key")
+        return shift
+
+    def _elements(
+        self, projection: _Projection, operand: Operand, product: fx.Node
+    ) -> torch.Tensor:
+        """Which elements of the bias the operand reads; nothing else may read them."""
+        if len(operand.node.users) > 1 or reads(product, operand.node) > 1:
+            raise _Refused(f"{operand.node.name} is read more than once")
+        mask = torch.ones((1,) * len(shape(operand.node)), dtype=torch.float64)
+        for node, source in reversed(projection.path):
+            mask = layout.pull(node, source, _pair(mask), True, self.gm.graph)[1]
+            for other in _readers(source):
+                if other is not node and layout.overlaps(other, source, mask > 0, self.gm.graph):
+                    raise _Refused(f"{other.name} reads what the bias is added to")
+        axis = _channels(projection.layer)
+        if any(size != 1 for a, size in enumerate(mask.shape) if a != axis):
+            raise _Refused("only some positions of the projection are read")
+        return mask.reshape(-1).expand(projection.bias.shape) > 0
+
+    def _reader(
+        self, node: fx.Node, shift: torch.Tensor
+    ) -> tuple[records.Linear, torch.Tensor, tuple[fx.Node, ...]]:
+        """The layer that reads an attention, and the shift as it meets its weight."""
+        passed = [node]
+        while True:
+            users = list(passed[-1].users)
+            if len(users) != 1 or not is_tensor(users[0]):
+                raise _Refused(f"the values' bias stays: not one layer alone reads {passed[-1]}")
+            reader = records.linear(users[0])
+            if reader is not None and reader.x is passed[-1]:
+                break
+            if not layout.is_layout(users[0]) or nodes.pinned(users[0]):
+                raise _Refused(f"the values' bias stays: {users[0].name} is not linear")
+            shift = layout.push(users[0], passed[-1], _pair(shift), self.gm.graph)[1]
+            passed.append(users[0])
+        if reader.node.target is not aten.linear.default or nodes.pinned(reader.node):
+            raise _Refused(f"the values' bias stays: {reader.node.name} is not to be changed")
+        if any(size != 1 for size in shift.shape[:-1]):
+            raise _Refused("the values' bias stays: it varies along another axis than the features")
+        return reader, shift.reshape(-1).expand(reader.weight.shape[1]), tuple(passed)
+
+    def _settle(self, layer: fx.Node, claims: list[_Claim]) -> bool:
+        """Removes a bias whose every element is claimed."""
+        projection = claims[0].projection
+        claimed = torch.stack([c.elements for c in claims]).any(0)
+        if bool((projection.bias * ~claimed).any()):
+            roles = " and ".join(c.role for c in claims)
+            dead = sum(int(c.elements.sum()) for c in claims if c.role == "keys")
+            of_keys = f"; {dead} elements of it, the keys', change nothing" if dead else ""
+            self.result.declined.append(
+                declined(
+                    self.rule, layer,
+                    f"its bias serves more than {roles}, so it stays as a whole{of_keys}",
+                )
+            )  # fmt: skip
+            return False
+        layer.args = (*layer.args[:2], *((None, *layer.args[3:]) if len(layer.args) > 3 else ()))
+        layer.kwargs = {k: v for k, v in layer.kwargs.items() if k != "bias"}
+        changed = [layer, *(n for n, _ in projection.path)]
+        for claim in claims:
+            changed += [n for n, _ in claim.projection.path] + list(claim.passed)
+            if claim.reader is not None:
+                self._take(claim.reader.node, claim)
+        for node in dict.fromkeys(changed):
+            provenance.derive(node, [node], self.rule, value=None)
+        self.result.applied.append(_record(self.rule, projection, claims))
+        return True
+
+    def _take(self, reader: fx.Node, claim: _Claim) -> None:
+        now = records.linear(reader)
+        assert now is not None
+        assert claim.added is not None
+        added, bias = claim.added, now.bias
+        total = Lazy.of(added) if bias is None else bias.map(bias.shape, lambda b: b + added)
+        with self.gm.graph.inserting_before(reader):
+            data = constants.add(self.gm, f"{reader.name}.bias", total, reader.meta["val"])
+        reader.args, reader.kwargs = (now.x, now.weight_node, data), {}
+        provenance.derive(reader, [claim.projection.layer, reader], self.rule)
+
+
+def _record(rule: str, projection: _Projection, claims: list[_Claim]) -> Applied:
+    name = str(projection.bias_node.target)
+    if all(claim.role == "keys" for claim in claims):
+        detail = f"{name} changes nothing: it adds one number to every score of a row"
+    else:
+        into = ", ".join(c.reader.node.name for c in claims if c.reader is not None)
+        detail = f"{name} into the bias of {into}"
+    return applied(rule, [], [c.reader.node for c in claims if c.reader is not None], detail)
+
+
+def _projection(operand: Operand, role: str) -> _Projection | None:
+    """Walks up from an operand through layouts; ``None`` where no bias is to be had."""
+    path: list[tuple[fx.Node, fx.Node]] = []
+    node = operand.node
+    while layout.is_layout(node) and not nodes.pinned(node):
+        source = layout.source_of(node)
+        if source is not None and not is_tensor(source):  # the parts of a split
+            source = layout.source_of(source)
+        if source is None or not is_tensor(source):
+            return None
+        path.insert(0, (node, source))
+        node = source
+    layer = records.linear(node) or records.conv(node)
+    if layer is None or node.target not in _PROJECTIONS or nodes.pinned(node):
+        between = node.op == "call_function" and not layout.is_layout(node)
+        if between and any(records.linear(n) or records.conv(n) for n in node.all_input_nodes):
+            raise _Refused(f"the {role}' bias stays: {node.name} stands between it and the product")
+        return None
+    if layer.bias is None:
+        return None
+    bias_node = nodes.arguments(node)["bias"]
+    return _Projection(node, bias_node, layer.bias.get(), tuple(path))
+
+
+def _projects(layer: fx.Node) -> bool:
+    """True if what a layer makes may reach a product through layouts."""
+    stack = list(layer.users)
+    while stack:
+        user = stack.pop()
+        if layout.is_layout(user):
+            stack.extend(user.users)
+        elif kind(user) in ("matmul", "attention"):
+            return True
+    return False
+
+
+def _channels(layer: fx.Node) -> int:
+    return len(shape(layer)) - 1 if layer.target is aten.linear.default else 1
+
+
+def _pair(shift: torch.Tensor) -> layout.Pair:
+    return torch.ones((1,) * shift.dim(), dtype=torch.float64), shift
+
+
+def _readers(source: fx.Node) -> list[fx.Node]:
+    """The tensors that are read off a node, parts of a split one by one."""
+    split = [u for u in source.users if isinstance(nodes.value(u), (list, tuple))]
+    return [u for u in source.users if u not in split] + [part for u in split for part in u.users]
