@@ -1,4 +1,4 @@
-"""The command line: ``refold export | explain | verify | check | build | passes | targets``."""
+"""The command line: ``refold export | explain | verify | refit | check | build | ...``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from refold.report import Report
 
 OK, ERROR, USAGE, NUMBERS, EXPECTATION, INTERRUPTED = 0, 1, 2, 3, 4, 130
+_PROGRAM = ".pt2"  # of torch.export
 # Work shorter than this needs no sign of life.
 _QUIET_SECONDS = 2.0
-_VERIFIABLE = (".onnx", ".pt2")  # what refold verify can load
 _SPINNER = "|/-\\"
 
 _DESCRIPTION = """\
@@ -95,7 +96,7 @@ def _fail(error: RefoldError, *, as_json: bool) -> int:
 
 
 def _export(arguments: argparse.Namespace, progress: _Progress) -> int:
-    from refold.backends.base import check_output, find_target, marker_of, require
+    from refold.backends.base import check_output, file_targets, find_target, marker_of, require
     from refold.compiler import compile_for_inference
 
     target = find_target(arguments.target)
@@ -113,9 +114,12 @@ def _export(arguments: argparse.Namespace, progress: _Progress) -> int:
         inputs,
         target=arguments.target,
         dynamic_shapes=shapes,
+        bind=_bind(arguments),
         pipeline=arguments.pipeline,
+        max_growth=arguments.max_growth,
         verify=not arguments.no_verify,
         expect=expect,
+        recipe=arguments.recipe,
         exclude=arguments.exclude,
         trust=arguments.trust,
         progress=progress,
@@ -132,8 +136,8 @@ def _export(arguments: argparse.Namespace, progress: _Progress) -> int:
     _show(report)
     if arguments.target == "trt":
         then = f"on the machine with the GPU: refold build {path} && refold verify {path}"
-    elif path.suffix not in _VERIFIABLE:
-        then = ""
+    elif path.suffix not in file_targets() and (target.name, path.suffix) != ("torch", _PROGRAM):
+        then = ""  # nothing here can load it
     else:
         then = f"refold verify {arguments.model} {path}"
         then = f"check it again: {_with_inputs(then, arguments)}"
@@ -146,6 +150,8 @@ def _target_options(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("opset", "precision"):
         if getattr(arguments, name) is not None:
             given[name] = getattr(arguments, name)
+    if arguments.refittable:
+        given["refittable"] = True
     if arguments.profile:
         given["profile"] = dict(_profile(text) for text in arguments.profile)
     return given
@@ -167,7 +173,9 @@ def _explain(arguments: argparse.Namespace, progress: _Progress) -> int:
         named.model,
         inputs,
         dynamic_shapes=shapes,
+        bind=_bind(arguments),
         pipeline=arguments.pipeline,
+        max_growth=arguments.max_growth,
         exclude=arguments.exclude,
         trust=arguments.trust,
         progress=progress,
@@ -185,16 +193,30 @@ def _verify(arguments: argparse.Namespace, progress: _Progress) -> int:
     if arguments.artifact is None:
         return _verify_directory(arguments, progress)
     from refold import numerics
+    from refold.backends.base import is_static
     from refold.frontends.export import trace
 
+    path = Path(arguments.artifact)
+    loader = _loader(path)
     named, inputs, shapes = _prepare(arguments, progress)
+    static = loader is not None and is_static(loader)
+    if static and shapes is not None:
+        raise UsageError(f"{path} has fixed shapes: write them in --shape as numbers alone")
     progress("trace")
-    program = trace(named.model, inputs or (), {}, dynamic_shapes=shapes, trust=arguments.trust)
+    program = trace(
+        named.model,
+        inputs or (),
+        {},
+        dynamic_shapes=shapes,
+        dynamic_batch=not static,
+        bind=_bind(arguments),
+        trust=arguments.trust,
+    )
     progress("load")
-    candidate = _load_artifact(Path(arguments.artifact), program, trust=arguments.trust)
+    candidate = _load_artifact(path, loader, program, trust=arguments.trust)
     progress("verify")
     known = numerics.references(program.graph_module, program)
-    result = numerics.verify(program.graph_module, candidate, known)
+    result, _ = numerics.verify_widely(program.graph_module, candidate, program, known)
     progress.close()
     if arguments.json:
         print(json.dumps({"artifact": arguments.artifact, **result.to_dict()}, indent=2))
@@ -267,7 +289,9 @@ def _lowered(arguments: argparse.Namespace, progress: _Progress, folder: Path) -
         inputs,
         target="trt",
         dynamic_shapes=shapes,
+        bind=_bind(arguments),
         pipeline=arguments.pipeline,
+        max_growth=arguments.max_growth,
         verify=False,
         exclude=arguments.exclude,
         trust=arguments.trust,
@@ -278,13 +302,43 @@ def _lowered(arguments: argparse.Namespace, progress: _Progress, folder: Path) -
     return compiled.save(folder / "model.trt")
 
 
+def _refit(arguments: argparse.Namespace, progress: _Progress) -> int:
+    from refold.frontends.model_spec import read_tensors
+    from refold.recipe_file import refit_file
+
+    progress("refit")
+    weights: dict[str, torch.Tensor] = {}
+    for file in arguments.weights:
+        weights.update(read_tensors(Path(file)))
+    path = refit_file(
+        arguments.model,
+        weights,
+        arguments.output,
+        bind=_bind(arguments),
+        recipe=arguments.recipe,
+        force=arguments.force,
+    )
+    progress.close()
+    if arguments.json:
+        print(json.dumps({"output": str(path)}, indent=2))
+    else:
+        print(f"{path}: written with the new weights; compare it with the model: refold verify")
+    return OK
+
+
 def _build(arguments: argparse.Namespace, progress: _Progress) -> int:
     from refold.backends.tensorrt import build
 
     folder = Path(arguments.directory)
-    built = build.build(
-        folder, library=arguments.library, progress=progress, rebuild=arguments.rebuild
-    )
+    if arguments.refit is not None:
+        from refold.backends.tensorrt import refit
+
+        progress("refit")
+        built = refit.refit(folder, Path(arguments.refit), library=arguments.library)
+    else:
+        built = build.build(
+            folder, library=arguments.library, progress=progress, rebuild=arguments.rebuild
+        )
     progress.close()
     record = built.record
     if arguments.json:
@@ -302,19 +356,31 @@ def _build(arguments: argparse.Namespace, progress: _Progress) -> int:
     return OK
 
 
-def _load_artifact(path: Path, program: Any, *, trust: bool) -> Callable[..., Any]:
+def _loader(path: Path) -> Any:
+    """The target that loads a file; None for an exported program, which needs none."""
+    from refold.backends.base import file_targets, require
+
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
-    if path.suffix == ".onnx":
-        from refold.backends.onnxruntime import load_file
+    if path.suffix == _PROGRAM:
+        return None
+    known = file_targets()
+    if path.suffix not in known:
+        names = ", ".join([_PROGRAM, *known])
+        raise UsageError(f"{path}: can verify {names} files, and directories of the trt target")
+    require(known[path.suffix])
+    return known[path.suffix]
 
-        return load_file(path, program)
-    if path.suffix == ".pt2":
-        from refold.frontends import archive
 
-        runner: Callable[..., Any] = archive.load(path, trust=trust).module()
+def _load_artifact(path: Path, loader: Any, program: Any, *, trust: bool) -> Callable[..., Any]:
+    runner: Callable[..., Any]
+    if loader is not None:
+        runner = loader.load_file(path, program)
         return runner
-    raise UsageError(f"{path}: can verify .onnx and .pt2 files")
+    from refold.frontends import archive
+
+    runner = archive.load(path, trust=trust).module()
+    return runner
 
 
 def _passes(arguments: argparse.Namespace, progress: _Progress) -> int:
@@ -348,8 +414,17 @@ def _summary(cls: type) -> str:
 
 
 def _targets(arguments: argparse.Namespace, progress: _Progress) -> int:
-    from refold.backends.base import find_target, is_static, target_names, verification_of
+    from refold import native
+    from refold.backends.base import (
+        dtypes_of,
+        file_targets,
+        find_target,
+        is_static,
+        target_names,
+        verification_of,
+    )
 
+    kernel = native.status() or "available"
     rows: list[dict[str, Any]] = []
     for name in target_names():
         target = find_target(name)
@@ -357,19 +432,26 @@ def _targets(arguments: argparse.Namespace, progress: _Progress) -> int:
         rows.append(
             {"name": name, "suffix": target.suffix, "missing": target.available(),
              "shapes": "fixed" if is_static(target) else "dynamic",
-             "verified": verification_of(target), "options": options}
+             "dtypes": list(dtypes_of(target)), "verified": verification_of(target),
+             "options": options}
         )  # fmt: skip
     if arguments.json:
-        print(json.dumps({"targets": rows}, indent=2, default=str))
+        print(json.dumps({"targets": rows, "native_kernel": kernel}, indent=2, default=str))
         return OK
     names, suffixes = (max(len(row[key]) for row in rows) for key in ("name", "suffix"))
+    width = min(shutil.get_terminal_size().columns, 100)
     for row in rows:
+        first = f"{row['name']:<{names}}  {row['suffix']:<{suffixes}}  "
+        print("\n    ".join(textwrap.wrap(first + (row["missing"] or "available"), width - 4)))
         given = ", ".join(f"{k}={v}" for k, v in row["options"].items())
-        print(
-            f"{row['name']:<{names}}  {row['suffix']:<{suffixes}}  {row['missing'] or 'available'}"
-            f"\n    {row['shapes']} shapes; {row['verified']}"
-            f"{f'; options: {given}' if given else ''}"
-        )
+        dtypes = ", ".join(row["dtypes"]) or "any dtype"
+        for line in (
+            f"{row['shapes']} shapes; {dtypes}", row["verified"], f"options: {given}" * bool(given),
+        ):  # fmt: skip
+            for part in textwrap.wrap(line, width - 4, subsequent_indent="  "):
+                print(f"    {part}")
+    print(f"refold verify reads {', '.join([_PROGRAM, *file_targets()])}")
+    print(f"native kernel of binary planes, for torch: {kernel}")
     return OK
 
 
@@ -408,6 +490,12 @@ def _prepare(
         if arguments.dtype:
             named.model.to(dtype)
     return named, inputs, _dynamic_shapes(texts)
+
+
+def _bind(arguments: argparse.Namespace) -> dict[str, Any]:
+    from refold.frontends.model_spec import parse_binding
+
+    return dict(parse_binding(text) for text in arguments.bind)
 
 
 def _randomize(named: NamedModel, inputs: list[torch.Tensor]) -> None:
@@ -449,6 +537,7 @@ def _with_inputs(command: str, arguments: argparse.Namespace) -> str:
         if value:
             parts.append(f"{flag} {value}")
     parts += [f"--{'input' if ':' in t else 'shape'} {t}" for t in arguments.input_texts or []]
+    parts += [f"--bind {text}" for text in arguments.bind]
     if arguments.randomize_bn:
         parts.append("--randomize-bn")
     if arguments.seed:
@@ -549,6 +638,31 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     export.set_defaults(run=_export)
 
+    export.add_argument(
+        "--recipe", action="store_true",
+        help="write how each weight was folded beside the .onnx, for refold refit",
+    )  # fmt: skip
+
+    refit = commands.add_parser(
+        "refit", help="new weights for an ONNX file that has a recipe", formatter_class=raw,
+        epilog="example:\n  refold export mynets.detector:build --shape 1x3x64x64 --recipe "
+        "-o net.onnx\n  refold refit net.onnx --weights new.safetensors -o new.onnx\n",
+    )  # fmt: skip
+    refit.add_argument("model", metavar="FILE", help="an .onnx that refold export --recipe wrote")
+    refit.add_argument(
+        "--weights", action="append", required=True, metavar="FILE",
+        help=".safetensors, or .pt / .pth read without running code; repeatable, the last one wins",
+    )  # fmt: skip
+    refit.add_argument(
+        "--bind", action="append", default=[], metavar="NAME=FILE",
+        help="a new value of a bound input: an .npy or .safetensors file; repeatable",
+    )  # fmt: skip
+    refit.add_argument("--recipe", metavar="FILE", help="default: FILE.recipe")
+    refit.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write")
+    refit.add_argument("--force", action="store_true", help="overwrite the file")
+    refit.add_argument("--json", action="store_true", help="machine-readable output")
+    refit.set_defaults(run=_refit)
+
     explain = commands.add_parser(
         "explain", help="dry run: what folds, what does not, and why", formatter_class=raw,
         epilog="example:\n  refold explain mynets.detector:build --shape 1x3x640x640\n",
@@ -567,7 +681,8 @@ def _parser() -> argparse.ArgumentParser:
     _model_arguments(verify)
     verify.add_argument(
         "artifact", metavar="FILE", nargs="?",
-        help=".onnx or .pt2; without it, MODEL is a directory of the trt target",
+        help=".onnx, .ort, .xml, .pte, .tflite, .param or .pt2; without it, MODEL is a directory "
+        "of the trt target",
     )  # fmt: skip
     verify.add_argument(
         "--onnx", action="store_true",
@@ -595,6 +710,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     build.add_argument("directory", metavar="DIR", help="what `refold export --target trt` wrote")
     build.add_argument("--rebuild", action="store_true", help="build although there is an engine")
+    build.add_argument(
+        "--refit", metavar="BASE",
+        help="take the engine of a directory with the same graph, and give it this one's weights",
+    )  # fmt: skip
     _library_argument(build)
     build.add_argument("--json", action="store_true", help="machine-readable output")
     build.set_defaults(run=_build)
@@ -611,6 +730,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _target_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp16", "bf16"), help="trt: cast what is float32")
+    parser.add_argument(
+        "--refittable", action="store_true",
+        help="trt: an engine that `refold build --refit` can give other weights",
+    )  # fmt: skip
     parser.add_argument(
         "--profile", action="append", default=[], metavar="NAME=MIN:OPT:MAX",
         help="trt: sizes of a dynamic dimension, as in batch=1:8:32; repeatable",
@@ -645,6 +768,11 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         help="random batch-norm statistics, so that a model without trained weights shows folding",
     )  # fmt: skip
     parser.add_argument(
+        "--bind", action="append", default=[], metavar="NAME=VALUE",
+        help="declare an input constant: a number, an .npy or a .safetensors file; repeatable; "
+        "--shape then describes the other inputs alone",
+    )  # fmt: skip
+    parser.add_argument(
         "--trust", action="store_true", help="load a .pt2 that asks for pickle: it can run code"
     )
     parser.add_argument("--json", action="store_true", help="machine-readable output")
@@ -652,6 +780,10 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _fold_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipeline", default="default", help="refold passes lists them")
+    parser.add_argument(
+        "--max-growth", type=float, metavar="FACTOR",
+        help="how much larger the stored constants may become; inf folds every weight generator",
+    )  # fmt: skip
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="GLOB",
         help="module paths that no pass touches; repeatable",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from refold.backends.base import Artifact, Runner, Target, marker_of, write_atom
 from refold.errors import UsageError
 from refold.graph import constants, provenance
 from refold.inputs import InputCheck
+from refold.recipes import Kept, refit
 from refold.report import Report
 
 
@@ -30,6 +31,8 @@ class Compilation:
     runner: Runner
     report: Report
     weights: dict[str, dict[str, Any]]
+    options: Any = None
+    kept: Kept | None = None
 
 
 class CompiledModel:
@@ -85,6 +88,8 @@ class CompiledModel:
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Writes the artifact (``.onnx``, ``.pt2``); the file is complete or not there.
 
+        A recipe goes beside an ONNX file, for ``refold refit``.
+
         Args:
             path: file to write, a directory for ``trt``; weights too large for one file go beside.
             force: overwrite an existing file, or an existing artifact of the same kind.
@@ -96,10 +101,48 @@ class CompiledModel:
         done = self._done
         return write_atomically(
             path,
-            lambda folder, name: done.target.save(done.artifact, folder, name),
+            lambda folder, name: self._write(folder, name),
             force=force,
             marker=marker_of(done.target),
         )
+
+    def _write(self, folder: Path, name: str) -> None:
+        done = self._done
+        done.target.save(done.artifact, folder, name)
+        related = getattr(done.artifact.content, "initializers", None)
+        if done.kept is not None and related is not None:
+            from refold import recipe_file
+
+            recipe_file.write(folder / f"{name}{recipe_file.SUFFIX}", done.kept.recipe, related)
+
+    def refit(
+        self,
+        weights: Any = None,
+        *,
+        bind: Mapping[str, Any] | None = None,
+        strict: bool = True,
+        verify: bool = True,
+    ) -> CompiledModel:
+        """The model with new weights of the same architecture, without tracing or folding again.
+
+        Needs ``recipe=True`` when compiling. The numbers are those of a compilation with these
+        weights, bit for bit; where it would leave another graph, nothing is changed and the error
+        says why. This model stays as it is.
+
+        Args:
+            weights: a state dict, or a module; by default the weights stay.
+            bind: new values of bound inputs; by default they stay.
+            strict: all weights that the model is made of must be given; otherwise the others stay.
+            verify: compare with the unfolded model in float64, on two inputs.
+
+        Raises:
+            RefitError: keys, shapes or values that do not fit the folded graph.
+            VerificationError: the numbers are past the tolerance.
+        """
+        new = CompiledModel(lambda args, kwargs: done)
+        done = refit(self._done, weights, bind, strict=strict, verify=verify)
+        new.compile((), {})
+        return new
 
     def state_dict_map(self) -> dict[str, dict[str, Any]]:
         """The folded weights by name: ``tensor``, ``shape``, and where each came ``from``.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,9 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from refold import bind as binding
 from refold import numerics
 from refold.backends.base import (
     Artifact,
+    ChecksLowering,
     KeepsRecord,
     Runner,
     Target,
@@ -32,12 +37,17 @@ from refold.errors import (
     did_you_mean,
 )
 from refold.frontends.export import Program, fresh, trace
-from refold.graph import kinds
+from refold.graph import kinds, subgraphs
+from refold.graph.axis_collisions import axis_collisions
+from refold.graph.dead_parameters import DeadParameter, dead_parameters
 from refold.inputs import InputCheck, as_call
 from refold.passes import PIPELINES
+from refold.recipes import Kept, Recipe, record
 from refold.report import GraphRecord, InputRecord, PassRecord, Report, counts, standing
+from refold.rewrite.calibration import divergence, logits
 from refold.rewrite.join_experts import state_expectation
-from refold.rewrite.pipeline import Pipeline
+from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
+from refold.rewrite.result import Substitution
 
 Progress = Callable[[str], None]
 
@@ -50,8 +60,10 @@ class _Settings:
     options: Any
     pipeline: Pipeline
     dynamic_shapes: Any = None
+    bind: Mapping[str, Any] = field(default_factory=dict)
     verify: bool = True
     consume: bool = False
+    recipe: bool = False
     expect: Mapping[str, int] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     trust: bool = False
@@ -64,9 +76,12 @@ def compile_for_inference(
     *,
     target: str = "torch",
     dynamic_shapes: Any = None,
+    bind: Mapping[str, Any] | None = None,
     pipeline: str | Pipeline = "default",
+    max_growth: float | None = None,
     verify: bool = True,
     consume: bool = False,
+    recipe: bool = False,
     expect: Mapping[str, int] | None = None,
     exclude: Sequence[str] = (),
     trust: bool = False,
@@ -84,11 +99,18 @@ def compile_for_inference(
             call, with what that call brings.
         target: a runtime's name; ``refold targets`` lists them, with registered ones.
         dynamic_shapes: as for ``torch.export.export``; by default the batch is dynamic.
+        bind: values of inputs that are constant from now on, by name of the parameter of
+            ``forward``. ``example_inputs`` and calls leave these inputs out.
         pipeline: a name (``default``, ``min-nodes``) or a :class:`Pipeline`.
+        max_growth: how many times larger the stored constants may become; ``math.inf`` folds a
+            weight generator whatever it stores. By default each pass has a bound of its own.
         verify: compare the results with the unfolded model in float64, before and after lowering.
         consume: release the weights of ``model`` that were folded away, one by one as they are
             replaced, so that the two copies never exist at once. Destructive: the model cannot be
             used, or compiled, again.
+        recipe: record how each constant is made, so that :meth:`CompiledModel.refit` takes new
+            weights. Folding takes about three times as long, and the weights of ``model`` live as
+            long as the compiled model.
         expect: the least number of calls that must go, by kind, e.g. ``{"batch-norm": 53}``.
         exclude: globs of module paths that no pass touches.
         trust: load a ``.pt2`` whose own settings ask for pickle.
@@ -105,14 +127,18 @@ def compile_for_inference(
         ExpectationError: fewer calls went than ``expect`` says.
         BackendError: the target cannot lower or load the graph.
     """
+    if recipe and consume:
+        raise UsageError("recipe=True needs the weights that consume=True releases: drop one")
     found = find_target(target)
     settings = _Settings(
         target=found,
         options=make_options(found, target_options),
-        pipeline=_pipeline(pipeline),
+        pipeline=_pipeline(pipeline, max_growth),
         dynamic_shapes=dynamic_shapes,
+        bind=dict(bind or {}),
         verify=verify,
         consume=consume,
+        recipe=recipe,
         expect=dict(expect or {}),
         exclude=_globs(exclude),
         trust=trust,
@@ -142,7 +168,9 @@ def explain(
     example_inputs: Any = None,
     *,
     dynamic_shapes: Any = None,
+    bind: Mapping[str, Any] | None = None,
     pipeline: str | Pipeline = "default",
+    max_growth: float | None = None,
     exclude: Sequence[str] = (),
     trust: bool = False,
     progress: Progress | None = None,
@@ -153,18 +181,20 @@ def explain(
         model: as for :func:`compile_for_inference`.
         example_inputs: as for :func:`compile_for_inference`, not optional for an ``nn.Module``.
         dynamic_shapes: as for :func:`compile_for_inference`.
+        bind: as for :func:`compile_for_inference`.
         pipeline: as for :func:`compile_for_inference`.
+        max_growth: as for :func:`compile_for_inference`.
         exclude: as for :func:`compile_for_inference`.
         trust: as for :func:`compile_for_inference`.
         progress: as for :func:`compile_for_inference`.
     """
-    chosen, globs = _pipeline(pipeline), _globs(exclude)
+    chosen, globs = _pipeline(pipeline, max_growth), _globs(exclude)
     call = _example(model, example_inputs)
     if call is None:
         raise UsageError("explain needs example_inputs: a tuple, a dict of keywords, or a tensor")
     clock = _Clock(progress)
     with clock("trace"):
-        program = trace(model, *call, dynamic_shapes=dynamic_shapes, trust=trust)
+        program = trace(model, *call, dynamic_shapes=dynamic_shapes, bind=bind, trust=trust)
     folded = _fold(program, chosen, globs, clock)
     return _report(model, program, folded, chosen, None, clock)
 
@@ -194,6 +224,11 @@ class _Folded:
     passes: tuple[PassRecord, ...]
     notes: tuple[str, ...]
     allowed: float
+    bound: tuple[binding.BoundInput, ...]
+    dead: tuple[DeadParameter, ...]
+    warnings: tuple[str, ...]
+    substitutions: tuple[Substitution, ...]
+    recipe: Recipe | None = None
 
 
 def _compile(
@@ -207,9 +242,11 @@ def _compile(
             kwargs,
             dynamic_shapes=settings.dynamic_shapes,
             dynamic_batch=not is_static(settings.target),
+            bind=settings.bind,
             trust=settings.trust,
         )
-    check = InputCheck.of(program, model)
+    program.recorded = settings.recipe
+    check = InputCheck.of(program, model, settings.bind)
     known = numerics.References()
     original = copy_sharing_tensors(program.graph_module)
     traced = copy_sharing_tensors(original) if numerics.draws(original) else original
@@ -219,7 +256,9 @@ def _compile(
             stated = state_expectation(original)
             known = numerics.references(original, program)
     owner = model if settings.consume else None
-    folded = _fold(program, settings.pipeline, settings.exclude, clock, owner)
+    folded = _fold(
+        program, settings.pipeline, settings.exclude, clock, owner, recorded=settings.recipe
+    )
     gm, target = program.graph_module, settings.target
     report = _report(model, program, folded, settings.pipeline, target.name, clock)
     _expect(settings.expect, report)
@@ -233,7 +272,9 @@ def _compile(
     if settings.verify:
         with clock("verify"):
             whole = None if settings.consume else original
-            result, known = numerics.verify_folded(whole, gm, program, known)
+            for substitution in folded.substitutions:
+                whole, known = _rebased(substitution, whole, known, program, report)
+            result, known = numerics.verify_widely(whole, gm, program, known)
         report.numerics = result.to_dict()
         if folded.allowed and not settings.consume:
             with clock("time"):
@@ -250,9 +291,45 @@ def _compile(
         report.notes = (*report.notes, f"the artifact was not run here: {missing}")
     elif settings.verify and runner is not gm:
         with clock("verify artifact"):
-            result = numerics.verify(whole, runner, known)
+            if isinstance(target, ChecksLowering):
+                checked = target.check(artifact, gm, known, settings.options)
+                report.notes = (*report.notes, *checked.notes)
+                known.allowed += checked.apart
+            result, known = numerics.verify_widely(whole, runner, program, known)
         report.artifact_numerics = result.to_dict()
-    return Compilation(gm, check, target, artifact, runner, report, weights)
+    kept = None if folded.recipe is None else Kept(folded.recipe, program, original)
+    return Compilation(gm, check, target, artifact, runner, report, weights, settings.options, kept)
+
+
+def _rebased(
+    substitution: Substitution,
+    whole: fx.GraphModule | None,
+    known: numerics.References,
+    program: Program,
+    report: Report,
+) -> tuple[fx.GraphModule, numerics.References]:
+    """Judges what came before a substitution, measures it, and makes it the reference."""
+    before, after = substitution.before, substitution.after
+    calls, expected = known.calls, known.own
+    held_out = bool(substitution.held_out) and whole is not None
+    if whole is None:  # the weights that it replaced were released
+        note = "what was folded before the substitution is not verified: consume released it"
+    else:
+        result, known = numerics.verify_widely(whole, before, program, known)
+        note = f"before the substitution: {result.summary}"
+    report.notes = (*report.notes, note)
+    if held_out:
+        calls = list(substitution.held_out)
+        expected = numerics.outputs(before, calls)
+    if calls:
+        got = numerics.outputs(after, calls)
+        found = divergence(expected, got, logits(before))
+        report.divergence = {
+            **dataclasses.asdict(found),
+            "inputs": len(calls),
+            "held_out": held_out,
+        }
+    return after, numerics.references(after, program)
 
 
 def _time_ratio(original: fx.GraphModule, gm: fx.GraphModule, program: Program) -> str:
@@ -291,11 +368,22 @@ def _fold(
     exclude: tuple[str, ...],
     clock: _Clock,
     consumed: Any = None,
+    *,
+    recorded: bool = False,
 ) -> _Folded:
     gm = program.graph_module
     before = _graph_record(gm)
+    bound = binding.records(gm, program.bound)
+    serving = binding.generator(gm, program.bound)
+    dead, warnings = tuple(dead_parameters(gm)), tuple(axis_collisions(gm.graph))
     with clock("fold"):
-        result = pipeline.run(gm, exclude=exclude, consumed=consumed)
+        run_passes = functools.partial(pipeline.run, gm, exclude=exclude, consumed=consumed)
+        if recorded:
+            result, recipe = record(program, lambda label: run_passes(progress=label))
+        else:
+            result, recipe = run_passes(), None
+    if result.allowed:
+        recipe = None  # what an approximation may do is judged on the weights at hand
     passes = tuple(
         PassRecord(
             run.name,
@@ -307,16 +395,30 @@ def _fold(
         )
         for run in result.runs
     )
-    return _Folded(before, _graph_record(gm), passes, result.notes, result.allowed)
-
-
-def copy_sharing_tensors(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph over the same tensors, with the same call convention."""
-    graph = fx.Graph()
-    returned = graph.graph_copy(gm.graph, {})
-    graph.output(returned)
-    graph.set_codegen(gm.graph._codegen)
-    return fx.GraphModule(gm, graph)
+    notes = result.notes
+    if serving:
+        read = {str(n.target) for n in gm.graph.find_nodes(op="get_attr") if n.users}
+        gone = {name: size for name, size in serving.items() if name not in read}
+        notes = (
+            f"{len(gone)} of {len(serving)} tensors that only serve the bound inputs are gone "
+            f"({sum(gone.values())} of {sum(serving.values())} bytes)",
+            *notes,
+        )
+    substitutions = tuple(
+        run.result.substitution for run in result.runs if run.result.substitution is not None
+    )
+    return _Folded(
+        before,
+        _graph_record(gm),
+        passes,
+        notes,
+        result.allowed,
+        bound,
+        dead,
+        warnings,
+        substitutions,
+        recipe,
+    )
 
 
 def _graph_record(gm: fx.GraphModule) -> GraphRecord:
@@ -325,7 +427,7 @@ def _graph_record(gm: fx.GraphModule) -> GraphRecord:
     named = [*gm.named_parameters(), *gm.named_buffers()]
     tensors = [t for name, t in named if name in read]
     return GraphRecord(
-        counts(kinds.census(gm.graph)),
+        counts(sum((kinds.census(g.graph) for g in subgraphs.walk(gm)), Counter())),
         sum(t.numel() for t in tensors),
         sum(t.numel() * t.element_size() for t in tensors),
     )
@@ -341,7 +443,8 @@ def _report(
 ) -> Report:
     from refold import __version__
 
-    remaining = {n.name for n in program.graph_module.graph.nodes}
+    graphs = subgraphs.walk(program.graph_module)
+    remaining = {n.name for g in graphs for n in g.graph.nodes}
     return Report(
         model=_model_name(model),
         target=target,
@@ -357,6 +460,9 @@ def _report(
         passes=folded.passes,
         declined=standing(folded.passes, remaining),
         specialised=tuple(program.specialised),
+        bound=folded.bound,
+        dead=folded.dead,
+        warnings=folded.warnings,
         notes=(*program.notes, *folded.notes),
         timings=clock.seconds,
     )
@@ -384,12 +490,12 @@ def _expect(expect: Mapping[str, int], report: Report) -> None:
     raise ExpectationError("\n".join(["; ".join(missing), *reasons]))
 
 
-def _pipeline(pipeline: str | Pipeline) -> Pipeline:
-    if isinstance(pipeline, Pipeline):
-        return pipeline
-    if pipeline not in PIPELINES:
-        raise UsageError(f"unknown pipeline {pipeline!r}{did_you_mean(pipeline, PIPELINES)}")
-    return PIPELINES[pipeline]
+def _pipeline(pipeline: str | Pipeline, max_growth: float | None) -> Pipeline:
+    if isinstance(pipeline, str):
+        if pipeline not in PIPELINES:
+            raise UsageError(f"unknown pipeline {pipeline!r}{did_you_mean(pipeline, PIPELINES)}")
+        pipeline = PIPELINES[pipeline]
+    return pipeline if max_growth is None else pipeline.with_growth(max_growth)
 
 
 def _globs(exclude: Sequence[str]) -> tuple[str, ...]:

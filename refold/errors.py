@@ -42,6 +42,10 @@ class BackendError(RefoldError):
     """A target could not lower or load the folded graph."""
 
 
+class RefitError(RefoldError):
+    """New weights do not fit the folded model as it is: compile again with them."""
+
+
 class MissingDependencyError(BackendError, ImportError):
     """An optional package that a target needs is not installed."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
+from refold.bind import free_signature
 from refold.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class InputCheck:
     signature: inspect.Signature | None
 
     @classmethod
-    def of(cls, program: Program, model: Any) -> InputCheck:
+    def of(cls, program: Program, model: Any, bind: Iterable[str] = ()) -> InputCheck:
         info = program.graph_module.graph._codegen.pytree_info  # type: ignore[attr-defined]
         return cls(
             program.inputs,
@@ -52,7 +53,7 @@ class InputCheck:
             program.args,
             program.kwargs,
             info.in_spec,
-            _signature_of(model),
+            _signature_of(model, bind),
         )
 
     def normalise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -115,10 +116,10 @@ class InputCheck:
         )
 
 
-def _signature_of(model: Any) -> inspect.Signature | None:
+def _signature_of(model: Any, bind: Iterable[str]) -> inspect.Signature | None:
     if not isinstance(model, torch.nn.Module) or isinstance(model, torch.fx.GraphModule):
         return None
-    return inspect.signature(model.forward)
+    return free_signature(inspect.signature(model.forward), bind)
 
 
 def _check_tensor(

@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+from refold.bind import BoundInput
 from refold.errors import UsageError
+from refold.graph.dead_parameters import DeadParameter
 from refold.rewrite.result import Applied, Declined
 
 SCHEMA = 1
 _SHOWN_DECLINES = 10
+_SHOWN_LAYERS = 16
+_SHOWN_DEAD = 10
 _JOINED = "\N{NO-BREAK SPACE}"
 _NUMBERED = re.compile(r"\b[a-z]\w*_\d+\b|\d+(\.\d+)?")
 
@@ -65,6 +69,9 @@ class Report:
         pipeline: name of the pipeline.
         versions: ``refold``, ``torch`` and what the target adds.
         inputs: the tensor inputs as traced.
+        bound: the tensor inputs that were declared constant and vanished.
+        dead: parameters that no output depends on, whatever their values are.
+        warnings: what is likely a mistake in the model.
         specialised: sentences on dimensions that were asked dynamic and came out static.
         notes: other sentences (training mode seen, spellings that a runtime needs, ...).
         passes: one record for each run of a pass, in order.
@@ -73,6 +80,8 @@ class Report:
         after: the folded graph.
         numerics: the folded graph against the float64 oracle; ``None`` if not verified.
         artifact_numerics: the same for the lowered artifact.
+        divergence: how far an approximation's outputs are from those without it (``error``, ``kl``,
+            ``top1``, on so many ``inputs``, ``held_out`` or not); ``None`` without one.
         artifact: counts of the artifact (``nodes``, ``bytes``).
         timings: seconds for each stage.
     """
@@ -86,10 +95,14 @@ class Report:
     after: GraphRecord
     passes: tuple[PassRecord, ...] = ()
     declined: tuple[Declined, ...] = ()
+    bound: tuple[BoundInput, ...] = ()
+    dead: tuple[DeadParameter, ...] = ()
+    warnings: tuple[str, ...] = ()
     specialised: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     numerics: dict[str, Any] | None = None
     artifact_numerics: dict[str, Any] | None = None
+    divergence: dict[str, Any] | None = None
     artifact: dict[str, int] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
 
@@ -121,6 +134,9 @@ class Report:
         data["inputs"] = tuple(
             InputRecord(**{**i, "sizes": tuple(i["sizes"])}) for i in data["inputs"]
         )
+        data["bound"] = tuple(
+            BoundInput(**{**b, "shape": tuple(b["shape"])}) for b in data.get("bound", ())
+        )
         data["passes"] = tuple(
             PassRecord(
                 **{
@@ -134,8 +150,9 @@ class Report:
         data["declined"] = tuple(Declined(**d) for d in data["declined"])
         data["before"] = GraphRecord(**data["before"])
         data["after"] = GraphRecord(**data["after"])
-        for name in ("specialised", "notes"):
-            data[name] = tuple(data[name])
+        data["dead"] = tuple(DeadParameter(**d) for d in data.get("dead", ()))
+        for name in ("warnings", "specialised", "notes"):
+            data[name] = tuple(data.get(name, ()))
         return cls(**data)
 
     def render(self, *, color: bool = False, width: int = 100) -> str:
@@ -175,6 +192,7 @@ class _Renderer:
         self._head()
         self._passes()
         self._declined()
+        self._layers()
         self._removed()
         self._numerics()
         self._sizes()
@@ -209,6 +227,9 @@ class _Renderer:
         for i in r.inputs:
             sizes = ["batch" if d == i.batch else str(s) for d, s in enumerate(i.sizes)]
             self._row("input", f"{i.name} {i.dtype} [{', '.join(sizes)}]")
+        for b in r.bound:
+            shape = ", ".join(map(str, b.shape))
+            self._row("bound", f"{b.name} {b.dtype} [{shape}], no input any more")
         self.lines.append("")
 
     def _passes(self) -> None:
@@ -250,6 +271,29 @@ class _Renderer:
         if not r.applied or shown:
             self.lines.append("")
 
+    def _layers(self) -> None:
+        """One row for each weight that an approximation made smaller."""
+        rows = [a for a in self.report.applied if "bytes_after" in a.figures]
+        if not rows:
+            return
+        shown = rows[:_SHOWN_LAYERS]
+        names = [(*a.removed, *a.modules)[-1] for a in shown]
+        width = max(5, *map(len, names))
+        head = f" {'layer':<{width}}  bits  scales          bytes              weights  outputs"
+        self.lines.append(self._paint(head, "2"))
+        for name, a in zip(names, shown, strict=True):
+            f = a.figures
+            scales = f"{a.labels['family']} / {f['group_size']:.0f}"
+            size = f"{_bytes(int(f['bytes_before']))} -> {_bytes(int(f['bytes_after']))}"
+            outputs = f"{f['output_error']:.1e}" if "output_error" in f else ""
+            self.lines.append(
+                f" {name:<{width}}  {f['bits']:>4.0f}  {scales:<14}  {size:<18} "
+                f"{f['weight_error']:.1e}  {outputs}".rstrip()
+            )
+        if len(rows) > len(shown):
+            self.lines.append(f" ... and {len(rows) - len(shown)} more, see --json")
+        self.lines.append("")
+
     def _removed(self) -> None:
         before, after = self.report.before.census, self.report.after.census
         kinds = [k for k in _ordered({**before, **after}) if before.get(k, 0) != after.get(k, 0)]
@@ -269,6 +313,8 @@ class _Renderer:
         if r.artifact_numerics is not None:
             self._row("", f"as {r.target}: {_numbers(r.artifact_numerics)}",
                       _colour(r.artifact_numerics))  # fmt: skip
+        if r.divergence is not None:
+            self._row("diverges", _divergence(r.divergence), "33")
 
     def _sizes(self) -> None:
         r = self.report
@@ -291,8 +337,19 @@ class _Renderer:
             self._row("time", _kept_together(f"{k} {_time(s)}" for k, s in r.timings.items()))
 
     def _notes(self) -> None:
+        for parameter in self.report.dead[:_SHOWN_DEAD]:
+            self._row("dead", _dead(parameter), "33")
+        if len(self.report.dead) > _SHOWN_DEAD:
+            self._row("", f"... and {len(self.report.dead) - _SHOWN_DEAD} more, see --json")
+        for sentence in self.report.warnings:
+            self._row("warning", sentence, "33")
         for sentence in [*self.report.specialised, *self.report.notes]:
             self._row("note", sentence)
+
+
+def _dead(parameter: DeadParameter) -> str:
+    part = "" if parameter.entries == parameter.of else f"{parameter.entries} of {parameter.of}, "
+    return f"{parameter.name}{parameter.where} ({part}no output depends on it): {parameter.reason}"
 
 
 def _kept_together(items: Iterable[str]) -> str:
@@ -336,6 +393,14 @@ def _ordered(census: Mapping[str, int]) -> list[str]:
 
 def _numbers(numerics: Mapping[str, Any]) -> str:
     return str(numerics.get("summary", "done"))
+
+
+def _divergence(found: Mapping[str, Any]) -> str:
+    kind = "held-out" if found["held_out"] else "verification"
+    text = f"from the model without approximation by {found['error']:.1e} (relative norm)"
+    if found["kl"] == found["kl"]:
+        text += f", KL {found['kl']:.1e}, top-1 equal {found['top1']:.1%}"
+    return f"{text}, on {found['inputs']} {kind} inputs"
 
 
 def _colour(numerics: Mapping[str, Any]) -> str:

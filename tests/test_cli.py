@@ -67,6 +67,28 @@ def test_explain(run):
     assert [type(s) for s in data["inputs"][0]["sizes"]] == [str, int, str, str]
 
 
+def test_max_growth(run):
+    arguments = ("explain", "tests.models.systems.hypercomplex:compacter_kept", "--json")
+    kept = json.loads(run(*arguments, "--shape", "2x256")[1])
+    code, out, _ = run(*arguments, "--shape", "2x256", "--max-growth", "inf")
+    assert code == 0
+    folded = json.loads(out)
+    assert kept["after"]["census"]["sum"] == kept["before"]["census"]["sum"] == 4
+    assert "sum" not in folded["after"]["census"]
+    assert folded["after"]["bytes"] > kept["after"]["bytes"] + 4 * 90 * 1024
+    code, _, err = run(*arguments, "--shape", "2x256", "--max-growth", "0.5")
+    assert code == 2
+    assert "max_growth is 0.5" in err
+
+
+def test_targets_fit_a_narrow_terminal(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run("targets")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert "\033" not in out
+
+
 def test_passes_and_targets(run):
     code, out, _ = run("passes", "--json")
     data = json.loads(out)
@@ -80,6 +102,7 @@ def test_passes_and_targets(run):
     assert [name for name in rows if name in edge] == edge
     assert [name for name in rows if rows[name]["shapes"] == "fixed"] == edge[2:]
     assert rows["coreml"]["verified"] == "converted, never run"
+    assert rows["ncnn"]["dtypes"] == ["float32"]
     assert list(rows)[:5] == [
         "torch",
         "inductor",

@@ -51,7 +51,7 @@ class AffineMap:
     stride: Ints
     origin: Ints
     support: tuple[frozenset[int], ...]
-    reach: float
+    reach: Lazy
 
     @property
     def out_channels(self) -> int:
@@ -101,7 +101,7 @@ class AffineMap:
 
         A border that the network pads with its own bias cancels it up to rounding only.
         """
-        return bool(((self.bias - value).abs() <= 8 * eps * self.reach).all())
+        return bool(((self.bias - value).abs() <= 8 * eps * self.reach.evaluate()).all())
 
 
 def identity(channels: int, spatial: int) -> AffineMap:
@@ -154,7 +154,7 @@ def average_pool(
     )
     bias = torch.zeros(channels, dtype=torch.float64)
     support = tuple(frozenset(range(k)) for k in kernel)
-    return AffineMap(weight, bias, channels, stride, padding, support, 0.0)
+    return AffineMap(weight, bias, channels, stride, padding, support, _largest(bias))
 
 
 def window(channels: int, start: Ints, step: Ints) -> AffineMap:
@@ -182,7 +182,7 @@ def scale(base: AffineMap, factor: float) -> AffineMap:
     if factor == 1.0:
         return base
     weight = base.weight.times(torch.tensor(factor, dtype=torch.float64))
-    reach = base.reach * abs(factor)
+    reach = base.reach.map((), lambda t: t * abs(factor))
     return replace(base, weight=weight, bias=base.bias * factor, reach=reach)
 
 
@@ -267,7 +267,7 @@ def add(maps: Sequence[AffineMap]) -> AffineMap:
     bias = torch.stack([m.bias for m in maps]).sum(0)
     support = _union([embed(m, kernel, origin) for m in maps])
     weight = Lazy(shape, total, fresh=True, parents=[m.weight for m in maps])
-    reach = max(m.reach for m in maps)
+    reach = _larger(*(m.reach for m in maps))
     return AffineMap(weight, bias, groups, maps[0].stride, origin, support, reach)
 
 
@@ -279,7 +279,7 @@ def concatenate(maps: Sequence[AffineMap]) -> AffineMap:
     parents = [t.weight for t in terms]
     weight = Lazy(shape, lambda: torch.cat([p.get() for p in parents]), parents=parents)
     bias = torch.cat([m.bias for m in maps])
-    reach = max(m.reach for m in maps)
+    reach = _larger(*(m.reach for m in maps))
     return replace(terms[0], weight=weight, bias=bias, support=_union(terms), reach=reach)
 
 
@@ -335,7 +335,7 @@ def compose(outer: AffineMap, inner: AffineMap) -> AffineMap:
     bias, reach = outer.bias, outer.reach
     if inner.has_bias:
         moved = apply_taps(outer, inner.bias)
-        bias, reach = bias + moved, max(reach, _largest(moved))
+        bias, reach = bias + moved, _larger(reach, _largest(moved))
     if outer.is_diagonal:
         rows = outer.weight.get().reshape(-1, *(1,) * (len(inner.weight.shape) - 1))
         return replace(inner, weight=inner.weight.times(rows), bias=bias, reach=reach)
@@ -367,8 +367,12 @@ def compose(outer: AffineMap, inner: AffineMap) -> AffineMap:
     return AffineMap(weight, bias, groups, stride, origin, support, reach)
 
 
-def _largest(vector: torch.Tensor) -> float:
-    return float(vector.abs().max()) if vector.numel() else 0.0
+def _largest(vector: torch.Tensor) -> Lazy:
+    return Lazy((), lambda: vector.abs().max() if vector.numel() else vector.new_zeros(()))
+
+
+def _larger(*reaches: Lazy) -> Lazy:
+    return Lazy((), lambda: torch.stack([r.get() for r in reaches]).max(), parents=reaches)
 
 
 def apply_taps(outer: AffineMap, vector: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
+import torch
 from torch import fx
 
 from refold.errors import BackendError, MissingDependencyError, UsageError, did_you_mean
@@ -81,6 +82,14 @@ def verification_of(target: Target) -> str:
     return str(getattr(target, "verified", "run and compared where it is compiled"))
 
 
+def dtypes_of(target: Target) -> tuple[str, ...]:
+    """Float dtypes of models that a target takes, or none where it takes what PyTorch computes.
+
+    It says so in an attribute ``dtypes``.
+    """
+    return tuple(getattr(target, "dtypes", ()))
+
+
 @runtime_checkable
 class KeepsRecord(Protocol):
     """A target whose artifact is verified on another machine, later."""
@@ -92,6 +101,71 @@ class KeepsRecord(Protocol):
 
         Returns:
             The references that the artifact is judged by here.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What a comparison of an artifact with its graph found.
+
+    Attributes:
+        notes: sentences for the report.
+        apart: how far results may be from the graph's, relative to the output's scale, by
+            kernels that are right as far as their class goes; 0 for rounding alone.
+    """
+
+    notes: tuple[str, ...] = ()
+    apart: float = 0.0
+
+
+@runtime_checkable
+class ChecksLowering(Protocol):
+    """A target that compares its artifact with the graph that it was lowered from.
+
+    It is for what the comparison with the original cannot see: where an approximate pass changed
+    the numbers, an error of the lowering hides behind them.
+    """
+
+    def check(
+        self, artifact: Artifact, gm: fx.GraphModule, known: References, options: Any
+    ) -> Checked:
+        """Compares on the calls of ``known``.
+
+        Raises:
+            VerificationError: the artifact does not compute what the graph does.
+        """
+
+
+@runtime_checkable
+class Refits(Protocol):
+    """A target whose artifacts can take new weights without being lowered again."""
+
+    def refit(
+        self, artifact: Artifact, gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]
+    ) -> Artifact:
+        """The artifact with other constants; the given one stays as it is.
+
+        Args:
+            artifact: what :meth:`Target.lower` made.
+            gm: the folded graph over the new constants.
+            tensors: the new constants by name.
+
+        Raises:
+            RefitError: lowering anew would leave another program.
+        """
+
+
+@runtime_checkable
+class LoadsFile(Protocol):
+    """A target that loads a file that it, or another tool, has written."""
+
+    suffix: str
+
+    def load_file(self, path: Path, program: Program) -> Runner:
+        """Makes a file callable with the signature of the traced model.
+
+        Raises:
+            BackendError: it is damaged, or has other inputs or results than the model.
         """
 
 
@@ -141,6 +215,15 @@ def find_target(name: str) -> Target:
     if entry is not None:
         return cast(Target, entry.load()())
     raise UsageError(f"unknown target {name!r}{did_you_mean(name, target_names())}")
+
+
+def file_targets() -> dict[str, Target]:
+    """By suffix the target that loads such files."""
+    found: dict[str, Target] = {}
+    for target in map(find_target, target_names()):
+        if isinstance(target, LoadsFile):
+            found.setdefault(target.suffix, target)
+    return found
 
 
 def make_options(target: Target, given: Mapping[str, Any]) -> Any:

@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,9 @@ from refold.graph import constants, provenance
 
 if TYPE_CHECKING:
     from refold.frontends.export import Program
+
+
+_HALVES = {torch.float16, torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,33 @@ class Signature:
             if r.index is not None:
                 found[r.index] = torch.as_tensor(leaf)
         return [found[i] for i in range(len(found))]
+
+
+def match(
+    path: Path, signature: Signature, inputs: Sequence[str], outputs: Sequence[str]
+) -> tuple[list[int], list[int]]:
+    """Which of the model's inputs and results a file's are: by names, else by position."""
+    order = []
+    for kind, wanted, got in (
+        ("inputs", signature.input_names, inputs), ("outputs", signature.output_names, outputs),
+    ):  # fmt: skip
+        if len(got) != len(wanted):
+            raise BackendError(
+                f"{path} has {len(got)} {kind} ({', '.join(got)}), the model has {len(wanted)} "
+                f"({', '.join(wanted)})"
+            )
+        by_name = set(got) == set(wanted)
+        order.append([wanted.index(n) for n in got] if by_name else list(range(len(got))))
+    return order[0], order[1]
+
+
+def half_precision(gm: fx.GraphModule) -> str:
+    """What to try if a converter fails on half precision, which many of their kernels lack."""
+    values = [n.meta.get("val") for n in gm.graph.nodes]
+    found = {v.dtype for v in values if isinstance(v, torch.Tensor)} & _HALVES
+    if not found:
+        return ""
+    return f"\n  the model computes in {', '.join(sorted(map(str, found)))}: try model.float()"
 
 
 def flatten(gm: fx.GraphModule, program: Program) -> tuple[fx.GraphModule, Signature]:

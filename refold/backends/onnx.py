@@ -7,8 +7,8 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +16,23 @@ import torch
 from torch import fx
 from torch.export import Dim
 
-from refold.backends import flat
-from refold.backends.base import Artifact, Runner, missing
+from refold.backends import flat, initializers, quantised
+from refold.backends.base import Artifact, Checked, Runner, missing
+from refold.backends.shift_add import choice as shift_add
+from refold.backends.shift_add import rewrite as shift_add_layers
 from refold.backends.torch import symbolic_dims
-from refold.errors import BackendError, UsageError
+from refold.errors import BackendError, RefitError, UsageError
+from refold.graph.constants import stored
 
 if TYPE_CHECKING:
     from refold.frontends.export import Program
+    from refold.numerics import References
 
 # The exporter turns a request below 18 into 18 without a word.
 _OPSETS = range(18, 24)
 # Protobuf ends at 2 GiB; what is not weights needs room too.
 _EXTERNAL_DATA_BYTES = 1_500_000_000
+_ACCURACY_LEVEL = 4  # of ONNX Runtime's sessions, where nobody tells them otherwise
 _SYMBOL = re.compile(r"(?<!\w)[su]\d+(?!\w)")
 
 
@@ -36,12 +41,18 @@ class OnnxOptions:
     """Options of the ``onnx`` target.
 
     Attributes:
-        opset: version of the standard operator set, 18 to 23.
+        opset: version of the standard operator set, 18 to 23; shift-add layers in 2 or 4 bits raise
+            it where they must.
+        requantise: width, 4 or 8 bits, that shift-add layers are rounded to where their scales are
+            no integer grid; by default they keep their planes.
     """
 
     opset: int = 20
+    requantise: int | None = None
 
     def __post_init__(self) -> None:
+        if self.requantise not in (None, 4, 8):
+            raise UsageError(f"requantise {self.requantise!r}: choose 4 or 8 bits, or None")
         if self.opset not in _OPSETS:
             raise UsageError(
                 f"opset {self.opset} cannot be written: choose {_OPSETS[0]} to {_OPSETS[-1]}"
@@ -50,10 +61,16 @@ class OnnxOptions:
 
 @dataclass(frozen=True)
 class OnnxContent:
-    """An ONNX model in memory (``onnx_ir.Model``) and how the model's own calls map onto it."""
+    """An ONNX model in memory (``onnx_ir.Model``) and how the model's own calls map onto it.
+
+    ``shift_add`` says what became of the shift-add layers, ``initializers`` how weights follow from
+    the graph's constants, where the compilation keeps a recipe.
+    """
 
     model: Any
     signature: flat.Signature
+    shift_add: tuple[shift_add_layers.Written, ...] = ()
+    initializers: initializers.Initializers | None = None
 
 
 class OnnxTarget:
@@ -67,7 +84,15 @@ class OnnxTarget:
         return missing(("onnx", "onnxscript"), "onnx")
 
     def lower(self, program: Program, gm: fx.GraphModule, options: Any) -> Artifact:
-        return lower(program, gm, options.opset)
+        kernels = shift_add.onnx_runtime(_ACCURACY_LEVEL, options.requantise)
+        return lower(program, gm, options.opset, kernels)
+
+    def check(
+        self, artifact: Artifact, gm: fx.GraphModule, known: References, options: OnnxOptions
+    ) -> Checked:
+        from refold.backends.shift_add import check
+
+        return check.check(artifact.content, gm, known, _ACCURACY_LEVEL)
 
     def load(self, artifact: Artifact, options: Any) -> Runner:
         from refold.backends.onnxruntime import load
@@ -77,25 +102,64 @@ class OnnxTarget:
     def save(self, artifact: Artifact, folder: Path, name: str) -> None:
         save(artifact.content.model, folder, name)
 
+    def refit(
+        self, artifact: Artifact, gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]
+    ) -> Artifact:
+        return refit(artifact, tensors)
+
     def stats(self, artifact: Artifact) -> dict[str, int]:
         return stats(artifact.content.model)
 
 
-def lower(program: Program, gm: fx.GraphModule, opset: int) -> Artifact:
-    """Exports the folded graph to an ONNX model in memory."""
+def refit(artifact: Artifact, tensors: Mapping[str, torch.Tensor]) -> Artifact:
+    """The model with other constants; the given one stays as it is.
+
+    Raises:
+        RefitError: exporting these constants would leave another graph.
+    """
+    content: OnnxContent = artifact.content
+    if content.initializers is None:
+        raise RefitError("shift-add layers are stored packed: export again with the new weights")
+    model = initializers.replaced(content.model, content.initializers.values(tensors))
+    return replace(artifact, content=replace(content, model=model))
+
+
+def lower(
+    program: Program,
+    gm: fx.GraphModule,
+    asked: int,
+    kernels: shift_add.Kernels = shift_add.ANY,
+) -> Artifact:
+    """Exports the folded graph to an ONNX model in memory.
+
+    Args:
+        program: what the graph was traced from.
+        gm: the graph.
+        asked: version of the operator set, unless a shift-add layer needs a later one.
+        kernels: what the runtime behind the file multiplies fast.
+    """
     module, signature = flat.flatten(gm, program)
+    quantised.spell_out(module.graph)
+    module.recompile()
+    layers = shift_add_layers.prepare(module, kernels)
+    opset = max([asked, *(layer.choice.opset for layer in layers)])
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
     wanted = [symbolic_dims(n) for n in inputs]
     exported = _re_export(module, signature.tensors(program.args, program.kwargs), wanted)
-    onnx_program = _to_onnx(exported, opset)
+    onnx_program, raw = _to_onnx(exported, opset, keep=program.recorded)
     model = onnx_program.model
     if model.opset_imports.get("") != opset:
         raise BackendError(
             f"asked for opset {opset}, the exporter wrote {model.opset_imports.get('')}"
         )
+    related = None
+    if raw is not None and not layers:
+        related = initializers.of(raw, model, _optimized, stored(module))
     _annotate(model, onnx_program.exported_program)
     _name(model, signature)
     notes = _name_dims(model, program, signature, wanted)
+    written = shift_add_layers.rewrite(model, layers) if layers else ()
+    notes += shift_add_layers.notes(layers, asked, opset)
     padded = keep_pads_before_max_pool(model)
     if padded:
         notes.append(
@@ -105,7 +169,7 @@ def lower(program: Program, gm: fx.GraphModule, opset: int) -> Artifact:
     if signature.written:
         names = ", ".join(signature.written)
         notes.append(f"the model writes its input {names}; the artifact leaves it alone")
-    return Artifact(OnnxContent(model, signature), tuple(notes))
+    return Artifact(OnnxContent(model, signature, written, related), tuple(notes))
 
 
 def save(model: Any, folder: Path, name: str) -> None:
@@ -152,14 +216,27 @@ def _re_export(
         return torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
 
 
-def _to_onnx(exported: torch.export.ExportedProgram, opset: int) -> Any:
+def _to_onnx(exported: torch.export.ExportedProgram, opset: int, *, keep: bool) -> tuple[Any, Any]:
+    """The exported model and, if it is kept, what it was before it was optimized."""
     with _quiet():
         try:
-            return torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
+            made: Any = torch.onnx.export(
+                exported, dynamo=True, opset_version=opset, verbose=False, optimize=not keep
+            )
+            raw = made.model.clone() if keep else None
+            if keep:
+                made.optimize()
+            return made, raw
         except torch.onnx.OnnxExporterError as error:
             raise BackendError(
                 f"the ONNX exporter cannot translate the folded graph: {_root_cause(error)}"
             ) from error
+
+
+def _optimized(model: Any) -> Any:
+    made = torch.onnx.ONNXProgram(model, None)
+    made.optimize()
+    return made.model
 
 
 def _root_cause(error: BaseException) -> str:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from refold.backends import flat, onnx, onnxruntime
-from refold.backends.base import Artifact, Runner
-from refold.errors import BackendError
+from refold.backends.base import Artifact, Checked, Runner
+from refold.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
     from refold.frontends.export import Program
+    from refold.numerics import References
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,25 @@ class OrtFormatTarget(onnxruntime.OnnxRuntimeTarget):
     def lower(
         self, program: Program, gm: fx.GraphModule, options: onnxruntime.OnnxRuntimeOptions
     ) -> Artifact:
+        if options.requantise is not None or options.accuracy_level != 4:
+            raise UsageError(
+                "the .ort format names no 2 or 4-bit integers, and its runtime fuses none: drop "
+                "requantise and accuracy_level, or use target='ort'"
+            )
         lowered = onnx.lower(program, gm, options.opset)
         content: onnx.OnnxContent = lowered.content
-        data = _convert(content.model)
+        data = _convert(content.model, flat.half_precision(gm))
         weights = onnx.weight_bytes(content.model)
         return Artifact(Content(data, content.signature, weights), lowered.notes)
+
+    def check(
+        self,
+        artifact: Artifact,
+        gm: fx.GraphModule,
+        known: References,
+        options: onnxruntime.OnnxRuntimeOptions,
+    ) -> Checked:
+        return Checked()  # there are floats in the file alone: rounding is all that may differ
 
     def load(self, artifact: Artifact, options: onnxruntime.OnnxRuntimeOptions) -> Runner:
         content: Content = artifact.content
@@ -61,7 +76,7 @@ class OrtFormatTarget(onnxruntime.OnnxRuntimeTarget):
         return {"nodes": count_nodes(content.data), "bytes": content.weights}
 
 
-def _convert(model: Any) -> bytes:
+def _convert(model: Any, hint: str) -> bytes:
     """Writes the file with the optimizations that depend on no processor.
 
     Those that do are recorded in it, and replayed where the file is loaded.
@@ -77,12 +92,15 @@ def _convert(model: Any) -> bytes:
         options.add_session_config_entry("session.save_model_format", "ORT")
         options.add_session_config_entry("optimization.minimal_build_optimizations", "save")
         try:
-            runtime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+            runtime.InferenceSession(
+                str(source), options, providers=["CPUExecutionProvider"],
+                disabled_optimizers=list(onnxruntime.LOSSY),
+            )  # fmt: skip
         except Exception as error:
             # The bindings raise classes of their own that share no base but Exception.
             text = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BackendError(
-                f"ONNX Runtime cannot convert the model: {text}{onnx.places(model, text)}"
+                f"ONNX Runtime cannot convert the model: {text}{onnx.places(model, text)}{hint}"
             ) from error
         return written.read_bytes()
 

@@ -22,6 +22,7 @@ import torch
 from torch.export import ExportedProgram
 
 from refold.errors import FrontendError
+from refold.native import op  # noqa: F401  (archives may call refold's own operators)
 
 _TARGET = re.compile(
     r"(torch\.ops\.\w+(\.\w+)+|_operator\.\w+|math\.\w+|torch\.(_)?sym_\w+"

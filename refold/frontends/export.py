@@ -12,8 +12,8 @@ import os
 import re
 import types
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from refold.errors import FrontendError
+from refold import bind as binding
+from refold.errors import FrontendError, UsageError
 from refold.frontends import archive
-from refold.graph import constants
+from refold.graph import constants, provenance
 from refold.graph.functionalise import functional_module
 from refold.graph.kinds import op_name
 
@@ -69,6 +70,8 @@ class Program:
         names: the names that the user's ``Dim`` objects give to symbols.
         node_count: calls in the IR as it was traced.
         exported: the program as ``torch.export`` gave it, before it was made functional.
+        bound: name of each input that was declared constant, by the buffer that holds it.
+        recorded: whether the compilation keeps a recipe.
     """
 
     graph_module: fx.GraphModule
@@ -82,6 +85,8 @@ class Program:
     names: dict[str, str]
     node_count: int
     exported: ExportedProgram
+    bound: dict[str, str] = field(default_factory=dict)
+    recorded: bool = False
 
 
 def trace(
@@ -91,6 +96,7 @@ def trace(
     *,
     dynamic_shapes: Any = None,
     dynamic_batch: bool = True,
+    bind: Mapping[str, Any] | None = None,
     trust: bool = False,
 ) -> Program:
     """Traces a model into functional, pre-dispatch ATen.
@@ -101,6 +107,7 @@ def trace(
         kwargs: keyword example inputs.
         dynamic_shapes: as ``torch.export.export`` takes it; decides alone when given.
         dynamic_batch: let the leading dimension that the inputs share be dynamic.
+        bind: inputs that are constant, by name of the parameter of ``forward``.
         trust: load a ``.pt2`` even if it asks for code to be run.
 
     Raises:
@@ -115,15 +122,15 @@ def trace(
                 f"{path}: ONNX as input: not yet. Give the torch module, or a .pt2 of it"
             )
         program = archive.load(path, trust=trust)
-        return _from_program(program, args, kwargs, dynamic_shapes, from_file=True)
+        return _from_program(program, args, kwargs, dynamic_shapes, bind or {}, from_file=True)
     if isinstance(model, ExportedProgram):
-        return _from_program(model, args, kwargs, dynamic_shapes, from_file=False)
+        return _from_program(model, args, kwargs, dynamic_shapes, bind or {}, from_file=False)
     if not isinstance(model, nn.Module):
         raise FrontendError(_not_a_module(model))
     compiled = getattr(model, "_orig_mod", None)  # what torch.compile returns is a wrapper
     if isinstance(compiled, nn.Module) and type(model).__module__.startswith("torch._dynamo"):
         model = compiled
-    return _from_module(model, args, kwargs, dynamic_shapes, dynamic_batch)
+    return _from_module(model, args, kwargs, dynamic_shapes, dynamic_batch, dict(bind or {}))
 
 
 def _not_a_module(model: object) -> str:
@@ -150,6 +157,7 @@ def _from_program(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dynamic_shapes: Any,
+    bind: Mapping[str, Any],
     *,
     from_file: bool,
 ) -> Program:
@@ -158,7 +166,8 @@ def _from_program(
             "dynamic_shapes cannot be given with an exported program: its shapes are fixed "
             "already. Give them to torch.export.export, or pass the module"
         )
-    if not args and not kwargs and program.example_inputs:
+    own = not args and not kwargs and program.example_inputs is not None
+    if own:
         args, kwargs = program.example_inputs[0], dict(program.example_inputs[1])
     try:
         with torch.no_grad():
@@ -168,20 +177,25 @@ def _from_program(
             f"torch could not unlift the exported program ({type(error).__name__}: "
             f"{_first_lines(error)}); export the module again with this version of torch"
         ) from error
-    _check_structure(program, args, kwargs)
-    notes = _graph_notes(gm)
+    bound: dict[str, str] = {}
+    if bind:
+        whole = (args, kwargs) if own else None
+        bound, remaining = binding.replace_inputs(gm, bind, whole)
+        args, kwargs = remaining or (args, kwargs)
+    _check_structure(gm, args, kwargs)
+    notes = [*_graph_notes(gm), *binding.warnings_of(bind)]
     if redone:
         notes.append("in-place writes were resolved by run_decompositions({})")
     example = fresh((args, kwargs))
-    return _finish(program, gm, fresh(example), example, (), notes)
+    finished = _finish(program, gm, fresh(example), example, (), notes)
+    finished.bound = bound
+    return finished
 
 
-def _check_structure(
-    program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    expected = program.call_spec.in_spec
+def _check_structure(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    expected = gm.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
     spec = pytree.tree_structure((args, kwargs))
-    if expected is not None and (spec.num_leaves != expected.num_leaves):
+    if spec.num_leaves != expected.num_leaves:
         raise FrontendError(
             f"the exported program takes {expected.num_leaves} inputs, {spec.num_leaves} were "
             "given; pass example_inputs as it was exported, or none if it carries its own"
@@ -197,12 +211,15 @@ def _from_module(
     kwargs: dict[str, Any],
     dynamic_shapes: Any,
     dynamic_batch: bool,
+    bind: Mapping[str, Any],
 ) -> Program:
     notes: list[str] = []
     if model.training or any(m.training for m in model.modules()):
         notes.append("the model was in training mode; it was traced with eval semantics")
     example = fresh((args, kwargs))
-    tracer = _Tracer(model)
+    tracer = _Tracer(model, bind)
+    if bind:
+        tracer.check(example)
     specialised: list[str] = []
     batch: int | None = None
     traced = example
@@ -232,12 +249,16 @@ def _from_module(
             program, traced, batch = tracer.export(example, None), example, None
             with torch.no_grad():
                 gm, redone = functional_module(program)
+    _refuse_seeds(tracer, gm, traced)
     if tracer.used_original:
         notes.append("the model could not be copied and was traced itself")
     if redone:
         notes.append("in-place writes were resolved by run_decompositions({})")
     notes += _graph_notes(gm)
-    return _finish(program, gm, fresh(traced), example, tuple(specialised), notes, names)
+    notes += binding.warnings_of(bind)
+    finished = _finish(program, gm, fresh(traced), example, tuple(specialised), notes, names)
+    finished.bound = tracer.bound
+    return finished
 
 
 def _dynamic_batch(
@@ -305,6 +326,38 @@ def _batch_one_differs(tracer: _Tracer, gm: fx.GraphModule, example: Any, batch:
     return f"the batch dimension is static at {batch}: the model takes another path at batch 1"
 
 
+def _refuse_seeds(tracer: _Tracer, gm: fx.GraphModule, example: Any) -> None:
+    """Refuses a model that draws the same numbers at every call, from a seed in its forward.
+
+    A trace keeps the draw and loses the seed: the graph would draw other weights at every call.
+    """
+    draws = [n for n in gm.graph.nodes if _draws_random(n)]
+    if not draws or not _repeats(tracer.fresh_module(), example) or _repeats(gm, example):
+        return
+    where = provenance.source_line(draws[0])
+    raise FrontendError(
+        f"{type(tracer.original).__name__} seeds the random numbers that it draws in forward "
+        f"({op_name(draws[0])}{' at ' + where if where else ''}): a traced program loses the seed "
+        "and draws others at every call\n  fix: draw them once, outside of forward, and keep them "
+        "as a buffer (register_buffer)"
+    )
+
+
+def _repeats(module: nn.Module, example: Any) -> bool:
+    """Whether two calls give the same numbers under different seeds; its state is not written."""
+    results = []
+    for seed in (0, 1):
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            results.append(torch.func.functional_call(module, buffers, *fresh(example)))
+    first, second = map(pytree.tree_leaves, results)
+    return all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(first, second, strict=True)
+    )
+
+
 def _close(a: Any, b: Any) -> bool:
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return type(a) is type(b)
@@ -326,15 +379,35 @@ def _draws_random(node: fx.Node) -> bool:
 class _Tracer:
     """Exports a shallow eval copy of a module; the module itself only where the copy fails."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, bind: Mapping[str, Any]) -> None:
         self.original = model
+        self.bind = bind
+        self.bound: dict[str, str] = {}
         self.used_original = False
         self._module: nn.Module = model
 
     def fresh_module(self) -> nn.Module:
         """A copy that no trace has run through: forward may have left fake tensors on the last."""
         self._module = self.original if self.used_original else eval_copy(self.original)
+        if self.bind:
+            if self._module is self.original:
+                raise UsageError(
+                    "bind= needs a copy of the module, and this one cannot be copied: wrap it in "
+                    "a module whose forward calls it"
+                )
+            self.bound = binding.install(self._module, self.bind)
         return self._module
+
+    def check(self, inputs: Any) -> None:
+        """Runs the module once: a trace does not see every wrong dtype."""
+        args, kwargs = fresh(inputs)
+        try:
+            with torch.no_grad():
+                self.fresh_module()(*args, **kwargs)
+        except UsageError:
+            raise
+        except Exception as error:
+            raise FrontendError(self._explain(error, args, kwargs)) from error
 
     def export(self, inputs: Any, dynamic_shapes: Any, *, copies: bool = True) -> ExportedProgram:
         args, kwargs = fresh(inputs) if copies else inputs
@@ -347,6 +420,8 @@ class _Tracer:
                     dynamic_shapes=dynamic_shapes,
                     strict=False,
                 )
+        except UsageError:
+            raise
         except Exception as error:
             if self._may_trace_original(error):
                 self.used_original = True
@@ -355,7 +430,7 @@ class _Tracer:
 
     def _may_trace_original(self, error: Exception) -> bool:
         """Whether the copy may be at fault; a model in training mode is never traced itself."""
-        if self.used_original or any(m.training for m in self.original.modules()):
+        if self.bind or self.used_original or any(m.training for m in self.original.modules()):
             return False
         kinds = {type(e).__name__ for e in _chain(error)}
         return not any(k.startswith(("GuardOnDataDependent", "DataDependent")) for k in kinds)
@@ -366,6 +441,8 @@ class _Tracer:
         where = f"\n  at {place}" if place else ""
         name = type(self.original).__name__
         given = ", ".join(_describe(leaf) for leaf in pytree.tree_leaves((args, kwargs)))
+        if self.bind:
+            given += f"; bound: {', '.join(self.bind)}"
         if isinstance(self.original, torch.jit.ScriptModule) or "ScriptModule" in text:
             fix = "pass the nn.Module that was scripted, not the result of torch.jit.script"
             return f"{name} cannot be traced: it holds a TorchScript module\n  fix: {fix}"
@@ -645,7 +722,10 @@ def _graph_notes(gm: fx.GraphModule) -> list[str]:
         if n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator)
     )
     for name, count in opaque.items():
-        notes.append(f"{count} x {name}: its sub-graphs are kept as they are, nothing folds inside")
+        inside = "its sub-graphs are kept as they are, nothing folds inside"
+        if name == "cond":
+            inside = "decided at run time, each branch is folded by itself"
+        notes.append(f"{count} x {name}: {inside}")
     if constants.written(gm.graph):
         notes.append("the model writes its own state; the compiled model keeps a state of its own")
     training = sum(trains(n) for n in gm.graph.nodes)

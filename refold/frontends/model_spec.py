@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -136,9 +137,46 @@ def load_model(spec: str) -> NamedModel:
     )
 
 
+def parse_binding(text: str) -> tuple[str, Any]:
+    """Reads ``NAME=VALUE``: a number, an ``.npy`` file, or a tensor of a ``.safetensors`` file."""
+    name, equals, value = text.partition("=")
+    if not name or not equals or not value:
+        raise UsageError(f"--bind {text!r}: write NAME=VALUE, as in condition=class.npy or t=0.5")
+    file = Path(value)
+    if file.suffix not in (".npy", ".safetensors"):
+        for read in (int, float):
+            try:
+                return name, read(value)
+            except ValueError:
+                continue
+        raise UsageError(f"--bind {text!r}: {value} is no number, .npy or .safetensors file")
+    if not file.is_file():
+        raise UsageError(f"--bind {text!r}: {file}: no such file")
+    if file.suffix == ".npy":
+        try:
+            return name, torch.from_numpy(np.load(file, allow_pickle=False))
+        except (ValueError, TypeError, OSError) as error:
+            raise FrontendError(f"--bind {text!r}: {file} cannot be read: {error}") from error
+    tensors = read_tensors(file)
+    if name not in tensors and len(tensors) != 1:
+        raise UsageError(
+            f"--bind {text!r}: {file} holds {len(tensors)} tensors, none of them named "
+            f"{name!r}{did_you_mean(name, tensors)}"
+        )
+    return name, tensors.get(name, next(iter(tensors.values())))
+
+
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Loads a state dict from a file into the model; only tensors are read, no code is run."""
-    file = Path(path)
+    state = read_tensors(Path(path))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise FrontendError(f"checkpoint {path} does not fit the model: {error}") from error
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Reads the tensors of a checkpoint; no code is run."""
     if not file.is_file():
         raise UsageError(f"checkpoint {file}: no such file")
     try:
@@ -160,10 +198,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
             state = state[key]
     if not isinstance(state, dict):
         raise FrontendError(f"checkpoint {file} holds a {type(state).__name__}, not a state dict")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise FrontendError(f"checkpoint {file} does not fit the model: {error}") from error
+    return state
 
 
 def randomize_batch_norms(model: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
