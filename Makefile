@@ -49,8 +49,8 @@ format: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy
-	$(PIP) --editable '.[ort,openvino,test]'
-	$(PIP) pyyaml huggingface_hub safetensors pillow transformers
+	$(PIP) --editable '.[ort,openvino,shiftadd,test]'
+	$(PIP) pyyaml huggingface_hub safetensors pillow transformers peft distributed
 	$(PIP) --no-deps timm torchvision
 	@touch $@
 
