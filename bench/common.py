@@ -112,11 +112,13 @@ def export_onnx(model: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) 
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 3
+    runs: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 3, calls: int = 1
 ) -> dict[str, list[float]]:
     """Process CPU seconds of each run in each round; the order changes every round.
 
-    CPU time, summed over threads, is what a shared machine can still measure.
+    CPU time, summed over threads, is what a shared machine can still measure. With more than one
+    call a round, the seconds are those of a call in a loop: one call before them is not counted,
+    which finds the caches as the form before it has left them.
     """
     order = list(runs)
     for name in order * warmup:
@@ -126,9 +128,12 @@ def interleaved(
     for _ in range(rounds):
         shuffle.shuffle(order)
         for name in order:
+            if calls > 1:
+                runs[name]()
             start = time.process_time()
-            runs[name]()
-            seconds[name].append(time.process_time() - start)
+            for _ in range(calls):
+                runs[name]()
+            seconds[name].append((time.process_time() - start) / calls)
     return seconds
 
 
