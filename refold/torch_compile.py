@@ -24,12 +24,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from refold import numerics
 from refold.backends import inductor
-from refold.compiler import copy_sharing_tensors
 from refold.errors import RefoldError, UsageError, did_you_mean
 from refold.frontends.dynamo import Captured, NotFoldable, capture
 from refold.graph import provenance
 from refold.passes import PIPELINES
-from refold.rewrite.pipeline import Pipeline
+from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
 
 log = logging.getLogger(__name__)
 

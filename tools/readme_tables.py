@@ -17,7 +17,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "targets.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "targets", "native-kernel")),
+)
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table:\2 -->)", re.DOTALL)
 
 Result = dict[str, Any]
@@ -141,6 +144,27 @@ def memory(result: Result) -> str:
     return table(head, body) + _footer(result)
 
 
+def shift_add_kernel(result: Result) -> str:
+    """Ratios of the least time of a layer, peers over the native kernel."""
+    forms = ("native q=2", "native q=3", "native q=2 exact", "native q=3 exact")
+    peers = ("torch float32", "ONNX Runtime 4 bits")
+    head = ["outputs x features", "rows", "threads", *(f.removeprefix("native ") for f in forms)]
+    body = []
+    for row in result["rows"]:
+        found = row["of minima"]
+        cells = [
+            " / ".join(f"{found[pair]:.1f}" for p in peers if (pair := f"{p} / {form}") in found)
+            for form in forms
+        ]
+        shape = f"{row['rows']} x {row['features']}"
+        body.append([shape, row["batch"], row["threads"], *(c or "-" for c in cells)])
+    note = (
+        "\n\nTimes faster than torch's float32 / than ONNX Runtime's 4 bits (one row alone); "
+        "ratios of minima: CPU time for one thread, wall time for more."
+    )
+    return table(head, body) + note + _footer(result)
+
+
 def torch_compile(result: Result) -> str:
     """Ratios of CPU time and of compilation against Inductor with freezing."""
     rows = [row for row in result["rows"] if "network" in row]
@@ -241,6 +265,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "targets": ("targets", targets),
     "half": ("half", half),
     "torch-compile": ("dynamo", torch_compile),
+    "shift-add-kernel": ("shift_add_kernel", shift_add_kernel),
 }
 
 

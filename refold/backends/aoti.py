@@ -22,11 +22,17 @@ from refold.backends.torch import re_export
 from refold.errors import BackendError, UsageError
 from refold.graph import constants
 from refold.graph.kinds import census
+from refold.native.lower import lower
 
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from refold.frontends.export import Program
+
+_NEEDS_PYTHON = (
+    "the package calls layers of binary planes through Python: load it in a process that has done "
+    "`import refold.native.op`; C++ alone cannot run it"
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,9 @@ class AotiTarget:
                 "weights cannot keep: use target='inductor', or make the state an input and an "
                 "output"
             )
+        notes = lower(gm, exact=True)
+        if notes:  # with the kernel or without, the operator's implementation is a Python function
+            notes = (*notes, _NEEDS_PYTHON)
         exported = re_export(gm, program.args, program.kwargs)
         content = _Content(
             tempfile.TemporaryDirectory(prefix="refold-"),
@@ -99,7 +108,7 @@ class AotiTarget:
             raise BackendError(
                 f"AOTInductor cannot compile the graph: {type(error).__name__}: {first}"
             ) from error
-        return Artifact(content)
+        return Artifact(content, notes)
 
     def load(self, artifact: Artifact, options: AotiOptions) -> Runner:
         import torch._inductor

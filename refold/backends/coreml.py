@@ -28,6 +28,7 @@ class CoreMlTarget:
 
     name = "coreml"
     suffix = ".mlpackage"
+    dtypes = ("float32", "float16")
     marker = "Manifest.json"
     options = CoreMlOptions
     static = True
@@ -81,5 +82,5 @@ def _convert(static: StaticProgram) -> Any:
             # The converter raises whatever its translation of an operator raises.
             text = " ".join(str(error).split())[:300] or type(error).__name__
             raise BackendError(
-                f"coremltools cannot convert the model: {text}{static.places(str(error))}"
+                f"coremltools cannot convert the model: {text}{static.hints(str(error))}"
             ) from error

@@ -41,6 +41,7 @@ class ExecuTorchTarget:
 
     name = "executorch"
     suffix = ".pte"
+    dtypes = ("float32", "float16", "bfloat16")
     options = ExecuTorchOptions
     static = True
     verified = "run and compared on the CPU"
@@ -65,18 +66,10 @@ class ExecuTorchTarget:
 
     def load(self, artifact: Artifact, options: ExecuTorchOptions) -> Runner:
         content: Content = artifact.content
-        signature = content.signature
-        loaded = load_program(content.data)
+        return _runner(content.data, content.signature)
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            tensors = [t.detach().cpu().contiguous() for t in signature.tensors(args, kwargs)]
-            try:
-                results = loaded.method.execute(tensors)
-            except RuntimeError as error:
-                raise BackendError(f"ExecuTorch failed to run the model: {error}") from error
-            return signature.rebuild([torch.as_tensor(r) for r in results])
-
-        return run
+    def load_file(self, path: Path, program: Program) -> Runner:
+        return _runner(path.read_bytes(), flat.flatten(program.graph_module, program)[1])
 
     def save(self, artifact: Artifact, folder: Path, name: str) -> None:
         (folder / name).write_bytes(artifact.content.data)
@@ -88,6 +81,20 @@ class ExecuTorchTarget:
             "delegates": content.delegates,
             "bytes": len(content.data),
         }
+
+
+def _runner(data: bytes, signature: flat.Signature) -> Runner:
+    loaded = load_program(data)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensors = [t.detach().cpu().contiguous() for t in signature.tensors(args, kwargs)]
+        try:
+            results = loaded.method.execute(tensors)
+        except RuntimeError as error:
+            raise BackendError(f"ExecuTorch failed to run the model: {error}") from error
+        return signature.rebuild([torch.as_tensor(r) for r in results])
+
+    return run
 
 
 def _lower(static: StaticProgram) -> tuple[bytes, list[int], Counter[str]]:
@@ -104,7 +111,7 @@ def _lower(static: StaticProgram) -> tuple[bytes, list[int], Counter[str]]:
             # Each stage raises errors of its own classes, which share no base but Exception.
             text = " ".join(str(error).split())[:300] or type(error).__name__
             raise BackendError(
-                f"ExecuTorch cannot lower the model: {text}{static.places(str(error))}"
+                f"ExecuTorch cannot lower the model: {text}{static.hints(str(error))}"
             ) from error
     return data, delegated, left
 

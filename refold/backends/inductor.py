@@ -26,6 +26,7 @@ from refold.backends.torch import constant_bytes
 from refold.errors import BackendError, UsageError, did_you_mean
 from refold.graph import constants, nodes
 from refold.graph.kinds import census
+from refold.native.lower import lower
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,7 +69,8 @@ class InductorTarget:
         return missing_compiler()
 
     def lower(self, program: Program, gm: fx.GraphModule, options: InductorOptions) -> Artifact:
-        return Artifact(_Content(gm, mode_settings(options.mode)))
+        notes = lower(gm, exact=True)
+        return Artifact(_Content(gm, mode_settings(options.mode)), notes)
 
     def load(self, artifact: Artifact, options: InductorOptions) -> Runner:
         gm, settings = artifact.content.graph_module, artifact.content.settings

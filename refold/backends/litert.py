@@ -12,26 +12,11 @@ from torch import fx
 
 from refold.backends import flat
 from refold.backends.base import Artifact, Runner, missing
-from refold.backends.static import StaticProgram, quiet
-from refold.errors import BackendError, UsageError
+from refold.backends.static import StaticProgram, ThreadOptions, quiet
+from refold.errors import BackendError
 
 if TYPE_CHECKING:
     from refold.frontends.export import Program
-
-
-@dataclass(frozen=True)
-class LiteRtOptions:
-    """Options of the ``litert`` target.
-
-    Attributes:
-        threads: threads of one inference.
-    """
-
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise UsageError(f"threads must be 1 or more, got {self.threads}")
 
 
 @dataclass(frozen=True)
@@ -47,38 +32,24 @@ class LiteRtTarget:
 
     name = "litert"
     suffix = ".tflite"
-    options = LiteRtOptions
+    dtypes = ("float32",)
+    options = ThreadOptions
     static = True
     verified = "run and compared on the CPU"
 
     def available(self) -> str | None:
         return missing(("litert_torch", "ai_edge_litert"), "litert")
 
-    def lower(self, program: Program, gm: fx.GraphModule, options: LiteRtOptions) -> Artifact:
+    def lower(self, program: Program, gm: fx.GraphModule, options: ThreadOptions) -> Artifact:
         static = StaticProgram.of(program, gm, "LiteRT")
         return Artifact(Content(_convert(static), static.signature), static.notes)
 
-    def load(self, artifact: Artifact, options: LiteRtOptions) -> Runner:
+    def load(self, artifact: Artifact, options: ThreadOptions) -> Runner:
         content: Content = artifact.content
-        signature = content.signature
-        interpreter = open_interpreter(content.data, threads=options.threads)
-        runner = interpreter.get_signature_runner()
-        (described,) = interpreter.get_signature_list().values()
+        return _runner(content.data, content.signature, options.threads)
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            tensors = signature.tensors(args, kwargs)
-            feeds = {
-                f"args_{i}": t.detach().cpu().contiguous().numpy() for i, t in enumerate(tensors)
-            }
-            try:
-                results = runner(**{n: feeds[n] for n in described["inputs"]})
-            except (RuntimeError, ValueError) as error:
-                raise BackendError(f"LiteRT failed to run the model: {error}") from error
-            return signature.rebuild(
-                [torch.as_tensor(results[f"output_{i}"]) for i in range(len(results))]
-            )
-
-        return run
+    def load_file(self, path: Path, program: Program) -> Runner:
+        return _runner(path.read_bytes(), flat.flatten(program.graph_module, program)[1], 1)
 
     def save(self, artifact: Artifact, folder: Path, name: str) -> None:
         (folder / name).write_bytes(artifact.content.data)
@@ -99,9 +70,28 @@ def _convert(static: StaticProgram) -> bytes:
             # MLIR, JAX and the converter raise classes that share no base but Exception.
             text = " ".join(str(error).split())[:300] or type(error).__name__
             raise BackendError(
-                f"LiteRT cannot convert the model: {text}{static.places(str(error))}"
+                f"LiteRT cannot convert the model: {text}{static.hints(str(error))}"
             ) from error
         return path.read_bytes()
+
+
+def _runner(data: bytes, signature: flat.Signature, threads: int) -> Runner:
+    interpreter = open_interpreter(data, threads=threads)
+    runner = interpreter.get_signature_runner()
+    (described,) = interpreter.get_signature_list().values()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensors = signature.tensors(args, kwargs)
+        feeds = {f"args_{i}": t.detach().cpu().contiguous().numpy() for i, t in enumerate(tensors)}
+        try:
+            results = runner(**{n: feeds[n] for n in described["inputs"]})
+        except (RuntimeError, ValueError) as error:
+            raise BackendError(f"LiteRT failed to run the model: {error}") from error
+        return signature.rebuild(
+            [torch.as_tensor(results[f"output_{i}"]) for i in range(len(results))]
+        )
+
+    return run
 
 
 def open_interpreter(data: bytes, *, threads: int = 1) -> Any:

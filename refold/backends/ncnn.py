@@ -14,7 +14,7 @@ from torch import fx
 
 from refold.backends import flat
 from refold.backends.base import Artifact, Runner, missing
-from refold.backends.static import StaticProgram, quiet
+from refold.backends.static import StaticProgram, ThreadOptions, quiet
 from refold.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
@@ -24,21 +24,6 @@ _ROUNDING = (
     "the numbers were verified without Winograd convolution, whose rounding is larger: set "
     "opt.use_winograd_convolution = false, and opt.use_fp16_* = false, to see the same"
 )
-
-
-@dataclass(frozen=True)
-class NcnnOptions:
-    """Options of the ``ncnn`` target.
-
-    Attributes:
-        threads: threads of one inference.
-    """
-
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise UsageError(f"threads must be 1 or more, got {self.threads}")
 
 
 @dataclass(frozen=True)
@@ -65,27 +50,36 @@ class NcnnTarget:
 
     name = "ncnn"
     suffix = ".param"
-    options = NcnnOptions
+    dtypes = ("float32",)
+    options = ThreadOptions
     static = True
     verified = "run and compared on the CPU, without Winograd convolution"
 
     def available(self) -> str | None:
         return missing(("ncnn", "pnnx"), "ncnn")
 
-    def lower(self, program: Program, gm: fx.GraphModule, options: NcnnOptions) -> Artifact:
+    def lower(self, program: Program, gm: fx.GraphModule, options: ThreadOptions) -> Artifact:
         static = StaticProgram.of(program, gm, "ncnn")
         _check_inputs(static)
         return Artifact(_convert(static), (*static.notes, _ROUNDING))
 
-    def load(self, artifact: Artifact, options: NcnnOptions) -> Runner:
-        content: Content = artifact.content
-        network = open_network(content, threads=options.threads)
+    def load(self, artifact: Artifact, options: ThreadOptions) -> Runner:
+        return _runner(artifact.content, options.threads)
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            tensors = content.signature.tensors(args, kwargs)
-            return content.signature.rebuild(run_network(network, content, tensors))
-
-        return run
+    def load_file(self, path: Path, program: Program) -> Runner:
+        weights = path.with_suffix(".bin")
+        if not weights.is_file():
+            raise BackendError(f"{path} needs {weights.name} beside it: copy it too")
+        static = StaticProgram.of(program, program.graph_module, "ncnn")
+        _check_inputs(static)
+        try:
+            param = path.read_text()
+        except UnicodeDecodeError as error:
+            raise BackendError(f"{path} is no ncnn network: {error}") from error
+        # Where an input has a batch of 1 the file does not say; pnnx takes the first axis.
+        axes = tuple(0 if t.dim() else None for t in static.tensors)
+        sizes = _sizes(static)
+        return _runner(Content(param, weights.read_bytes(), static.signature, axes, sizes), 1)
 
     def save(self, artifact: Artifact, folder: Path, name: str) -> None:
         if not name.endswith(self.suffix):
@@ -108,7 +102,11 @@ def layer_kinds(param: str) -> list[str]:
 def _check_inputs(static: StaticProgram) -> None:
     for name, tensor in zip(static.signature.input_names, static.tensors, strict=True):
         if tensor.dtype != torch.float32:
-            raise BackendError(f"ncnn takes float32 inputs alone; {name} is {tensor.dtype}")
+            fix = (
+                "convert the model with .float()" if tensor.is_floating_point()
+                else "compute what depends on it before, and pass that"
+            )  # fmt: skip
+            raise BackendError(f"ncnn takes float32 inputs alone; {name} is {tensor.dtype}: {fix}")
         if tensor.dim() and tensor.shape[0] != 1:
             raise UsageError(
                 f"ncnn runs one example at a time, and {name} is {list(tensor.shape)}: pass an "
@@ -134,7 +132,10 @@ def _convert(static: StaticProgram) -> Content:
         )
         if done.returncode or not (folder / "model.ncnn.param").exists():
             last = ([*done.stderr.split("\n\n"), ""][0].strip().splitlines() or ["no reason"])[-1]
-            raise BackendError(f"pnnx cannot convert the model (exit {done.returncode}): {last}")
+            raise BackendError(
+                f"pnnx cannot convert the model (exit {done.returncode}): {last}"
+                f"{static.hints(last)}"
+            )
         param = (folder / "model.ncnn.param").read_text()
         # What pnnx does not know it leaves under its own name, without an error.
         strange = sorted({kind for kind in layer_kinds(param) if not kind.isidentifier()})
@@ -143,10 +144,23 @@ def _convert(static: StaticProgram) -> Content:
             raise BackendError(f"ncnn has no layer for {kinds}{static.places(kinds)}")
         example = (folder / "model_ncnn.py").read_text()
         axes = [_batch_axis(example, i) for i in range(len(static.tensors))]
-        returned: Any = static.module.graph.output_node().args[0]
-        sizes = [tuple(int(s) for s in n.meta["val"].shape) for n in returned]
         data = (folder / "model.ncnn.bin").read_bytes()
-    return Content(param, data, static.signature, tuple(axes), tuple(sizes))
+    return Content(param, data, static.signature, tuple(axes), _sizes(static))
+
+
+def _sizes(static: StaticProgram) -> tuple[tuple[int, ...], ...]:
+    returned: Any = static.module.graph.output_node().args[0]
+    return tuple(tuple(int(s) for s in n.meta["val"].shape) for n in returned)
+
+
+def _runner(content: Content, threads: int) -> Runner:
+    network = open_network(content, threads=threads)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensors = content.signature.tensors(args, kwargs)
+        return content.signature.rebuild(run_network(network, content, tensors))
+
+    return run
 
 
 def _batch_axis(example: str, index: int) -> int | None:
@@ -169,7 +183,10 @@ def open_network(content: Content, *, threads: int = 1) -> Any:
         param.write_text(content.param)
         data.write_bytes(content.weights)
         if network.load_param(str(param)) or network.load_model(str(data)):
-            raise BackendError("ncnn cannot load the network that pnnx wrote")
+            raise BackendError(
+                "ncnn cannot load the network: its .param or .bin is damaged, or they are not of "
+                "one conversion"
+            )
     return network
 
 

@@ -53,6 +53,7 @@ class OpenVinoTarget:
 
     name = "openvino"
     suffix = ".xml"
+    dtypes = ("float32", "float16")
     options = OpenVinoOptions
     verified = "run and compared on the CPU"
 
@@ -67,6 +68,12 @@ class OpenVinoTarget:
     def load(self, artifact: Artifact, options: OpenVinoOptions) -> Runner:
         content: Content = artifact.content
         signature = content.signature
+        for port in (*content.model.inputs, *content.model.outputs):
+            if port.element_type.get_type_name() == "bf16":
+                raise BackendError(
+                    f"{_name(port)} is bfloat16, which NumPy and so OpenVINO's Python API cannot "
+                    "hold: compile a float32 or float16 model for this target"
+                )
         compiled = compile_model(content.model, threads=options.threads)
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +87,27 @@ class OpenVinoTarget:
         if not name.endswith(self.suffix):
             raise UsageError(f"OpenVINO finds the weights by the suffix: call the file {name}.xml")
         # The default rounds the weights to float16 without a word.
-        openvino.save_model(artifact.content.model, str(folder / name), compress_to_fp16=False)
+        try:
+            openvino.save_model(artifact.content.model, str(folder / name), compress_to_fp16=False)
+        except RuntimeError as error:
+            # It says no more, whatever the cause.
+            reason = "OpenVINO cannot write it (is the disk full?)"
+            raise BackendError(f"{reason}: {_last_line(error)}; nothing was written") from error
+
+    def load_file(self, path: Path, program: Program) -> Runner:
+        compiled = compile_model(str(path))
+        _, signature = flat.flatten(program.graph_module, program)
+        inputs, outputs = flat.match(
+            path, signature, *([_name(p) for p in ports] for ports in
+            (compiled.inputs, compiled.outputs)),
+        )  # fmt: skip
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            tensors = signature.tensors(args, kwargs)
+            results = run_compiled(compiled, [tensors[i] for i in inputs])
+            return signature.rebuild([results[outputs.index(i)] for i in range(len(results))])
+
+        return run
 
     def stats(self, artifact: Artifact) -> dict[str, int]:
         operations = artifact.content.model.get_ops()
@@ -139,6 +166,10 @@ def executed_layers(compiled: Any) -> int:
     operations = compiled.get_runtime_model().get_ops()
     kinds = [str(op.get_rt_info()["layerType"].astype(str)) for op in operations]
     return sum(kind not in ("Const", "Input", "Output") for kind in kinds)
+
+
+def _name(port: Any) -> str:
+    return str(port.any_name) if port.names else ""
 
 
 def _last_line(error: BaseException) -> str:

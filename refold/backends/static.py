@@ -16,12 +16,27 @@ from torch import fx
 
 from refold.backends import flat
 from refold.backends.torch import symbolic_dims
-from refold.errors import BackendError
+from refold.errors import BackendError, UsageError
 from refold.graph import provenance
 from refold.graph.kinds import op_name
 
 if TYPE_CHECKING:
     from refold.frontends.export import Program
+
+
+@dataclass(frozen=True)
+class ThreadOptions:
+    """Options of targets whose runtime takes a number of threads.
+
+    Attributes:
+        threads: threads of one inference.
+    """
+
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise UsageError(f"threads must be 1 or more, got {self.threads}")
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,14 @@ class StaticProgram:
         """The graph as an exported program of its own."""
         with torch.no_grad():
             return torch.export.export(self.module, self.tensors, strict=False)
+
+    def hints(self, text: str) -> str:
+        """What helps to find and mend the cause of a converter's message."""
+        found = self.places(text) + flat.half_precision(self.module)
+        calls = [n for n in self.module.graph.nodes if n.op == "call_function"]
+        if any(op_name(n).startswith(("quantize_per", "dequantize_per")) for n in calls):
+            found += "\n  the graph is quantised: targets ort, openvino and trt take such graphs"
+        return found
 
     def places(self, text: str) -> str:
         """Where the operators come from that a converter's message names: lines, or nothing."""

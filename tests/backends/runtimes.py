@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -93,6 +96,18 @@ def check_structure(target: str, batch: int) -> None:
     inputs = (torch.randn(batch, 3, 8, 8), torch.randn(batch, 2), torch.randn(batch, 2))
     compiled = refold.compile_for_inference(model, inputs, target=target)
     assert_same(compiled(*inputs), model(*inputs))
+
+
+@contextlib.contextmanager
+def small_files(most: int) -> Iterator[None]:
+    """No file may grow past some bytes, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def check_files(folder: Path, names: set[str]) -> None:

@@ -18,11 +18,6 @@ def built():
     return runtimes.compile_net("executorch", 2)
 
 
-def test_calls(built):
-    compiled, model, _ = built
-    runtimes.check_calls(compiled, model, 2)
-
-
 def test_one_delegate_takes_the_whole_graph(built):
     # conv, relu, mean that keeps its dimensions, view, linear
     report = built[0].report
@@ -62,18 +57,6 @@ def test_runner_outlives_the_artifact(built):
     del alone, owners
     gc.collect()
     torch.testing.assert_close(run(x), model(x))
-
-
-def test_folding_leaves_fewer_operators():
-    runtimes.check_residual("executorch", 2)
-
-
-def test_zero_pad_before_max_pool():
-    runtimes.check_zero_pad("executorch", 2)
-
-
-def test_structure():
-    runtimes.check_structure("executorch", 2)
 
 
 def test_corrupt_program_is_an_error(built):

@@ -46,7 +46,7 @@ def test_threads_are_an_option(monkeypatch):
     monkeypatch.setattr(
         backend,
         "open_session",
-        lambda p, threads=0: seen.update(n=threads) or real(p, threads=threads),
+        lambda p, threads=0, **_: seen.update(n=threads) or real(p, threads=threads),
     )
     model, x = seeded(ConvNet()), torch.randn(1, 3, 8, 8)
     compiled = refold.compile_for_inference(model, x, target="ort", threads=1)

@@ -46,18 +46,6 @@ def test_nodes_are_counted_in_the_file(built):
     assert ort_format.count_nodes(compiled._done.artifact.content.data) == 4
 
 
-def test_folding_leaves_fewer_operators():
-    runtimes.check_residual("ort-format", 2)
-
-
-def test_zero_pad_before_max_pool():
-    runtimes.check_zero_pad("ort-format", 2)
-
-
-def test_structure():
-    runtimes.check_structure("ort-format", 2)
-
-
 def test_conversion_failure_names_the_node(monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("Could not find an implementation for Relu(14) node 'node_relu'")

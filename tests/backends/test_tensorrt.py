@@ -780,16 +780,16 @@ def test_a_model_that_writes_its_input_is_not_cast():
 # What the sources use of the library, by class; all of it is in 10.3, 10.13, 10.16, 11.4 and in
 # TensorRT-RTX 1.7, whose lists of names were compared.
 EVERYWHERE = {
-    "": "Builder DataType ILogger IOutputAllocator IProgressMonitor OnnxParser Runtime "
-        "TensorIOMode",
+    "": "Builder DataType ILogger IOutputAllocator IProgressMonitor OnnxParser OnnxParserRefitter "
+        "Refitter Runtime TensorIOMode",
     "Builder": "build_serialized_network create_builder_config create_network "
                "create_optimization_profile",
-    "BuilderFlag": "TF32",
+    "BuilderFlag": "REFIT TF32",
     "DataType": "BF16 BOOL FLOAT FP8 HALF INT32 INT64 INT8 UINT8",
     "IBuilderConfig": "add_optimization_profile clear_flag create_timing_cache "
                       "profiling_verbosity progress_monitor set_flag set_timing_cache",
     "ICudaEngine": "create_execution_context get_tensor_dtype get_tensor_mode get_tensor_name "
-                   "get_tensor_profile_shape num_io_tensors",
+                   "get_tensor_profile_shape num_io_tensors serialize",
     "IExecutionContext": "execute_async_v3 get_tensor_shape infer_shapes set_input_shape "
                          "set_output_allocator set_tensor_address",
     "ILogger": "__init__", "IOutputAllocator": "__init__", "IProgressMonitor": "__init__",
@@ -797,8 +797,10 @@ EVERYWHERE = {
     "ITimingCache": "serialize",
     "NetworkDefinitionCreationFlag": "STRONGLY_TYPED",
     "OnnxParser": "get_error num_errors parse_from_file",
+    "OnnxParserRefitter": "get_error num_errors refit_from_file",
     "ParserError": "code desc node_name node_operator",
     "ProfilingVerbosity": "DETAILED",
+    "Refitter": "get_missing_weights refit_cuda_engine",
     "Runtime": "deserialize_cuda_engine",
     "TensorIOMode": "INPUT OUTPUT",
 }  # fmt: skip
@@ -807,10 +809,11 @@ HELD = {
     "parsed.builder": "Builder", "builder": "Builder", "parser": "OnnxParser", "e": "ParserError",
     "config": "IBuilderConfig", "profile": "IOptimizationProfile", "cache": "ITimingCache",
     "engine": "ICudaEngine", "self._engine": "ICudaEngine", "self._context": "IExecutionContext",
-    "context": "IExecutionContext", "self._runtime": "Runtime", "kinds": "DataType",
-    "mode": "TensorIOMode",
+    "context": "IExecutionContext", "runtime": "Runtime", "kinds": "DataType",
+    "mode": "TensorIOMode", "opened.engine": "ICudaEngine", "refitter": "Refitter",
+    "reader": "OnnxParserRefitter",
 }  # fmt: skip
-MODULE = ("trt", "library.module", "self._trt")
+MODULE = ("trt", "library.module", "opened.library.module", "self._trt")
 
 
 def names_used(path):
@@ -840,7 +843,7 @@ def test_no_other_source_touches_the_library():
             assert "library.module" not in path.read_text(), path
 
 
-HOLDERS = ("library", "build", "runner")
+HOLDERS = ("library", "build", "refit", "runner")
 
 
 # --- command line ---------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from torch import nn
 from refold.errors import UsageError, VerifierError
 from refold.graph import nodes
 from refold.passes.clean_up import CleanUp
+from refold.passes.fold_branches import FoldBranches
+from refold.passes.fold_constants import FoldConstants
 from refold.rewrite.pipeline import Pipeline, load_pass
 from refold.rewrite.result import PassResult
 from refold.rewrite.rule import rule_from_functions
@@ -65,6 +67,18 @@ def test_pipelines_are_edited_by_name() -> None:
     assert pipeline.without("a").names == ("b", "c")
     assert pipeline.only("a", "c").names == ("a", "a", "c")
     assert pipeline.names == ("a", "b", "a", "c")
+
+
+def test_growth_reaches_every_pass_that_bounds_it() -> None:
+    pipeline = Pipeline("test", (FoldConstants(), Nothing("n"), FoldBranches(prefer="nodes")))
+    grown = pipeline.with_growth(7)
+    assert grown.passes == (
+        FoldConstants(max_growth=7), Nothing("n"), FoldBranches(prefer="nodes", max_growth=7),
+    )  # fmt: skip
+    assert pipeline.passes[0] == FoldConstants()
+    for factor in (0.9, float("nan")):
+        with pytest.raises(UsageError, match="max_growth"):
+            pipeline.with_growth(factor)
 
 
 def test_unknown_names_suggest_the_nearest() -> None:

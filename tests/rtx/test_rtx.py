@@ -17,9 +17,11 @@ from torch import nn
 
 from refold.backends.tensorrt import artifact, build, check, library, ops
 from refold.backends.tensorrt.target import TensorRTOptions, TensorRTTarget
-from refold.errors import BackendError
+from refold.errors import BackendError, UsageError
 from refold.frontends.export import trace
 from refold.passes import PIPELINES
+from tests.backends import runtimes
+from tests.backends.quantised_nets import Float8Net, Int8Net
 from tests.models.timm_networks import NETWORKS, network
 from tests.small_nets import ConvNet, seeded
 
@@ -197,6 +199,24 @@ def test_bfloat16_with_hardswish_is_built(tmp_path):
     assert build.build(path, library=RTX).record.layers
 
 
+@pytest.mark.parametrize("precision", [None, "fp16", "bf16"])
+@pytest.mark.parametrize("kind", [Int8Net, Float8Net])
+def test_quantised_network_is_built(kind, precision, tmp_path):
+    path = lowered(seeded(kind()), torch.randn(2, 3, 8, 8), tmp_path, precision=precision)
+    found = check.preflight(path / artifact.MODEL, ops.Version.parse("rtx"), library.find(RTX))
+    assert not found.rejections
+    assert build.build(path, library=RTX).record.layers
+
+
+def test_zero_points_are_rejected_by_both(tmp_path):
+    path = lowered(seeded(Int8Net(zero=120)), torch.randn(2, 3, 8, 8), tmp_path)
+    model, version = path / artifact.MODEL, ops.Version.parse("rtx")
+    by_table = {r.node for r in check.preflight(model, version, None).rejections}
+    assert {m.node for m in library.parse(library.find(RTX), model).messages} & by_table
+    with pytest.raises(BackendError, match="fix: quantise symmetrically"):
+        build.build(path, library=RTX)
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -237,6 +257,17 @@ def test_engine_is_kept_and_remade_when_damaged(small):
     build.build(small, library=RTX, rebuild=True, progress=told.append)
     assert "last time" in told[0]
     assert len(list((small / artifact.ENGINES).glob("*.engine"))) == 1
+
+
+def test_full_disk(small):
+    first = build.build(small, library=RTX)
+    most = first.path.stat().st_size - 1
+    with runtimes.small_files(most), pytest.raises(BackendError, match="nothing was written"):
+        build.build(small, library=RTX, rebuild=True)
+    again = build.build(small, library=RTX)
+    assert again.cached
+    assert again.record == first.record
+    assert not list((small / artifact.ENGINES).glob(".*"))
 
 
 def test_two_builds_at_once(small):
@@ -334,6 +365,39 @@ def test_library_itself_declines_a_corrupt_engine(tmp_path):
     done = in_a_process(DESERIALIZE, path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == "none"
+
+
+@pytest.mark.parametrize("refittable", [False, True])
+def test_flags_reach_the_builder(refittable, tmp_path):
+    model, x = seeded(ConvNet()), torch.randn(2, 3, 8, 8)
+    path = lowered(model, x, tmp_path, refittable=refittable)
+    rtx = library.find(RTX)
+    parsed = library.parse(rtx, path / artifact.MODEL)
+    config = build._configuration(artifact.read(path), rtx, parsed)
+    flags = rtx.module.BuilderFlag
+    assert config.get_flag(flags.REFIT) == refittable
+    assert not config.get_flag(flags.TF32)
+    assert config.num_optimization_profiles == 1
+
+
+def test_unknown_flags_are_told(small):
+    data = json.loads((small / "build.json").read_text())
+    data["flags"]["TURBO"] = True
+    artifact.write_json(small / "build.json", data)
+    with pytest.raises(UsageError, match="sets TURBO"):
+        build.build(small, library=RTX)
+    assert not (small / artifact.ENGINES).exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_refittable_engine_without_a_gpu_is_a_clean_error(tmp_path):
+    """TensorRT-RTX compiles those on the GPU alone."""
+    path = lowered(seeded(ConvNet()), torch.randn(2, 3, 8, 8), tmp_path, refittable=True)
+    code = "import sys; from refold import cli; sys.exit(cli.main(sys.argv[1:]))"
+    done = in_a_process(code, "build", path, "--library", RTX)
+    assert done.returncode == 1, done.stderr
+    assert "cannot build the engine" in done.stderr
+    assert not (path / artifact.ENGINES).exists()
 
 
 def test_what_the_library_has_to_have_is_there():

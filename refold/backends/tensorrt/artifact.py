@@ -182,7 +182,7 @@ def check_external_data(model: Path, listed: set[str] | None = None) -> None:
         proto = onnx.load(str(model), load_external_data=False)
     except DecodeError as error:
         raise BackendError(f"{model} is not an ONNX file: {error}") from error
-    for tensor in _tensors(proto):
+    for tensor in tensors(proto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         location = next((e.value for e in tensor.external_data if e.key == "location"), "")
@@ -201,7 +201,7 @@ def check_external_data(model: Path, listed: set[str] | None = None) -> None:
             )
 
 
-def _tensors(proto: Any) -> Iterator[Any]:
+def tensors(proto: Any) -> Iterator[Any]:
     """All tensors of a protobuf message, those in attributes and subgraphs too."""
     for descriptor, value in proto.ListFields():
         if descriptor.message_type is None:
@@ -210,7 +210,7 @@ def _tensors(proto: Any) -> Iterator[Any]:
             if item.DESCRIPTOR.name == "TensorProto":
                 yield item
             else:
-                yield from _tensors(item)
+                yield from tensors(item)
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:

@@ -110,13 +110,30 @@ def build(
         last = f" (last time {before.record.seconds:.0f} s)" if before is not None else ""
         progress(f"build the engine with {used}{last}")
     start = time.perf_counter()
-    index = _record_path(folder, made_of, used)
-    timing = index.with_name(f"{_stem(used)}.timing")
+    timing = _record_path(folder, made_of, used).with_name(f"{_stem(used)}.timing")
     engine, log, cache = _compile(folder, made_of, used, timing)
+    seconds = time.perf_counter() - start
+    built = store(folder, made_of, used, engine, seconds, log.engine_layers())
+    if cache:
+        artifact.replace_file(timing, lambda p: _write(p, _seal(cache)))
+    return built
+
+
+def store(
+    folder: Path,
+    made_of: artifact.Build,
+    used: libraries.Library,
+    engine: bytes,
+    seconds: float,
+    layers: int | None,
+) -> Built:
+    """Writes an engine of this machine into its artifact, in the place of the one before."""
+    before = find(folder, made_of, used)
+    index = _record_path(folder, made_of, used)
     digest = hashlib.sha256(engine).hexdigest()
     record = Record(
         f"{index.stem}-{digest[:8]}.engine", digest, made_of.content, used.name, used.version,
-        device_name(), time.perf_counter() - start, log.engine_layers(),
+        device_name(), seconds, layers,
     )  # fmt: skip
     # The record goes last. Of two builds at once, each leaves an engine, and one of them a record
     # that fits its own.
@@ -125,9 +142,44 @@ def build(
     artifact.replace_file(index, lambda p: artifact.write_json(p, asdict(record)))
     if before is not None and before.path != path:
         before.path.unlink(missing_ok=True)
-    if cache:
-        artifact.replace_file(timing, lambda p: _write(p, _seal(cache)))
     return Built(path, record, cached=False)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An engine that the library has loaded, and what it needs to live."""
+
+    library: libraries.Library
+    log: libraries.Log
+    runtime: Any
+    engine: Any
+
+
+def open_engine(built: Built) -> Opened:
+    """Loads an engine.
+
+    Raises:
+        BackendError: no GPU, a damaged engine, or one of another library, version or GPU.
+    """
+    path, record = built.path, built.record
+    plan = path.read_bytes()
+    # A damaged engine can crash the library: it does not get to see one.
+    if hashlib.sha256(plan).hexdigest() != record.sha256:
+        raise BackendError(f"{path} is damaged: run refold build again")
+    libraries.require_gpu()
+    library = libraries.need(record.library)
+    here = device_name()
+    if (record.version, record.device) != (library.version, here):
+        raise BackendError(
+            f"{path} was built with {record.library} {record.version} for {record.device}; "
+            f"here are {library} and {here}: run refold build again"
+        )
+    log = libraries.Log(library)
+    runtime = libraries.make_runtime(library, log)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BackendError(f"{library} cannot load {path}: {'; '.join(log.errors)}")
+    return Opened(library, log, runtime, engine)
 
 
 def _record_path(folder: Path, made_of: artifact.Build, library: libraries.Library) -> Path:
@@ -185,11 +237,19 @@ def _configuration(
     trt = library.module
     config = parsed.builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if made_of.flags.get("TF32"):
-        config.set_flag(trt.BuilderFlag.TF32)
-    else:
-        # On by default, it rounds the inputs of float32 layers to 10 bits.
-        config.clear_flag(trt.BuilderFlag.TF32)
+    # TF32 is on by default: it rounds the inputs of float32 layers to 10 bits.
+    known = {"TF32": trt.BuilderFlag.TF32, "REFIT": trt.BuilderFlag.REFIT}
+    unknown = made_of.flags.keys() - known.keys()
+    if unknown:
+        raise UsageError(
+            f"{artifact.MARKER} sets {', '.join(sorted(unknown))}; this refold knows "
+            f"{', '.join(known)}: use the refold that wrote it, or export again"
+        )
+    for name, flag in known.items():
+        if made_of.flags.get(name):
+            config.set_flag(flag)
+        else:
+            config.clear_flag(flag)
     dynamic = [t for t in made_of.inputs if t.profile is not None]
     if dynamic:
         profile = parsed.builder.create_optimization_profile()

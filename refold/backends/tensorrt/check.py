@@ -1,7 +1,7 @@
 """Preflight: what stands against a model before a build is tried, and where it came from.
 
 Two levels: the table of :mod:`refold.backends.tensorrt.ops`, always, and the parser of TensorRT or
-TensorRT-RTX where one is installed. Also the rewrites that TensorRT alone needs.
+TensorRT-RTX where one is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _INDEX_INPUTS = {
     "GatherND": (1,), "ScatterND": (1,), "ScatterElements": (1,), "Pad": (1, 3), "Tile": (1,),
     "Squeeze": (1,), "Unsqueeze": (1,), "Split": (1,), "Resize": (1, 2, 3), "TopK": (1,),
     "OneHot": (0, 1), "Where": (0,), "CumSum": (1,), "ConstantOfShape": (0,), "RoiAlign": (2,),
-    "DequantizeLinear": (1,), "NonMaxSuppression": (2,), "RotaryEmbedding": (3,), "If": (0,),
+    "QuantizeLinear": (2,), "DequantizeLinear": (1,), "NonMaxSuppression": (2,),
+    "RotaryEmbedding": (3,), "If": (0,),
     "Loop": (0, 1), "ReverseSequence": (1,), "Trilu": (1,), "Dropout": (1, 2), "Attention": (3,),
 }  # fmt: skip
 
@@ -185,32 +186,3 @@ def provenance(model: Any) -> dict[str, dict[str, str]]:
         }
         for node in _every_node(model)
     }
-
-
-def rewrite(model: Any) -> int:
-    """Writes bfloat16 HardSwish as ``x * HardSigmoid(x)``, which is its definition.
-
-    The parser takes HardSwish in float32 and float16 alone. Returns how many were written.
-    """
-    import onnx_ir
-
-    count = 0
-    for node in list(model.graph):
-        wide = node.inputs[0].dtype if node.inputs and node.inputs[0] is not None else None
-        if node.op_type != "HardSwish" or wide != onnx_ir.DataType.BFLOAT16:
-            continue
-        source, result = node.inputs[0], node.outputs[0]
-        gate = onnx_ir.Node(
-            "", "HardSigmoid", [source], [onnx_ir.AttrFloat32("alpha", 1 / 6),
-            onnx_ir.AttrFloat32("beta", 0.5)], name=f"{node.name}_gate",
-        )  # fmt: skip
-        gate.outputs[0].name = f"{result.name}_gate"
-        product = onnx_ir.Node("", "Mul", [source, gate.outputs[0]], name=str(node.name))
-        for new in (gate, product):
-            new.metadata_props.update(node.metadata_props)
-            new.outputs[0].dtype, new.outputs[0].shape = wide, result.shape
-        onnx_ir.convenience.replace_nodes_and_values(
-            model.graph, node, [node], [gate, product], [result], [product.outputs[0]]
-        )
-        count += 1
-    return count

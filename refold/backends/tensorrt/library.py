@@ -1,6 +1,7 @@
 """The part of the ``tensorrt`` and ``tensorrt_rtx`` packages that refold uses.
 
-Every name used here and in ``build`` and ``runner`` exists in 10.3 to 11.4 and in TensorRT-RTX 1.7.
+Every name used here and in ``build``, ``refit`` and ``runner`` exists in 10.3 to 11.4 and in
+TensorRT-RTX 1.7.
 """
 
 from __future__ import annotations

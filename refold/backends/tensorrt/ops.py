@@ -173,10 +173,9 @@ def objections(
     for name, dtype in dtypes.items():
         short = _ONNX_DTYPES.get(dtype, dtype)
         if short not in accepted:
-            yield Objection(
-                f"{op} does not take {short} ({name})",
-                f"it takes {', '.join(sorted(accepted))}: cast around it",
-            )
+            takes = f"it takes {', '.join(sorted(accepted))}: cast around it"
+            fix = _DTYPE_FIXES.get((op, short), _OPERATOR_FIXES.get(op, takes))
+            yield Objection(f"{op} does not take {short} ({name})", fix)
             break
     yield from _attribute_objections(op, attributes, constants, ranks, outputs)
 
@@ -202,13 +201,19 @@ def _attribute_objections(
     if op == "TopK" and 1 in constants and int(constants[1].max()) >= _TOP_K:
         yield Objection(f"TopK of {int(constants[1].max())}", f"K must be below {_TOP_K}")
     if op in ("QuantizeLinear", "DequantizeLinear") and 2 in constants and constants[2].any():
-        yield Objection(f"{op} with a zero point", "quantise symmetrically")
+        yield Objection(f"{op} with a zero point", _SYMMETRIC)
     if op == "ScatterND" and attributes.get("reduction", "none") not in ("none", b"none"):
         yield Objection(f"ScatterND with reduction {attributes['reduction']}", _REWRITE)
 
 
+_SYMMETRIC = "quantise symmetrically, to int8 or float8_e4m3fn with zero point 0"
+_DTYPE_FIXES = {
+    ("Cast", "FP8"): "clamp to -448 to 448 before it, for float8_e4m3fn: it is then a quantiser",
+}
 _REWRITE = "write the layer with other operators, or keep it outside of the exported model"
 _OPERATOR_FIXES = {
+    "QuantizeLinear": _SYMMETRIC,
+    "DequantizeLinear": _SYMMETRIC,
     "QLinearConv": "export QuantizeLinear / DequantizeLinear pairs, not quantised operators",
     "QLinearMatMul": "export QuantizeLinear / DequantizeLinear pairs, not quantised operators",
     "ConvInteger": "export QuantizeLinear / DequantizeLinear pairs, not quantised operators",

@@ -77,7 +77,8 @@ def survey(
         if node.op == "get_attr":
             return
         tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
-        finite = [t[t.isfinite()] for t in tensors if t.is_floating_point()]
+        floats = [t for t in tensors if t.is_floating_point() and t.dtype.itemsize > 1]
+        finite = [t[t.isfinite()] for t in floats]
         largest[node.name] = max((float(t.abs().max()) for t in finite if t.numel()), default=0.0)
         losses[node.name] = max((_loss(t, dtype) for t in finite), default=0.0)
 
@@ -202,7 +203,9 @@ def _chosen(node: fx.Node, dtype: torch.dtype, kept: Mapping[str, str]) -> torch
         tensors = pytree.tree_leaves(node.meta.get("val"))
         return torch.float32 if any(isinstance(t, torch.Tensor) for t in tensors) else None
     plain = isinstance(node.target, torch._ops.OpOverload)
-    stays = not operands or node.name in kept or discontinuous(node) or not plain
+    # A dequantised value has the dtype that its operator names, whatever that of its scale.
+    fixed = not operands or op_name(node).startswith("dequantize")
+    stays = fixed or node.name in kept or discontinuous(node) or not plain
     return torch.float32 if stays else dtype
 
 

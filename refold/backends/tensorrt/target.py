@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 
 from refold.backends import onnx
 from refold.backends.base import Artifact, Runner, missing
+from refold.backends.shift_add import choice as shift_add
+from refold.backends.shift_add.check import as_written, rebase
 from refold.backends.tensorrt import artifact as directory
 from refold.backends.tensorrt import check, precision, reference
 from refold.errors import BackendError, MissingDependencyError, UsageError
@@ -51,15 +53,24 @@ class TensorRTOptions:
         precision: ``fp16`` or ``bf16`` casts what is float32; by default nothing is cast.
         profile: smallest, expected and largest size by the name of the dynamic dimension.
         build: build the engine here and run it. False: write the artifact only.
+        cuda_graph: record the engine's launches and replay them, where it runs here.
+        refittable: the engine can be given other weights; some optimizations are off then.
+        requantise: 4 rounds shift-add layers whose scales are no integer grid to INT4; by default
+            their weights are stored as floats.
     """
 
     opset: int | None = None
     precision: str | None = None
     profile: Mapping[str, Profile] | None = None
     build: bool = True
+    cuda_graph: bool = False
+    refittable: bool = False
+    requantise: int | None = None
 
     def __post_init__(self) -> None:
         onnx.OnnxOptions(_opset(self))
+        if self.requantise not in (None, 4):
+            raise UsageError(f"requantise {self.requantise!r}: TensorRT takes 4 bits, or None")
         if self.precision not in _PRECISIONS:
             known = ", ".join(map(repr, _PRECISIONS))
             raise UsageError(f"precision {self.precision!r}: choose one of {known}")
@@ -68,6 +79,8 @@ class TensorRTOptions:
                 raise UsageError(
                     f"profile of {name!r}: expected (smallest, expected, largest), got {sizes}"
                 )
+        if self.cuda_graph and not self.build:
+            raise UsageError("cuda_graph=True is for an engine that runs here: leave build out")
         if self.build and not torch.cuda.is_available():
             raise MissingDependencyError(
                 f"TensorRT runs on a GPU, none is visible here: {_COMMANDS}"
@@ -92,6 +105,7 @@ class TensorRTTarget:
 
     name = "trt"
     suffix = ".trt"
+    dtypes = ("float32", "float16", "bfloat16")
     marker = directory.MARKER
     verified = "its ONNX file is compared here, the engine by refold verify on the target"
     options = TensorRTOptions
@@ -106,11 +120,12 @@ class TensorRTTarget:
         if options.precision:
             gm, layers, kept = _cast(program, gm, precision.DTYPES[options.precision])
             notes += kept
-        lowered = onnx.lower(program, gm, opset)
+        lowered = onnx.lower(program, gm, opset, shift_add.tensorrt(options.requantise))
         model = lowered.content.model
-        for_trt = check.rewrite(model)
-        if for_trt:
-            notes.append(f"{for_trt} bfloat16 HardSwish written as x * HardSigmoid(x)")
+        opset = model.opset_imports[""]
+        from refold.backends.tensorrt.rewrite import rewrite
+
+        notes += rewrite(model)
         inputs, told = _inputs(model, program, options.profile or {})
         build = directory.Build(
             inputs=inputs,
@@ -120,12 +135,12 @@ class TensorRTTarget:
                 "kept_float32": {x.node: x.kept for x in layers if x.kept},
             },
             opset=opset,
-            flags=_FLAGS,
+            flags={**_FLAGS, "REFIT": True} if options.refittable else _FLAGS,
             # 10.3 reads operator sets up to 20, 10.15 up to 24.
             minimum_version="10.3" if opset <= 20 else "10.15",
             verify=None,
             versions=_versions(),
-            trtexec=_trtexec(inputs),
+            trtexec=_trtexec(inputs, refittable=options.refittable),
         )
         content = Content(lowered.content, gm, build, layers)
         return Artifact(content, (*lowered.notes, *notes, *told))
@@ -143,6 +158,10 @@ class TensorRTTarget:
         content.weights = weights
         if not known.calls:
             return known
+        if content.onnx.shift_add:
+            # What the substitution costs is no error of the engine either.
+            layers = [w.layer for w in content.onnx.shift_add]
+            known = rebase(as_written(content.graph_module, layers), known)
         dtype = precision.DTYPES.get(content.build.precision["asked"])
         if dtype is not None:
             known = reference.at_precision(content.graph_module, known)
@@ -158,7 +177,7 @@ class TensorRTTarget:
         content.folder = tempfile.TemporaryDirectory(prefix="refold-")
         folder = Path(content.folder.name) / "artifact"
         write(content, folder)
-        engine = runner.Engine(build.build(folder))
+        engine = runner.Engine(build.build(folder), cuda_graph=options.cuda_graph)
         signature = content.onnx.signature
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -194,7 +213,7 @@ def _load_onnx(content: Content) -> Runner:
     from refold.backends import onnxruntime
 
     try:
-        return onnxruntime.load(content.onnx)
+        return onnxruntime.load(content.onnx, accuracy_level=0)
     except BackendError as error:
         raise MissingDependencyError(
             f"not executed by TensorRT, nor in ONNX Runtime: {error}"
@@ -303,7 +322,7 @@ def _size(expression: int | str, ranges: Mapping[str, Profile], which: int) -> i
     return int(value)
 
 
-def _trtexec(inputs: Sequence[directory.Tensor]) -> dict[str, str]:
+def _trtexec(inputs: Sequence[directory.Tensor], *, refittable: bool) -> dict[str, str]:
     """The same build without Python; version 11 has strong typing always, and no flag for it."""
     parts = ["trtexec", f"--onnx={directory.MODEL}"]
     dynamic = [t for t in inputs if t.profile is not None]
@@ -311,7 +330,7 @@ def _trtexec(inputs: Sequence[directory.Tensor]) -> dict[str, str]:
         shapes = [f"{t.name}:{'x'.join(map(str, t.profile[which]))}" for t in dynamic if t.profile]
         if shapes:
             parts.append(f"--{option}={','.join(shapes)}")
-    parts += ["--noTF32", "--saveEngine=model.engine"]
+    parts += ["--noTF32", *["--refit"] * refittable, "--saveEngine=model.engine"]
     return {"10": " ".join([*parts, "--stronglyTyped"]), "11": " ".join(parts)}
 
 
