@@ -133,7 +133,7 @@ class CompiledModel:
             weights: a state dict, or a module; by default the weights stay.
             bind: new values of bound inputs; by default they stay.
             strict: all weights that the model is made of must be given; otherwise the others stay.
-            verify: compare with the unfolded model in float64, on two inputs.
+            verify: compare with the unfolded model in float64, on the example inputs.
 
         Raises:
             RefitError: keys, shapes or values that do not fit the folded graph.
