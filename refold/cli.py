@@ -389,7 +389,7 @@ def _passes(arguments: argparse.Namespace, progress: _Progress) -> int:
     passes = [
         {
             "name": name,
-            "exactness": str(getattr(cls, "exactness", "")),
+            "exactness": cls().exactness,
             "summary": _summary(cls),
         }
         for name, cls in PASSES.items()
@@ -398,12 +398,15 @@ def _passes(arguments: argparse.Namespace, progress: _Progress) -> int:
     if arguments.json:
         print(json.dumps({"passes": passes, "pipelines": pipelines}, indent=2))
         return OK
-    width = max(len(p["name"]) for p in passes)
+    width = min(shutil.get_terminal_size().columns, 100)
     for p in passes:
-        print(f"{p['name']:<{width}}  {p['exactness']:<13}  {p['summary']}")
-    print()
+        print(f"{p['name']} ({p['exactness']})")
+        for line in textwrap.wrap(p["summary"], width - 4):
+            print(f"    {line}")
     for name, names in pipelines.items():
-        print(f"pipeline {name}: {', '.join(names)}")
+        print(f"\npipeline {name}")
+        for line in textwrap.wrap(", ".join(names), width - 4, break_on_hyphens=False):
+            print(f"    {line}")
     return OK
 
 
