@@ -10,10 +10,16 @@ and the sum becomes that of e^2 / U[i, i]^2, column by column. Scales are fitted
 reaches their group, to the columns as compensated so far and with these weights (see
 :class:`_Group`).
 
+What comes first has the most columns left to make up for it, so the columns of the largest inputs
+do: the groups in descending order of the sum of H's diagonal, and the columns of each in that of
+the diagonal. A group keeps its columns, so the order leaves no trace in the code's layout.
+
 Frantar et al., GPTQ (2022), arXiv:2210.17323.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -39,30 +45,55 @@ class Hessian:
         return self._sum / max(self._rows, 1)
 
 
-def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """The upper ``U`` with ``U^T U`` the inverse of ``hessian + damping mean(diag) I``.
+@dataclass(frozen=True)
+class Factor:
+    """The order in which columns are quantised, and how they make up for each other in it.
+
+    Attributes:
+        upper: the upper ``U`` with ``U^T U`` the inverse of the damped Hessian in that order.
+        order: the columns, group by group.
+    """
+
+    upper: torch.Tensor
+    order: torch.Tensor
+
+
+def inverse_factor(hessian: torch.Tensor, damping: float, group_size: int) -> Factor:
+    """The order of the columns, and the factor of ``hessian + damping mean(diag) I`` in it.
 
     Args:
         hessian: symmetric and positive semi-definite.
         damping: what few inputs leave undetermined is not free to change, but costs this much.
+        group_size: columns that stay together.
 
     Raises:
         ValueError: the matrix is zero or not finite.
     """
-    mean = hessian.diagonal().mean()
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
     if not (mean > 0 and mean.isfinite()):
         raise ValueError("the inputs are all zero or not finite")
-    damped = hessian.clone()
+    order = _largest_first(diagonal, group_size)
+    damped = hessian[order][:, order]
     damped.diagonal().add_(damping * mean)
     # H = R R^T with R upper is the Cholesky decomposition from the other end, and U = R^-1.
     reverse = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     identity = torch.eye(len(reverse), dtype=reverse.dtype)
-    return torch.linalg.solve_triangular(reverse, identity, upper=True)
+    return Factor(torch.linalg.solve_triangular(reverse, identity, upper=True), order)
+
+
+def _largest_first(diagonal: torch.Tensor, group_size: int) -> torch.Tensor:
+    groups = list(torch.arange(len(diagonal)).split(group_size))
+    short = groups.pop() if len(diagonal) % group_size else None  # stays last: the others line up
+    groups.sort(key=lambda columns: float(diagonal[columns].sum()), reverse=True)
+    if short is not None:
+        groups.append(short)
+    return torch.cat([g[diagonal[g].argsort(descending=True, stable=True)] for g in groups])
 
 
 def encode_compensated(
     weight: torch.Tensor,
-    factor: torch.Tensor,
+    factor: Factor,
     bits: int,
     group_size: int,
     family: Family,
@@ -74,16 +105,16 @@ def encode_compensated(
 
     Args:
         weight: the matrix.
-        factor: :func:`inverse_factor` of its inputs' Hessian.
+        factor: :func:`inverse_factor` of its inputs' Hessian, for groups of this size.
         bits: number of planes.
         group_size: columns that share scales.
         family: what the scales may be.
         rounds: rounds of the alternation from each start.
         rounding: what storage does to a scale.
     """
-    features = weight.shape[1]
-    free = weight.double().T.contiguous()  # columns are contiguous, and are written
-    importance = factor.diagonal().square().reciprocal()
+    features, upper, order = weight.shape[1], factor.upper, factor.order
+    free = weight.double().T[order]  # a copy: columns are contiguous, and are written
+    importance = upper.diagonal().square().reciprocal()
     signs, scales = [], []
 
     def fit(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -95,7 +126,7 @@ def encode_compensated(
         stop = min(start + group_size, features)
         own = importance[start:stop] / importance[start:stop].max()
 
-        group = _Group(free[start:stop], factor[start:stop, start:stop], bits)
+        group = _Group(free[start:stop], upper[start:stop, start:stop], bits)
         group.offer(fit(free[start:stop], own))
         if not bool((own == 1).all()):
             group.offer(fit(free[start:stop], None))
@@ -103,9 +134,10 @@ def encode_compensated(
                 group.offer(fit(group.targets, own))
         signs.append(group.signs)
         scales.append(group.alpha)
-        free[stop:].addmm_(factor[start:stop, stop:].T, group.errors, alpha=-1)
-    alpha = torch.stack(scales, -1).transpose(0, 1).contiguous()
-    return BinaryCode(torch.cat(signs, 1).transpose(1, 2).contiguous(), alpha, group_size)
+        free[stop:].addmm_(upper[start:stop, stop:].T, group.errors, alpha=-1)
+    back, groups = order.argsort(), (order[::group_size] // group_size).argsort()
+    alpha = torch.stack(scales, -1).transpose(0, 1)[..., groups].contiguous()
+    return BinaryCode(torch.cat(signs, 1)[:, back].transpose(1, 2).contiguous(), alpha, group_size)
 
 
 class _Group:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from refold.passes.absorb_scale_shift import AbsorbScaleShift
 from refold.passes.average_experts import AverageExperts
 from refold.passes.clean_up import CleanUp
+from refold.passes.defer_expands import DeferExpands
 from refold.passes.defer_resizes import DeferResizes
 from refold.passes.drop_zero_channels import DropZeroChannels
 from refold.passes.fold_attention_biases import FoldAttentionBiases
@@ -17,6 +18,7 @@ from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Pass
 
 PASSES: dict[str, type] = {
+    "defer-expands": DeferExpands,
     "fold-constants": FoldConstants,
     "clean-up": CleanUp,
     "average-experts": AverageExperts,
@@ -33,7 +35,8 @@ PASSES: dict[str, type] = {
 
 def _ordered(branches: FoldBranches) -> tuple[Pass, ...]:
     return (
-        FoldConstants(),  # first: a generated weight must be a constant before anything reads it
+        DeferExpands(),  # what all samples share is constant only in front of its expansion
+        FoldConstants(),  # early: a generated weight must be a constant before anything reads it
         CleanUp(),  # an add(x, 0) or a dropout between two layers hides them from each other
         AverageExperts(),  # equal experts are one; before other folds make them differ
         DropZeroChannels(),  # on the weights as they were trained; all that follows is smaller

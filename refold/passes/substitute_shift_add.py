@@ -41,7 +41,7 @@ from torch.utils import _pytree as pytree
 
 from refold.algebra import compensation
 from refold.algebra.binary_coding import BinaryCode, Family, encode
-from refold.algebra.compensation import Hessian, encode_compensated, output_error
+from refold.algebra.compensation import Factor, Hessian, encode_compensated, output_error
 from refold.algebra.lazy import Lazy
 from refold.errors import MissingDependencyError, UsageError
 from refold.graph import constants, records
@@ -366,7 +366,7 @@ class SubstituteShiftAdd:
         """Codes of layers at widths; jobs are made as they are taken, in memory a few at a time."""
         factor = None
         if hessian is not None and hessian.any():
-            factor = compensation.inverse_factor(hessian, self.damping)
+            factor = compensation.inverse_factor(hessian, self.damping, self.group_size)
         sizes = [len(range(0, layer.weight.shape[0], _ROWS)) for layer, _ in wanted]
         parts = iter(self._in_parallel(self._jobs_of(wanted, factor)))
         for (layer, width), count in zip(wanted, sizes, strict=True):
@@ -376,7 +376,7 @@ class SubstituteShiftAdd:
             yield _Code.of(layer, width, planes, alpha, self.group_size, hessian)
 
     def _jobs_of(
-        self, wanted: Sequence[tuple[_Layer, int]], factor: torch.Tensor | None
+        self, wanted: Sequence[tuple[_Layer, int]], factor: Factor | None
     ) -> Iterator[_Job]:
         for layer, width in wanted:
             weight = layer.weight.evaluate()
@@ -642,7 +642,7 @@ class _Job:
     """Rows of a weight to quantise, alone or for their inputs."""
 
     rows: torch.Tensor
-    factor: torch.Tensor | None
+    factor: Factor | None
     bits: int
     group_size: int
     family: Family

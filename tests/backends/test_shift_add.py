@@ -166,6 +166,36 @@ def test_half_precision_models():
 # --- what is written ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("features", [256, 200])
+@pytest.mark.parametrize(("bits", "level", "limit"), [(2, 4, INT8), (4, 0, FLOAT)])
+def test_matrices_add_the_correction_as_they_multiply(bits, level, limit, features, tmp_path):
+    torch.manual_seed(0)
+    layer, x = Layer(bits, features, 64), torch.randn(2, features)
+    made = compiled(layer, x, accuracy_level=level)
+    for batch in (1, 5):
+        x = torch.randn(batch, features)
+        assert apart(made(x), layer.exact(x)) <= limit
+    found = operators(saved(made, tmp_path)[0])
+    assert (found["MatMul"], found["Gemm"], found["Add"]) == (1, 1, 1)  # the bias is added apart
+
+
+@pytest.mark.parametrize(("size", "form"), [(192, "DequantizeLinear"), (40, "BCQLinear")])
+def test_groups_that_no_block_has(size, form, tmp_path):
+    """Several blocks share a group's scale; where none divides it, each plane gets its own."""
+    torch.manual_seed(0)
+    layer, x = Layer(3, 400, size), torch.randn(2, 400)
+    made = compiled(layer, x, accuracy_level=0)
+    assert apart(made(x), layer.exact(x)) <= FLOAT
+    assert operators(saved(made, tmp_path)[0])[form] == 1
+
+
+def test_matrices_of_half_precision():
+    torch.manual_seed(0)
+    layer, x = Layer(2, 256, 64), torch.randn(2, 256)
+    made = compiled(layer.half(), x.half())
+    assert apart(made(x.half()), layer.exact(x.half())) <= 2 * INT8
+
+
 def test_two_bits_share_their_group_sums(tmp_path):
     made = compiled(Shared(2), torch.randn(2, 3, 64))
     file, optimised = saved(made, tmp_path)

@@ -362,7 +362,7 @@ def test_layers_on_one_input_share_its_hessian(monkeypatch: pytest.MonkeyPatch) 
     seen = []
     factor = module.compensation.inverse_factor
     monkeypatch.setattr(
-        module.compensation, "inverse_factor", lambda h, d: seen.append(d) or factor(h, d)
+        module.compensation, "inverse_factor", lambda h, d, g: seen.append(d) or factor(h, d, g)
     )
     _, result = substitute(Scorer(), ids(), calibration=samples(), damping=0.05)
     assert len(result.applied) == 5

@@ -1,0 +1,317 @@
+"""Expand late: what acts alike on every copy of a constant runs on one copy.
+
+    f(expand(c)) = expand(f(c))    for f that treats the indices of the expanded axes alone
+
+Learned queries, class tokens and latents are one constant that is repeated along the batch before
+it is normalised and projected. Every sample computes the same. On one copy the layers depend on
+constants alone, so they fold away; what is left is the expansion, which costs nothing. The size of
+the batch may be symbolic: it is what hides the constant.
+
+Exact when: every operand is a constant, or is expanded from one; each function is elementwise, or
+mixes other axes only: a projection the last one, a norm the normalised ones, a softmax its own, an
+attention all but the batch and the heads, a convolution all but the batch. Layouts move the axes
+along. What reads the result sees zero strides from now on, so a result that the caller gets, or
+that a call reads whose value depends on strides, stays.
+
+Before::
+
+    %e = expand(@query, [%s0, -1, -1])
+    %n = layer_norm(%e, [16], @gamma, @beta)
+    %q = linear(%n, @weight, @bias)
+    %a = scaled_dot_product_attention(%q, %k, %v)
+
+After::
+
+    %n = layer_norm(@query, [16], @gamma, @beta)
+    %q = linear(%n, @weight, @bias)
+    %e = expand(%q, [%s0, 5, 16])
+    %a = scaled_dot_product_attention(%e, %k, %v)
+
+Where it occurs: object queries (Carion et al., DETR, ECCV 2020, section 3.2), latents (Jaegle et
+al., Perceiver, ICML 2021), attention pooling (Lee et al., Set Transformer, ICML 2019, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from refold.graph import aliasing, constants, provenance
+from refold.graph.kinds import LAYOUT, op_name
+from refold.graph.nodes import (
+    arguments,
+    aten,
+    call,
+    is_call,
+    is_tensor,
+    pinned,
+    replace,
+    same,
+    shape,
+)
+from refold.rewrite.result import PassResult, applied, declined
+
+_ANYWHERE = frozenset({
+    "permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "unsqueeze", "squeeze",
+    "contiguous", "detach", "alias", "zeros_like", "ones_like", "full_like",
+})  # fmt: skip
+_ALONG_DIM = frozenset({"softmax", "_softmax", "log_softmax", "select", "slice", "narrow"})
+_OF_SAMPLES = frozenset({
+    "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose3d", "group_norm",
+})  # fmt: skip
+_RESHAPES = frozenset({"view", "_unsafe_view", "reshape", "flatten", "unflatten"})
+
+Extent = fx.Node | int
+
+
+@dataclass(frozen=True)
+class DeferExpands:
+    """Moves expansions of constants behind what reads them; see the module docstring."""
+
+    name: str = "defer-expands"
+    exactness: str = "reassociates"
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        return _Deferral(gm, self.name).run()
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """A value that is the same at every index of some axes: ``one`` copy, of size 1 there.
+
+    ``computed`` tells a layer's result from what layouts alone make of the constant.
+    """
+
+    one: fx.Node
+    extents: Mapping[int, Extent]
+    computed: bool
+
+
+@dataclass
+class _Deferral:
+    gm: fx.GraphModule
+    rule: str
+    found: dict[fx.Node, _Spread] = field(default_factory=dict)
+    made: list[fx.Node] = field(default_factory=list)
+    unused: set[fx.Node] = field(default_factory=set)
+    result: PassResult = field(default_factory=PassResult)
+
+    def __post_init__(self) -> None:
+        self._constant = constants.constant_nodes(self.gm.graph)
+
+    def run(self) -> PassResult:
+        graph = self.gm.graph
+        written = aliasing.mutated(graph)
+        for node in list(graph.nodes):
+            if not _is_plain(node) or (written and written & aliasing.roots(node)):
+                continue
+            spread = self._expansion(node) or self._deferred(node)
+            if spread is not None:
+                self.found[node] = spread
+        replaced = [n for n in self.found if self._is_last(n) and self._replace(n)]
+        for node in reversed(self.made):
+            if not node.users:
+                graph.erase_node(node)
+                self.unused.add(node)
+        if replaced:
+            self._record(len(replaced))
+        self.result.modified = bool(replaced)
+        return self.result
+
+    # --- what is the same everywhere --------------------------------------------------------------
+
+    def _expansion(self, node: fx.Node) -> _Spread | None:
+        """A constant of fixed size that is expanded, or repeated along axes of size 1."""
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or source not in self._constant:
+            return None
+        before, after = shape(source), shape(node)
+        added = len(after) - len(before)
+        one = (1,) * added + before
+        axes = [a for a, size in enumerate(after) if not same(size, one[a])]
+        if any(one[a] != 1 for a in axes) or not all(isinstance(s, int) for s in one):
+            return None
+        if is_call(node, aten.expand.default, aten.repeat.default):
+            sizes: Any = node.args[1]
+        elif is_call(node, aten.expand_as.default):
+            other: Any = node.args[1]
+            sizes = [
+                self._call(node, aten.sym_size.int, (other, a))
+                if a in axes and not isinstance(after[a], int)
+                else after[a]
+                for a in range(len(after))
+            ]
+        else:
+            return None
+        if not axes or not all(isinstance(sizes[a], (fx.Node, int)) for a in axes):
+            return None
+        if added:
+            source = self._call(node, aten.reshape.default, (source, list(one)))
+        return _Spread(source, {a: sizes[a] for a in axes}, computed=False)
+
+    def _deferred(self, node: fx.Node) -> _Spread | None:
+        """A call of expanded constants, run on one copy."""
+        read = [a for a in node.all_input_nodes if a in self.found]
+        if not read:
+            return None
+        one = self._on_one_copy(node)
+        if one is None:
+            return None
+        value, narrow = node.meta["val"], one.meta["val"]
+        fits = narrow.ndim == value.ndim and narrow.dtype == value.dtype
+        axes = [a for a in range(value.ndim) if fits and not same(value.shape[a], narrow.shape[a])]
+        if not axes or any(not same(narrow.shape[a], 1) for a in axes):
+            return None
+        extents: dict[int, Extent] = {}
+        for spread, source in ((self.found[a], a) for a in read):
+            for axis, extent in spread.extents.items():
+                size = shape(source)[axis]
+                extents.update({a: extent for a in axes if same(value.shape[a], size)})
+        if len(extents) < len(axes):
+            return None
+        computed = op_name(node) not in LAYOUT
+        return _Spread(one, extents, computed or any(self.found[a].computed for a in read))
+
+    def _on_one_copy(self, node: fx.Node) -> fx.Node | None:
+        if op_name(node) in _RESHAPES:
+            sizes = self._reshaped(node)
+            if sizes is None:
+                return None
+            source = self.found[node.all_input_nodes[0]].one
+            return self._call(node, aten.reshape.default, (source, sizes))
+        operands = [a for a in node.all_input_nodes if a not in self.found]
+        if not all(a in self._constant for a in operands) or not self._acts_apart(node):
+            return None
+        args, kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda n: self.found[n].one if n in self.found else n
+        )
+        copies = {n: self.found[n].one.meta["val"] for n in node.all_input_nodes if n in self.found}
+        try:
+            aliasing.run_fake(node, copies)
+        except RuntimeError:  # an operator that does not broadcast: another operand is not expanded
+            return None
+        return self._call(node, node.target, args, kwargs)
+
+    def _acts_apart(self, node: fx.Node) -> bool:
+        """True if a call treats each index of the expanded axes of its operands by itself."""
+        name = op_name(node)
+        target: Any = node.target
+        if torch.Tag.pointwise in target.tags or name in _ANYWHERE:
+            return True
+        args = arguments(node)
+        spread = {k: axes for k, v in args.items() if (axes := self._axes(v))}
+        if name in ("matmul", "mm", "bmm"):
+            # Where one operand alone expands the axis that is summed over, one copy does not fit.
+            left = node.all_input_nodes[0]
+            return len(shape(left)) - 1 not in self._axes(left)
+        if name == "scaled_dot_product_attention":
+            operands = {"query", "key", "value"}
+            return set(spread) == operands and all(axes == {0} for axes in spread.values())
+        if name == "embedding":
+            return set(spread) == {"indices"}
+        first = next(iter(args))
+        if set(spread) != {first}:
+            return False
+        axes, rank = spread[first], len(shape(args[first]))
+        if name == "linear":
+            return rank - 1 not in axes
+        if name in ("layer_norm", "rms_norm"):
+            return max(axes) < rank - len(args["normalized_shape"])
+        if name in _ALONG_DIM:
+            full = name == "slice" and args["step"] == 1 and same(shape(node), shape(args[first]))
+            return full or args["dim"] % rank not in axes
+        if name in _OF_SAMPLES:
+            # without a batch axis, axis 0 would be the channels
+            return axes == {0} and (name == "group_norm" or rank == len(shape(args["weight"])))
+        return name == "batch_norm" and axes == {0} and not args["training"]
+
+    def _axes(self, operand: object) -> set[int]:
+        found = self.found.get(operand) if isinstance(operand, fx.Node) else None
+        return set() if found is None else set(found.extents)
+
+    def _reshaped(self, node: fx.Node) -> list[int] | None:
+        """The sizes that a reshape gives one copy, where every expanded axis stays an axis."""
+        source = node.all_input_nodes[0]
+        before, after = shape(source), list(shape(node))
+        for axis in self.found[source].extents:
+            match = [
+                a
+                for a, size in enumerate(after)
+                if same(size, before[axis]) and same(_product(after[:a]), _product(before[:axis]))
+            ]
+            if len(match) != 1:
+                return None
+            # The product of what surrounds the next axis is compared without this one.
+            after[match[0]] = 1
+            before = (*before[:axis], 1, *before[axis + 1 :])
+        fixed = [size for size in after if isinstance(size, int)]
+        return fixed if len(fixed) == len(after) else None
+
+    def _call(
+        self, node: fx.Node, target: Any, args: Any, kwargs: Mapping[str, Any] | None = None
+    ) -> fx.Node:
+        """A call on one copy, which has no value of the original's."""
+        with node.graph.inserting_before(node):
+            made = call(
+                node.graph, target, args, dict(kwargs or {}), rule=self.rule, sources=[node]
+            )
+        provenance.derive(made, [node], self.rule, value=None)
+        self.made.append(made)
+        return made
+
+    # --- the rewrite ------------------------------------------------------------------------------
+
+    def _is_last(self, node: fx.Node) -> bool:
+        """True for a layer's result, or a layout of it, that something else reads."""
+        return self.found[node].computed and any(u not in self.found for u in node.users)
+
+    def _replace(self, node: fx.Node) -> bool:
+        spread = self.found[node]
+        if aliasing.reached_outputs(node):
+            owned = "the caller gets its result, in memory of its own"
+            self.result.declined.append(declined(self.rule, node, owned))
+            return False
+        one = shape(spread.one)
+        sizes = [spread.extents.get(axis, size) for axis, size in enumerate(one)]
+        new = self._call(node, aten.expand.default, (spread.one, sizes))
+        provenance.derive(new, [node], self.rule)
+        reason = aliasing.unsettled_strides(node, new)
+        if reason is not None:
+            self.result.declined.append(declined(self.rule, node, reason))
+            return False
+        replace(node, new)
+        return True
+
+    def _record(self, expansions: int) -> None:
+        gone: dict[fx.Node, None] = {}
+        for node in reversed(self.found):
+            if all(user in gone for user in node.users):
+                gone[node] = None
+        kept = [n for n in self.made if n not in self.unused]
+        detail = f"{expansions} expanded {'result is' if expansions == 1 else 'results are'} one"
+        self.result.applied.append(applied(self.rule, reversed(gone), kept, detail))
+        for node in gone:
+            node.graph.erase_node(node)
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Pure calls of an operator that make one tensor, and that passes may rewrite."""
+    return (
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and is_tensor(node)
+        and not pinned(node)
+        and constants.impurity(node) is None
+    )
+
+
+def _product(sizes: Any) -> Any:
+    total: Any = 1
+    for size in sizes:
+        total = total * size
+    return total
