@@ -36,6 +36,7 @@ class Attention:
 
     Attributes:
         node: the result.
+        queries: what the keys are multiplied with, where that is known.
         keys: where every row of scores may get a constant added; or why it may not.
         values: what the weights are multiplied with.
         scores: the calls from the scores to the weights, where they are written out.
@@ -44,6 +45,7 @@ class Attention:
     """
 
     node: fx.Node
+    queries: fx.Node | None
     keys: Operand | str
     values: Operand
     scores: tuple[fx.Node, ...]
@@ -75,7 +77,7 @@ def _operator(node: fx.Node) -> Attention | None:
 
     hidden = None if mask is None else _hiding(mask)
     keys, values = Operand(key, rank - 2), Operand(value, rank - 2)
-    return Attention(node, keys, values, (), hidden, carried)
+    return Attention(node, query, keys, values, (), hidden, carried)
 
 
 def _written_out(node: fx.Node) -> Attention | None:
@@ -91,7 +93,8 @@ def _written_out(node: fx.Node) -> Attention | None:
     keys, scores = _scores(weights)
     values = Operand(product.right, product.contracted)
     # A row of scores that are all -inf becomes NaN, with whatever is added to it.
-    return Attention(node, keys, values, (*scores, weights), None, product.carried)
+    queries = None if isinstance(keys, str) else _product(scores[0]).left  # type: ignore[union-attr]
+    return Attention(node, queries, keys, values, (*scores, weights), None, product.carried)
 
 
 def _scores(weights: fx.Node) -> tuple[Operand | str, tuple[fx.Node, ...]]:

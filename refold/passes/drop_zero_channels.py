@@ -219,7 +219,7 @@ class _Dropper:
         for node in sorted(region.axes):
             if node not in region.makers:
                 self._narrow(node, region, index, keep.numel())
-            node.meta["val"] = nodes.fake_result(node)
+            node.meta["val"] = _of_size(node.meta["val"], region.axes[node], index.numel())
             provenance.derive(node, [node], self.rule, value=None)
         for node in region.readers:  # their values stay, but for what region they make
             provenance.derive(node, [node], self.rule, value=None if node in region.axes else node)
@@ -267,6 +267,13 @@ class _Dropper:
                     self.gm, f"{node.name}.{operand.name}", selected, operand.meta["val"]
                 )
             node.replace_input_with(operand, new)
+
+
+def _of_size(value: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    """A fake tensor of another size; running the operator on fakes takes a hundred times longer."""
+    sizes = list(value.shape)
+    sizes[axis] = size
+    return value.new_empty(sizes)
 
 
 def _rows(data: Lazy, index: torch.Tensor) -> Lazy:

@@ -115,6 +115,8 @@ class _Folder:
             found = attention(node)
             if found is None or nodes.pinned(node):
                 continue
+            if self._fused(found):
+                continue
             for make in (self._keys, self._values):
                 try:
                     claim = make(found)
@@ -128,6 +130,22 @@ class _Folder:
             if layer not in took and self._settle(layer, held):
                 took.update(c.reader.node for c in held if c.reader is not None)
         return took
+
+    def _fused(self, found: Attention) -> bool:
+        """Whether one layer makes queries, keys and values: most do, and finding out is cheap."""
+        if found.queries is None or isinstance(found.keys, str):
+            return False
+        layer = _origin(found.queries)
+        if not all(_origin(o.node) is layer for o in (found.keys, found.values)):
+            return False
+        read = records.linear(layer) or records.conv(layer)
+        if read is not None and read.bias is not None:
+            reason = (
+                "its bias serves more than keys and values, so it stays as a whole; what it adds "
+                "to the keys changes nothing"
+            )
+            self.result.declined.append(declined(self.rule, layer, reason))
+        return True
 
     def _keys(self, found: Attention) -> _Claim | None:
         if isinstance(found.keys, str):
@@ -257,12 +275,7 @@ def _projection(operand: Operand, role: str) -> _Projection | None:
     """Walks up from an operand through layouts; ``None`` where no bias is to be had."""
     path: list[tuple[fx.Node, fx.Node]] = []
     node = operand.node
-    while layout.is_layout(node) and not nodes.pinned(node):
-        source = layout.source_of(node)
-        if source is not None and not is_tensor(source):  # the parts of a split
-            source = layout.source_of(source)
-        if source is None or not is_tensor(source):
-            return None
+    while (source := _above(node)) is not None:
         path.insert(0, (node, source))
         node = source
     layer = records.linear(node) or records.conv(node)
@@ -287,6 +300,22 @@ def _projects(layer: fx.Node) -> bool:
         elif kind(user) in ("matmul", "attention"):
             return True
     return False
+
+
+def _above(node: fx.Node) -> fx.Node | None:
+    """The tensor that a layout reads."""
+    if not layout.is_layout(node) or nodes.pinned(node):
+        return None
+    source = layout.source_of(node)
+    if source is not None and not is_tensor(source):  # the parts of a split
+        source = layout.source_of(source)
+    return source if source is not None and is_tensor(source) else None
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    while (source := _above(node)) is not None:
+        node = source
+    return node
 
 
 def _channels(layer: fx.Node) -> int:
