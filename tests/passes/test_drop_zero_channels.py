@@ -236,9 +236,9 @@ def test_others_stay(forward) -> None:
     assert result.declined or "log" in forward.__code__.co_names
 
 
-def test_fewer_than_a_block_stay() -> None:
+def test_fewer_than_a_block_or_an_eighth_stay() -> None:
     for count, dead, left in ((12, [1, 2, 3], 12), (12, [1, 2, 3, 4], 8), (3, [0, 1], 3),
-                              (9, [1], 8), (8, list(range(8)), 4)):  # fmt: skip
+                              (9, [1], 9), (9, [1, 2], 8), (8, list(range(8)), 4)):  # fmt: skip
         model = net(lambda s, x: s.b(s.a(x)), a=kill(conv(4, count), dead), b=conv(count, 4))
         assert widths(run(DROP, model, image())[0]) == [(left, 4), (4, left)]
 
