@@ -55,9 +55,11 @@ def test_bits_lie_least_significant_first() -> None:
     uniform=st.booleans(),
     bias=st.booleans(),
     lead=st.sampled_from(((), (3,), (2, 3), (0,))),
+    seed=st.integers(0, 1000),
 )
 @settings(max_examples=40, deadline=None)
-def test_it_is_the_product_with_the_weight(bits, rows, features, group, uniform, bias, lead):
+def test_it_is_the_product_with_the_weight(bits, rows, features, group, uniform, bias, lead, seed):
+    torch.manual_seed(seed)
     signs, alpha, weight = layer(bits, rows, features, group, uniform=uniform)
     shift = torch.randn(rows, dtype=torch.float64) if bias else None
     x = torch.randn(*lead, features, dtype=torch.float64)
@@ -68,7 +70,8 @@ def test_it_is_the_product_with_the_weight(bits, rows, features, group, uniform,
     single = None if shift is None else shift.float()
     got = OP(x.float(), planes, alpha.float(), single, group)
     assert got.dtype == torch.float32
-    assert relative_error(got, expected.float()) <= SINGLE
+    terms = x.abs() @ weight.abs().T + (0 if shift is None else shift.abs())  # they may cancel
+    assert bool(((got - expected).abs() <= SINGLE * terms).all())
 
 
 def test_scales_in_half_precision_are_widened_first() -> None:
