@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import json
 import re
+import signal
 import threading
 from copy import deepcopy
 from pathlib import Path
@@ -467,8 +468,13 @@ def test_interrupt_cancels_and_waits():
         assert stop.wait(10)
         ended.append(True)
 
-    with pytest.raises(KeyboardInterrupt):
-        build._interruptible(work, stop)
+    # A suite in the background of a shell inherits an ignored SIGINT, which nothing interrupts.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build._interruptible(work, stop)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert ended
 
 
