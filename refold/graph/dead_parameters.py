@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from refold.graph import constants, records
-from refold.graph.evaluate import wide_call
+from refold.graph.evaluate import ancestors, wide_call
 from refold.graph.kinds import op_name
 from refold.graph.nodes import arguments, aten, is_call, is_tensor
 
@@ -168,13 +168,7 @@ def _uncovered(
 ) -> dict[fx.Node, torch.Tensor]:
     """Which entries of parameters have the coefficient 0 in all of ``ends``, as masks."""
     generator = torch.Generator().manual_seed(0)
-    needed: set[fx.Node] = set()
-    stack = list(ends)
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
+    needed = ancestors(ends)
     values: dict[fx.Node, torch.Tensor] = {}
     with torch.enable_grad():
         for node in ends[0].graph.nodes:

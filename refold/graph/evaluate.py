@@ -84,7 +84,7 @@ def evaluate_constants(
         A value for each of ``nodes``. A node that only moves values of one tensor gives a view.
     """
     wanted = set(nodes)
-    needed = _ancestors(wanted)
+    needed = ancestors(wanted)
     if not needed:
         return {}
     graph = next(iter(needed)).graph
@@ -104,7 +104,8 @@ def evaluate_constants(
     return out
 
 
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes, and all that they are computed from."""
     seen: set[fx.Node] = set()
     stack = list(nodes)
     while stack:

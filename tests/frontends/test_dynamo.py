@@ -886,3 +886,12 @@ def test_inductor() -> None:
     with pytest.warns(UserWarning, match="gradients"):
         fast(x).sum().backward()
     assert model.conv.weight.grad is not None
+
+
+@pytest.mark.parametrize("value", [[0.0], [1.0, 2.0], []])
+def test_equal_tensors_are_not_the_same_ones(value) -> None:
+    known, other = torch.tensor(value), torch.tensor(value).neg().neg()
+    state = torch_compile._State.of([known], checksum=False, frozen=True)
+    assert state.matches((known,))
+    assert not state.matches((other,))
+    assert not state.matches((torch.ones(3, 5),))
