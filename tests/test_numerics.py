@@ -380,3 +380,33 @@ def test_a_wrong_fold_is_refused_on_more_inputs_too() -> None:
     known = numerics.references(original, program)
     with pytest.raises(VerificationError):
         numerics.verify_widely(original, gm, program, known)
+
+
+def test_other_sizes_than_the_batch_are_compared() -> None:
+    class Pooled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.exp().mean((2, 3))
+
+    dims = {"x": {0: torch.export.Dim("n"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")}}
+    program = trace(Pooled(), (torch.randn(2, 3, 8, 12),), {}, dynamic_shapes=dims)
+    original = program.graph_module
+    known = numerics.references(original, program)
+    assert {tuple(call[0][0].shape[2:]) for call in known.calls} == {(8, 12), (4, 6)}
+    with pytest.raises(VerificationError, match="4, 6"):  # right at the example's size alone
+        numerics.verify(original, lambda x: x.exp().sum((2, 3)) / 96, known)
+
+
+def test_an_artifact_too_is_judged_on_more_inputs() -> None:
+    original, program = two(Net(), torch.randn(2, 3, 6, 6))
+    known = numerics.references(original, program)
+    seen = []
+
+    def candidate(x: Tensor) -> object:
+        out = original(x)
+        seen.append(x)
+        first = len(seen) == 1
+        return torch.utils._pytree.tree_map(lambda t: t + 1 if first else t, out)
+
+    result, _ = numerics.verify_widely(original, candidate, program, known)
+    assert result.passed
+    assert result.inputs == numerics._MORE_RUNS
