@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from refold import numerics
 from refold.backends import inductor
 from refold.errors import RefoldError, UsageError, did_you_mean
-from refold.frontends.dynamo import Captured, NotFoldable, capture
+from refold.frontends.dynamo import Captured, NotFoldable, capture, hold
 from refold.graph import provenance
 from refold.passes import PIPELINES
 from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
@@ -87,8 +87,8 @@ def backend(
         checksum: also compare the parameters' contents on every call, which finds writes that
             leave no trace (``param.data.mul_()``, writes through NumPy) and reads all weights.
         frozen: nobody writes into the parameters after compilation, as Inductor's ``freezing``
-            takes for granted. Calls compare which parameters they are, not what they hold: other
-            parameters and optimizer steps are noticed, **a write in place gives old numbers**.
+            takes for granted: **a write in place gives old numbers**. Calls do not pass parameters;
+            dynamo guards which ones they are, and optimizer steps are noticed.
         verify: compare the folded graph with the unfolded one in float64 while compiling.
 
     Raises:
@@ -216,7 +216,7 @@ class _State:
     placed: list[torch.Tensor]
     pointers: list[int]
     held: list[torch.Tensor]
-    statistics: list[tuple[list[torch.Tensor], bytes]]
+    statistics: list[tuple[Callable[[], bytes], bytes]]
     sums: list[int] | None
     steps: int
 
@@ -227,10 +227,14 @@ class _State:
             is_statistic = t.dim() <= 1 and not isinstance(t, torch.nn.Parameter)
             if is_statistic and t.dtype in _COMPARED and not frozen:
                 alike.setdefault((t.dtype, t.device, t.dim()), []).append(i)
-        groups = [[tensors[i] for i in at] for at in alike.values()]
+        reads = [_reader([tensors[i] for i in at]) for at in alike.values()]
         read = {i for at in alike.values() for i in at}
-        placed = [t for i, t in enumerate(tensors) if i not in read and not frozen]
-        counting = [t for t in placed if not t.is_inference()]  # those count no versions
+        placed = [] if frozen else tensors
+        counting = [
+            t
+            for i, t in enumerate(placed)
+            if i not in read and not t.is_inference()  # those count no versions
+        ]
         return cls(
             tuple(tensors),
             any(t.numel() < 2 for t in tensors),
@@ -239,7 +243,7 @@ class _State:
             placed,
             list(map(_pointer, placed)),
             [t.detach() for t in tensors],
-            [(group, _contents(group)) for group in groups],
+            [(contents, contents()) for contents in reads],
             list(map(_checksum, tensors)) if checksum else None,
             _observer().steps,
         )
@@ -249,7 +253,7 @@ class _State:
             self._same(tensors)
             and list(map(_version, self.counting)) == self.versions
             and list(map(_pointer, self.placed)) == self.pointers
-            and all(_contents(group) == bits for group, bits in self.statistics)
+            and all(contents() == bits for contents, bits in self.statistics)  # at those addresses
             and self._unstepped(tensors)
             and (self.sums is None or list(map(_checksum, tensors)) == self.sums)
         )
@@ -291,8 +295,15 @@ class _State:
 _COMPARED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
-def _contents(alike: list[torch.Tensor]) -> bytes:
-    """The bits of tensors of one dtype and rank, so that NaN equals itself."""
+def _reader(alike: list[torch.Tensor]) -> Callable[[], bytes]:
+    """Reads tensors of one dtype, device and rank, where they lie now: their bits, as NaN is."""
+    if all(t.device.type == "cpu" and t.is_contiguous() for t in alike):
+        views = [memoryview(t.detach().reshape(-1).view(torch.uint8).numpy()) for t in alike]
+        return functools.partial(b"".join, views)
+    return functools.partial(_joined, alike)
+
+
+def _joined(alike: list[torch.Tensor]) -> bytes:
     with torch.inference_mode():  # what autograd notes of each tensor takes as long as joining them
         joined = torch.cat(alike) if alike[0].dim() else torch.stack(alike)
         return joined.view(torch.uint8).cpu().numpy().tobytes()
@@ -364,14 +375,22 @@ class _Guarded:
         self._compiler = compiler
         self._parameters = _picker(list(captured.parameters))
         self._inputs = _picker(captured.inputs)
+        order = (*captured.parameters, *captured.inputs)
+        self._with_parameters = _picker(sorted(range(len(order)), key=order.__getitem__))
         self._written = captured.written
         self._lock = threading.RLock()
         self._folds = 0
         self._seen: _State | None = None
         state = self._state(self._parameters(example_inputs))
         self._variants = [self._fold(state, example_inputs, inside=True)]
+        self._count = len(example_inputs)
+        if settings.frozen:
+            self._unfolded = copy_sharing_tensors(gm)
+            hold(gm, captured, example_inputs)
 
     def __call__(self, *args: Any) -> Any:
+        if len(args) < self._count:  # frozen: dynamo guards what the parameters are
+            args = self._with_parameters((*self._template.tensors, *args))
         parameters = self._parameters(args)
         variant: _Variant | None = self._variants[0]
         if variant is None or not variant.state.matches(parameters):

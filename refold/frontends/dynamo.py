@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from torch import fx
+from torch._guards import TracingContext
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
@@ -148,6 +149,44 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         raise NotFoldable("it has no parameters")
     inputs = tuple(i for i in range(len(fakes)) if i not in parameters)
     return Captured(graph, parameters, inputs, written, echoed)
+
+
+def hold(gm: fx.GraphModule, captured: Captured, example_inputs: Sequence[Any]) -> bool:
+    """Makes the parameters constants of dynamo's graph; to be called by the backend, at its end.
+
+    Dynamo writes the code that collects the arguments of a call after its backend has returned, for
+    the placeholders that it finds then: calls do not pass these parameters any more. What dynamo
+    guards instead is that they are the same tensors; others make it compile again. The models that
+    they belong to are guarded too, in a way that filters of module guards leave alone: two models
+    of one class share their code, and so their compiled graphs.
+
+    Returns:
+        Whether it did; not outside of a compilation, or where a parameter has no known origin.
+    """
+    from torch._dynamo.guards import GuardBuilder  # loads all of dynamo
+
+    context = TracingContext.try_get()
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    arguments = [placeholders[i].meta.get("grapharg") for i in captured.parameters]
+    sources = [getattr(argument, "source", None) for argument in arguments]
+    if context is None or None in sources:
+        return False
+    guards = context.guards_context.dynamo_guards
+    for source in dict.fromkeys([*map(_owner, sources), *sources]):
+        guards.add(source.make_guard(GuardBuilder.ID_MATCH), collect_debug_stack=False)
+    lifted.bind_here(gm, {i: (n, example_inputs[i]) for i, n in captured.parameters.items()})
+    return True
+
+
+def _owner(source: Any) -> Any:
+    """Where the outermost module comes from that a parameter belongs to."""
+    from torch._dynamo.source import NNModuleSource
+
+    owner = at = source
+    while hasattr(at, "base"):
+        owner = at.base if isinstance(at, NNModuleSource) else owner
+        at = at.base
+    return owner
 
 
 def _check(gm: fx.GraphModule, fakes: list[Any], example_inputs: Sequence[Any]) -> None:

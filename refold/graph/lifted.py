@@ -70,18 +70,23 @@ def bind(gm: fx.GraphModule, values: Mapping[int, tuple[str, torch.Tensor]]) -> 
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     bound = fx.GraphModule(gm, graph)
-    for index, node in enumerate(graph.find_nodes(op="placeholder")):
+    bind_here(bound, values)
+    return bound
+
+
+def bind_here(gm: fx.GraphModule, values: Mapping[int, tuple[str, torch.Tensor]]) -> None:
+    """The same in the graph itself."""
+    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         if index not in values:
             continue
         name, tensor = values[index]
-        _register(bound, name, tensor)
-        with graph.inserting_before(node):
-            constant = graph.get_attr(name)
+        _register(gm, name, tensor)
+        with gm.graph.inserting_before(node):
+            constant = gm.graph.get_attr(name)
         constant.meta = {k: v for k, v in node.meta.items() if k != "grapharg"}
         node.replace_all_uses_with(constant, propagate_meta=False)
-        graph.erase_node(node)
-    bound.recompile()
-    return bound
+        gm.graph.erase_node(node)
+    gm.recompile()
 
 
 def _register(root: nn.Module, name: str, tensor: torch.Tensor) -> None:

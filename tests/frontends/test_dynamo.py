@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import warnings
 from collections import Counter
@@ -374,6 +375,95 @@ def test_frozen_does_not_read_the_parameters() -> None:
         old = fast(x)
         model.conv.weight.mul_(2)
         assert torch.equal(fast(x), old)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_only_frozen_calls_pass_no_parameters(frozen: bool, monkeypatch: Any) -> None:
+    passed: list[int] = []
+    run = torch_compile._Guarded.__call__
+
+    def count(self: Any, *args: Any) -> Any:
+        passed.append(len(args))
+        return run(self, *args)
+
+    monkeypatch.setattr(torch_compile._Guarded, "__call__", count)
+    model = Conv()
+    fast, _ = compiled(model, frozen=frozen)
+    with torch.no_grad():
+        check(fast, model, image())
+        check(fast, model, image())
+    assert passed == 2 * [1 if frozen else 9]
+
+
+@pytest.mark.parametrize("inside", ["argument", "list", "closure", "module"])
+def test_frozen_tells_models_apart_without_module_guards(inside: str) -> None:
+    skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    options = {"inner": "eager", "frozen": True, "guard_filter_fn": skip}
+
+    def compile_one(model: Conv) -> Any:
+        if inside == "module":
+            return torch.compile(model, backend="refold", options=options)
+        held = [model]
+        run: Any = {
+            "argument": lambda x, m=model: m(x),
+            "list": lambda x, m=held: m[0](x),
+            "closure": lambda x: model(x),
+        }[inside]
+        return torch.compile(run, backend="refold", options=options)
+
+    with torch.no_grad():
+        models = [Conv(seed) for seed in range(2)]
+        fast = [compile_one(m) for m in models]
+        for _ in range(2):
+            for f, m in zip(fast, models, strict=True):
+                check(f, m, image())
+        for seed in range(2):  # another model where one has lain
+            del f, m
+            models[0] = fast[0] = None  # type: ignore[call-overload]
+            gc.collect()
+            models[0] = Conv(9 + seed)
+            fast[0] = compile_one(models[0])
+            for f, m in zip(fast, models, strict=True):
+                check(f, m, image())
+
+
+def test_frozen_parameters_stand_anywhere_among_the_arguments() -> None:
+    class Between(Conv):
+        def forward(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> Any:
+            z.mul_(2)  # written: the same tensor may not come twice
+            written = self.bn(z.repeat(1, 2, 1, 1)).sum()
+            return self.features(x) + self.head(y.mean((2, 3))) + written
+
+    model = Between()
+    fast, inner = compiled(model, frozen=True)
+    with torch.no_grad():
+        for _ in range(2):
+            x, y, z = image(), torch.randn(2, 4, 8, 8), torch.randn(2, 2, 8, 8)
+            mine, theirs = z.clone(), z.clone()
+            assert relative_error(fast(x, y, mine), model(x, y, theirs)) <= SINGLE
+            assert torch.equal(mine, theirs)
+        model.head.weight.grad = torch.ones_like(model.head.weight)
+        torch.optim.SGD([model.head.weight], lr=0.1).step()
+        for _ in range(3):
+            z = torch.randn(2, 2, 8, 8)
+            expected = model(x, y, z.clone())
+            assert relative_error(fast(x, y, z), expected) <= SINGLE
+    assert inner.graphs
+
+
+def test_frozen_outside_of_a_compilation_takes_all_arguments() -> None:
+    model, graphs = Conv(), []
+
+    def keep(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append((gm, inputs))
+        return gm
+
+    x = image()
+    with torch.no_grad():
+        expected = torch.compile(model, backend=keep)(x)
+        (gm, inputs) = graphs[0]
+        run = refold.backend(inner="eager", frozen=True)(gm, inputs)
+        assert relative_error(run(*inputs)[0], expected) <= SINGLE
 
 
 def test_frozen_and_checksum_exclude_each_other() -> None:
