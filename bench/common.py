@@ -52,7 +52,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, as far as the system names it."""
+    """The processor, as far as the system names it, and the instructions that torch uses."""
     model = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.exists():
@@ -60,7 +60,12 @@ def machine() -> dict[str, Any]:
             if line.startswith("model name"):
                 model = line.partition(":")[2].strip()
                 break
-    return {"processor": model, "cores": os.cpu_count(), "system": platform.system()}
+    return {
+        "processor": model,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+    }
 
 
 def save(name: str, settings: Mapping[str, Any], rows: Any, folder: Path = RESULTS) -> Path:
@@ -111,14 +116,22 @@ def export_onnx(model: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) 
     return path
 
 
-def interleaved(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 3, calls: int = 1
-) -> dict[str, list[float]]:
-    """Process CPU seconds of each run in each round; the order changes every round.
+_REST = 0.005  # seconds in which the idle threads of another form stop spinning
 
-    CPU time, summed over threads, is what a shared machine can still measure. With more than one
-    call a round, the seconds are those of a call in a loop: one call before them is not counted,
-    which finds the caches as the form before it has left them.
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 3,
+    calls: int = 1,
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, list[float]]:
+    """Seconds of each run in each round; the order changes every round.
+
+    CPU time, summed over threads, is what a shared machine can still measure; what several threads
+    gain, wall time alone can tell. With more than one call a round, the seconds are those of a call
+    in a loop: one call before them is not counted, which finds the caches as the form before it has
+    left them.
     """
     order = list(runs)
     for name in order * warmup:
@@ -130,10 +143,12 @@ def interleaved(
         for name in order:
             if calls > 1:
                 runs[name]()
-            start = time.process_time()
+            elif clock is not time.process_time:
+                time.sleep(_REST)
+            start = clock()
             for _ in range(calls):
                 runs[name]()
-            seconds[name].append((time.process_time() - start) / calls)
+            seconds[name].append((clock() - start) / calls)
     return seconds
 
 

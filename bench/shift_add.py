@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import refold
-from bench.common import quiet, ratio, save
+from bench.common import interleaved, quiet, ratio, save
 from refold.backends.onnxruntime import open_session
 from refold.ops.bcq_linear import pack
 
@@ -94,23 +93,6 @@ def tensor_bytes(path: Path) -> int:
     return sum(len(t.raw_data) for t in onnx.load(path).graph.initializer)
 
 
-def in_turn(
-    runs: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Seconds of each run in each round, after one that is not counted."""
-    order = list(runs)
-    seconds: dict[str, list[float]] = {name: [] for name in order}
-    shuffle = random.Random(0)
-    for number in range(rounds + 1):
-        shuffle.shuffle(order)
-        for name in order:
-            start = clock()
-            runs[name]()
-            if number:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
 def timed(paths: dict[str, Path], features: int, threads: int) -> Iterator[dict[str, Any]]:
     sessions = {name: open_session(path, threads=threads) for name, path in paths.items()}
     for batch, rounds in _ROUNDS.items():
@@ -119,7 +101,7 @@ def timed(paths: dict[str, Path], features: int, threads: int) -> Iterator[dict[
         runs = {name: functools.partial(s.run, None, x) for name, s in sessions.items()}
         # CPU time is what a shared machine measures well, but not what several threads gain.
         clock = time.process_time if threads == 1 else time.perf_counter
-        seconds = in_turn(runs, rounds, clock)
+        seconds = interleaved(runs, rounds, warmup=1, clock=clock)
         for name in _VARIANTS:
             yield {
                 "variant": name,

@@ -9,7 +9,6 @@ order each round; each is measured through what users call: torch's operator, a 
 from __future__ import annotations
 
 import argparse
-import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +19,7 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper
 
-from bench.common import ratio, save
+from bench.common import interleaved, ratio, save
 from refold import native
 from refold.native import op  # noqa: F401  (registers the operator)
 from refold.native.layer import pack
@@ -29,7 +28,6 @@ from refold.ops import bcq_linear
 GROUP = 128
 COLD = 64 << 20  # bytes of weights between two uses of one: twice the largest cache here
 SHAPES = ((4096, 4096), (4096, 11008))  # outputs, features
-_REST = 0.005  # seconds in which the runtimes' idle threads stop spinning
 
 Run = Callable[[], Any]
 
@@ -129,17 +127,8 @@ def timed(
 ) -> dict[str, list[float]]:
     """Seconds a layer: CPU time of one thread, which a shared machine can measure, else wall."""
     clock = time.process_time if threads == 1 else time.perf_counter
-    order, shuffle = list(runs), random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in order}
-    for _ in range(rounds + 1):
-        shuffle.shuffle(order)
-        for name in order:
-            run, layers, _ = runs[name]
-            time.sleep(_REST)
-            start = clock()
-            run()
-            seconds[name].append((clock() - start) / layers)
-    return {name: taken[1:] for name, taken in seconds.items()}
+    seconds = interleaved({n: run for n, (run, _, _) in runs.items()}, rounds, 1, clock=clock)
+    return {name: [s / runs[name][1] for s in taken] for name, taken in seconds.items()}
 
 
 def forms(rows: int, features: int, batch: int, threads: int) -> dict[str, tuple[Run, int, int]]:
