@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -149,10 +150,12 @@ def fake_execution(mode: Any) -> Iterator[None]:
     """Runs operators on fake tensors without letting them decide anything about sizes.
 
     Some operators' shape functions ask about symbolic sizes; outside of a trace the answer would
-    be recorded as a guard and would specialise the graph's inputs.
+    be recorded as a guard and would specialise the graph's inputs. Composite operators are taken
+    apart in Python: in torch 2.11 some of those in C++ take no symbolic sizes.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(enable_python_dispatcher())
         if mode is not None:
             stack.enter_context(mode)
             if mode.shape_env is not None:
