@@ -1,10 +1,11 @@
 """The proxy of the quantisation benchmarks: a byte-level transformer trained on Python's own help.
 
 ``pydoc_data.topics`` ships with every CPython. Every tenth block of 4 KiB is held out. Run from the
-repository's root to train it: ``python -m bench.byte_language_model [--steps N]``; one thread and
-one seed, so that a machine repeats its own result. Two checkpoints are kept, outside the
-repository: ``guard``, the first at which 2-bit round-to-nearest costs 5 % of the perplexity, and
-``end``. Before the first there is nothing that a better quantiser could save.
+repository's root to train it: ``python -m bench.byte_language_model [--steps N] [--seed S]``; one
+thread, and everything drawn from the seed, so that a machine repeats its own result. Two
+checkpoints of each seed are kept, outside the repository: ``guard``, the first at which 2-bit
+round-to-nearest costs 5 % of the perplexity, and ``end``. Before the first there is nothing that a
+better quantiser could save.
 """
 
 from __future__ import annotations
@@ -119,10 +120,10 @@ def is_hurt(model: nn.Module, held: Tensor) -> bool:
     return math.exp(change.mean()) >= GUARD
 
 
-def train(steps: int, folder: Path) -> None:
+def train(steps: int, seed: int, folder: Path) -> None:
     """Trains from a seed and writes both checkpoints."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     seen, held = text()
     model = ByteLanguageModel()
     decayed = [p for p in model.parameters() if p.dim() == 2]
@@ -131,7 +132,7 @@ def train(steps: int, folder: Path) -> None:
         [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}],
         betas=(0.9, 0.98),
     )
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     held, guarded = windows(held), False
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,8 +152,13 @@ def train(steps: int, folder: Path) -> None:
             print(f"step {step}: loss {loss.item():.3f}, {spent:.0f} s", flush=True)
         if not guarded and step % _CHECKED == 0 and is_hurt(model, held[::4]):
             guarded = True
-            _write(model, held, step + 1, folder / "guard.pt")
-    _write(model, held, steps, folder / "end.pt")
+            _write(model, held, step + 1, path_of("guard", seed, folder))
+    _write(model, held, steps, path_of("end", seed, folder))
+
+
+def path_of(name: str, seed: int, folder: Path) -> Path:
+    """Where the checkpoint of a seed is kept."""
+    return folder / f"{name}-{seed}.pt"
 
 
 def _write(model: nn.Module, held: Tensor, steps: int, path: Path) -> None:
@@ -163,9 +169,9 @@ def _write(model: nn.Module, held: Tensor, steps: int, path: Path) -> None:
     torch.save({"model": model.state_dict(), "steps": steps, "nll": nll}, path)
 
 
-def load(name: str, folder: Path = FOLDER) -> tuple[ByteLanguageModel, int]:
+def load(name: str, seed: int = 0, folder: Path = FOLDER) -> tuple[ByteLanguageModel, int]:
     """A trained model, ``guard`` or ``end``, and the steps that it took."""
-    saved = torch.load(folder / f"{name}.pt")
+    saved = torch.load(path_of(name, seed, folder))
     model = ByteLanguageModel().eval()
     model.load_state_dict(saved["model"])
     return model, saved["steps"]
@@ -174,9 +180,10 @@ def load(name: str, folder: Path = FOLDER) -> tuple[ByteLanguageModel, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
-    train(options.steps, options.folder)
+    train(options.steps, options.seed, options.folder)
 
 
 if __name__ == "__main__":

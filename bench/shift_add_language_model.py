@@ -1,16 +1,20 @@
 """Perplexity of a small language model whose layers became binary codes.
 
 Run from the repository's root: ``python -m bench.shift_add_language_model``, after
-``python -m bench.byte_language_model`` has trained the proxy. Every variant quantises the same
-linear layers (all but the embeddings and the head) and is evaluated on the same held-out windows;
-differences are paired by window. Two checkpoints, each as it is and with a few channels of its
-norms enlarged (the same function): ``guard``, the first at which 2-bit round-to-nearest costs 5 %,
-and ``end``, far past it. A comparison is void below these 5 %: a model that nothing hurts ranks
-nothing.
+``python -m bench.byte_language_model`` has trained the proxy, for each seed. Every variant
+quantises the same linear layers (all but the embeddings and the head) and is evaluated on the same
+held-out windows; differences are paired by window. Two checkpoints of a seed, each as it is and
+with a few channels of its norms enlarged (the same function): ``guard``, the first at which 2-bit
+round-to-nearest costs 5 %, and ``end``, far past it. A comparison is void below these 5 %: a model
+that nothing hurts ranks nothing.
 
-Single-width allocations of the bytes that ``auto`` may spend: all layers at 2 bits, then as many at
-3 bits as the bytes allow, in the order of the graph, in its reverse, the largest first, and the
-smallest first. Each is quantised by the same code, on the same calibration inputs.
+``auto`` is compared with what else the bytes that it may spend could buy, quantised by the same
+code on the same calibration inputs:
+
+- a single width: 2 bits in the smallest groups that fit (3 bits do not fit in any), and 2 bits with
+  a scale for each plane;
+- a mix that is fixed beforehand: all layers at 2 bits, then as many at 3 bits as the bytes allow,
+  in the order of the graph, in its reverse, the largest first, and the smallest first.
 """
 
 from __future__ import annotations
@@ -59,8 +63,9 @@ class Allocated(SubstituteShiftAdd):
 
     widths: Mapping[str, int] = field(default_factory=dict)
 
-    def _widths(self, gm: Any, layers: Any, calls: Any, result: Any) -> Any:
-        return {layer: self.widths[provenance.module_path(layer.node)] for layer in layers}
+    def _coded(self, gm: Any, layers: Any, calls: Any, result: Any) -> Any:
+        widths = {layer: self.widths[provenance.module_path(layer.node)] for layer in layers}
+        return self._coder.code(gm, widths, calls).codes
 
 
 def inject_outliers(model: nn.Module) -> None:
@@ -92,7 +97,7 @@ def substituted(model: nn.Module, item: SubstituteShiftAdd) -> tuple[fx.GraphMod
 
 
 def allocations(model: nn.Module, budget: int, sizes: Mapping[int, Mapping[str, int]]) -> Any:
-    """The single-width allocations of some bytes, by how the layers at 3 bits are picked."""
+    """The mixes of some bytes, by how the layers at 3 bits are picked."""
     names = list(quantised_layers(model))
     by_size = sorted(names, key=lambda n: sizes[2][n])
     orders = {
@@ -165,13 +170,16 @@ def compare(model: nn.Module, calibration: list[Tensor], held: Tensor) -> dict[s
     substitution(
         f"auto, {AVERAGE} bits", bits="auto", average_bits=AVERAGE, calibration=calibration
     )
-    singles = []
+    fine = round(16 / (AVERAGE - 2))  # a group's size at which a 16-bit scale fills the bytes
+    name = f"uniform, 2 bits, groups of {fine}"
+    substitution(name, bits=2, group_size=fine, calibration=calibration)
+    singles, mixes = ["uniform, 2 bits", name, "bcq, 2 bits"], []
     for label, widths in allocations(model, int(AVERAGE * weights / 8), code_bytes(model)):
         name = f"2 and 3 bits, {label}"
         substitution(name, bits=2, widths=widths, calibration=calibration)
-        singles.append(name)
-    best = min(["uniform, 2 bits", *singles], key=lambda n: float(found[n].mean()))
-    auto = found[f"auto, {AVERAGE} bits"] - found[best]
+        mixes.append(name)
+    auto = found[f"auto, {AVERAGE} bits"]
+    best, best_mix = (min(n, key=lambda n: float(found[n].mean())) for n in (singles, mixes))
     damage = {r["variant"]: r["nll"] for r in rows[1:]}
     half = found["uniform, 2 bits"] - plain - 0.5 * (found["round to nearest, 2 bits"] - plain)
     return {
@@ -182,7 +190,9 @@ def compare(model: nn.Module, calibration: list[Tensor], held: Tensor) -> dict[s
         "two_bits_share_of_damage": damage["uniform, 2 bits"] / damage["round to nearest, 2 bits"],
         "two_bits_less_half_the_damage": _with_error(half),
         "best_single_width": best,
-        "auto_less_best_single_width": _with_error(auto),
+        "auto_less_best_single_width": _with_error(auto - found[best]),
+        "best_mix": best_mix,
+        "auto_less_best_mix": _with_error(auto - found[best_mix]),
     }
 
 
@@ -197,6 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--checkpoint", nargs="+", choices=CHECKPOINTS, default=CHECKPOINTS)
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     seen, held = text()
@@ -208,11 +219,12 @@ def main() -> None:
     }  # fmt: skip
     results = {}
     if (RESULTS / f"{_NAME}.json").exists():
-        results = results_of(_NAME)["rows"]  # of the other checkpoint
+        results = results_of(_NAME)["rows"]  # of other checkpoints
     for name in options.checkpoint:
-        model, steps = load(name, options.folder)
-        for kind in (name, f"{name}, with outliers"):
-            if kind != name:
+        model, steps = load(name, options.seed, options.folder)
+        plain = f"{name}, seed {options.seed}"
+        for kind in (plain, f"{plain}, with outliers"):
+            if kind != plain:
                 inject_outliers(model)
             found = {"steps": steps, **compare(model, calibration, windows(held))}
             print(kind, {k: v for k, v in found.items() if k != "rows"}, flush=True)

@@ -32,12 +32,7 @@ def allocate_bits(layers: Sequence[Mapping[int, Choice]], budget: int) -> list[i
         UsageError: even the smallest widths take more than the budget.
         MissingDependencyError: scipy is not installed.
     """
-    least = sum(min(c.bytes for c in layer.values()) for layer in layers)
-    if least > budget:
-        raise UsageError(
-            f"{budget} bytes are too few: the smallest widths and their scales take {least}; "
-            "raise average_bits or group_size"
-        )
+    require_budget(sum(min(c.bytes for c in layer.values()) for layer in layers), budget)
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
     except ImportError:
@@ -51,7 +46,7 @@ def allocate_bits(layers: Sequence[Mapping[int, Choice]], budget: int) -> list[i
     one_each = np.array([[float(i == at) for i, _, _ in flat] for at in range(len(layers))])
     sizes = np.array([[float(c.bytes) for _, _, c in flat]])
     solved = milp(
-        losses / (losses.max() or 1.0),
+        losses / (np.abs(losses).max() or 1.0),
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
         constraints=[
@@ -62,3 +57,12 @@ def allocate_bits(layers: Sequence[Mapping[int, Choice]], budget: int) -> list[i
     )
     assert solved.x is not None, solved.message
     return [width for (_, width, _), chosen in zip(flat, solved.x, strict=True) if chosen > 0.5]
+
+
+def require_budget(least: int, budget: int) -> None:
+    """Raises a :class:`UsageError` if the smallest widths take more than the budget."""
+    if least > budget:
+        raise UsageError(
+            f"{budget} bytes are too few: the smallest widths and their scales take {least}; "
+            "raise average_bits or group_size"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,10 @@ from refold.inputs import Call
 _KEEPS_LOGITS = frozenset({"_to_copy", "to", "clone", "alias", "contiguous", "slice", "select"})
 
 
+Environment = dict[fx.Node, Any]
+Compute = Callable[[Sequence[Environment]], list[Any]]
+
+
 class Lockstep:
     """A graph over several inputs, node by node: all inputs of a node are there before it runs.
 
@@ -27,75 +31,68 @@ class Lockstep:
     Args:
         gm: the graph module; it must not write its own state.
         calls: the inputs.
+        instead: what computes the values of some nodes, of all inputs at once, in their place; it
+            may be changed for nodes that have not run.
     """
 
-    def __init__(self, gm: fx.GraphModule, calls: Sequence[Call]) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        calls: Sequence[Call],
+        instead: Mapping[fx.Node, Compute] | None = None,
+    ) -> None:
         self._gm = gm
         self._ordered = list(gm.graph.nodes)
         self._next = 0
+        self.instead = dict(instead or {})
         self._written = constants.written(gm.graph)
         self._last: dict[fx.Node, list[fx.Node]] = {}
         for node, at in _last_readers(self._ordered).items():
             self._last.setdefault(at, []).append(node)
-        self._environments: list[dict[fx.Node, Any]] = []
+        self._environments: list[Environment] = []
         inputs = [n for n in self._ordered if n.op == "placeholder"]
         for args, kwargs in calls:
             flat = flat_inputs(gm.graph, args, kwargs)
             self._environments.append(dict(zip(inputs, flat, strict=True)))
 
+    @property
+    def inputs(self) -> int:
+        """How many inputs there are."""
+        return len(self._environments)
+
     def advance(self, until: fx.Node) -> None:
         """Runs what stands before ``until``."""
         while self._ordered[self._next] is not until:
-            node = self._ordered[self._next]
-            for environment in self._environments:
-                self._run(node, environment)
+            self._run(self._ordered[self._next], self._environments)
             self._next += 1
 
     def values(self, node: fx.Node) -> list[Any]:
         """The value of a node that has run, for each input."""
         return [environment[node] for environment in self._environments]
 
-    def step(self, compute: Callable[[fx.Node, dict[fx.Node, Any]], Any]) -> None:
-        """Runs the next node as ``compute`` says."""
-        node = self._ordered[self._next]
-        for environment in self._environments:
-            self._run(node, environment, compute)
-        self._next += 1
+    def outputs(self) -> list[list[Any]]:
+        """What the graph returns from here on; the lockstep itself stays where it is."""
+        own = [dict(environment) for environment in self._environments]
+        for node in self._ordered[self._next : -1]:
+            self._run(node, own)
+        returned = self._ordered[-1].args[0]
+        return [pytree.tree_leaves(fx.map_arg(returned, e.__getitem__)) for e in own]
 
-    def outputs(
-        self, compute: Callable[[fx.Node, dict[fx.Node, Any]], Any] | None = None
-    ) -> list[list[Any]]:
-        """What the graph returns from here on if the next node runs as ``compute`` says.
-
-        The lockstep itself stays where it is.
-        """
-        out = []
-        for environment in self._environments:
-            own = dict(environment)
-            for at, node in enumerate(self._ordered[self._next : -1]):
-                self._run(node, own, compute if at == 0 else None)
-            returned = fx.map_arg(self._ordered[-1].args[0], own.__getitem__)
-            out.append(pytree.tree_leaves(returned))
-        return out
-
-    def _run(
-        self,
-        node: fx.Node,
-        environment: dict[fx.Node, Any],
-        compute: Callable[[fx.Node, dict[fx.Node, Any]], Any] | None = None,
-    ) -> None:
+    def _run(self, node: fx.Node, environments: Sequence[Environment]) -> None:
         with torch.no_grad():
+            compute = self.instead.get(node)
             if compute is not None:
-                environment[node] = compute(node, environment)
-            elif node.op == "placeholder":
-                if node in self._written:  # the caller's own tensor
-                    environment[node] = environment[node].clone()
+                values = compute(environments)
             else:
-                environment[node] = self._value(node, environment)
-        for dead in self._last.get(node, ()):
-            environment.pop(dead, None)
+                values = [self._value(node, environment) for environment in environments]
+        for environment, value in zip(environments, values, strict=True):
+            environment[node] = value
+            for dead in self._last.get(node, ()):
+                environment.pop(dead, None)
 
-    def _value(self, node: fx.Node, environment: dict[fx.Node, Any]) -> Any:
+    def _value(self, node: fx.Node, environment: Environment) -> Any:
+        if node.op == "placeholder":  # one that is written is the caller's own tensor
+            return environment[node].clone() if node in self._written else environment[node]
         if node.op == "get_attr":
             if constants.is_get_attr(node):
                 return constants.tensor(node)

@@ -23,6 +23,7 @@ from refold.graph.kinds import census
 from refold.ops.bcq_linear import dequantise
 from refold.passes import PIPELINES
 from refold.passes.substitute_shift_add import SubstituteShiftAdd
+from refold.rewrite import layer_codes
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import PassResult
 from tests import golden
@@ -357,12 +358,10 @@ def test_later_layers_see_what_earlier_ones_leave() -> None:
 
 
 def test_layers_on_one_input_share_its_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
-    from refold.passes import substitute_shift_add as module
-
     seen = []
-    factor = module.compensation.inverse_factor
+    factor = layer_codes.inverse_factor
     monkeypatch.setattr(
-        module.compensation, "inverse_factor", lambda h, d, g: seen.append(d) or factor(h, d, g)
+        layer_codes, "inverse_factor", lambda h, d, g: seen.append(d) or factor(h, d, g)
     )
     _, result = substitute(Scorer(), ids(), calibration=samples(), damping=0.05)
     assert len(result.applied) == 5
