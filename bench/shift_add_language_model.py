@@ -162,10 +162,9 @@ def compare(model: nn.Module, calibration: list[Tensor], held: Tensor) -> dict[s
     rows.append({"variant": "float32", "perplexity": math.exp(plain.mean())})
     for bits in (2, 3):
         row(f"round to nearest, {bits} bits", round_to_nearest(model, bits), None)
-    for bits in (2, 3, 4):
+    for bits in (2, 3):
         substitution(f"uniform, {bits} bits, no calibration", bits=bits)
         substitution(f"uniform, {bits} bits", bits=bits, calibration=calibration)
-    for bits in (2, 3):
         substitution(f"bcq, {bits} bits", bits=bits, scales="bcq", calibration=calibration)
     substitution(
         f"auto, {AVERAGE} bits", bits="auto", average_bits=AVERAGE, calibration=calibration

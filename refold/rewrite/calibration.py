@@ -63,24 +63,34 @@ class Lockstep:
     def advance(self, until: fx.Node) -> None:
         """Runs what stands before ``until``."""
         while self._ordered[self._next] is not until:
-            self._run(self._ordered[self._next], self._environments)
+            self._run(self._ordered[self._next], self._environments, self.instead)
             self._next += 1
 
     def values(self, node: fx.Node) -> list[Any]:
         """The value of a node that has run, for each input."""
         return [environment[node] for environment in self._environments]
 
-    def outputs(self) -> list[list[Any]]:
-        """What the graph returns from here on; the lockstep itself stays where it is."""
+    def outputs(self, but: Mapping[fx.Node, Compute] | None = None) -> list[list[Any]]:
+        """What the graph returns from here on; the lockstep itself stays where it is.
+
+        Args:
+            but: what computes some nodes this time.
+        """
         own = [dict(environment) for environment in self._environments]
+        instead = {**self.instead, **(but or {})}
         for node in self._ordered[self._next : -1]:
-            self._run(node, own)
+            self._run(node, own, instead)
         returned = self._ordered[-1].args[0]
         return [pytree.tree_leaves(fx.map_arg(returned, e.__getitem__)) for e in own]
 
-    def _run(self, node: fx.Node, environments: Sequence[Environment]) -> None:
+    def _run(
+        self,
+        node: fx.Node,
+        environments: Sequence[Environment],
+        instead: Mapping[fx.Node, Compute],
+    ) -> None:
         with torch.no_grad():
-            compute = self.instead.get(node)
+            compute = instead.get(node)
             if compute is not None:
                 values = compute(environments)
             else:

@@ -143,6 +143,7 @@ class _Search:
 
     def _around(self, point: _Point) -> _Table:
         """What each width of each layer changes at a point."""
+        self._too_far.clear()
         lockstep = Lockstep(self._gm, self._calls, _instead(point.coded))
         codes = point.coded.codes
 
@@ -157,18 +158,13 @@ class _Search:
 
         def measured() -> Iterator[_Measured]:
             for layer, found in in_order(lockstep, self._layers, other_widths):
-                own = lockstep.instead.pop(layer.node, None)
 
                 def change(code: Code, layer: Layer = layer) -> float:
                     if code is codes.get(layer):
                         return 0.0
-                    lockstep.instead[layer.node] = code.computing(layer)
-                    return self._loss(lockstep) - point.loss
+                    return self._loss(lockstep, {layer.node: code.computing(layer)}) - point.loss
 
                 yield layer, found, change
-                lockstep.instead.pop(layer.node, None)
-                if own is not None:
-                    lockstep.instead[layer.node] = own
 
         return self._table(measured())
 
@@ -203,8 +199,8 @@ class _Search:
         coded = self._coder.code(self._gm, widths, self._calls)
         return Coded(coded.codes, {**self._too_far, **coded.too_far})
 
-    def _loss(self, lockstep: Lockstep) -> float:
-        return divergence(self._expected, lockstep.outputs(), self._scores).loss
+    def _loss(self, lockstep: Lockstep, but: Mapping[fx.Node, Compute] | None = None) -> float:
+        return divergence(self._expected, lockstep.outputs(but), self._scores).loss
 
 
 def _instead(coded: Coded) -> dict[fx.Node, Compute]:

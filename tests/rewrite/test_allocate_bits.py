@@ -68,6 +68,13 @@ def test_layers_without_any_loss() -> None:
     assert allocate_bits(table, 4)[0] in WIDTHS
 
 
+def test_losses_may_be_changes_for_the_better() -> None:
+    pytest.importorskip("scipy")
+    table = [{2: Choice(0.0, 20), 3: Choice(-low, 30), 4: Choice(-2 * low, 40)} for low in (1, 5)]
+    assert allocate_bits(table, 60) == [2, 4]
+    assert allocate_bits(table, 70) == [3, 4]
+
+
 def test_a_budget_below_the_smallest_widths() -> None:
     with pytest.raises(UsageError, match="smallest widths and their scales take 212"):
         allocate_bits(layers([1.0], [100]), 211)
