@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,7 +133,7 @@ def compare(model: nn.Module, calibration: list[Tensor], held: Tensor) -> dict[s
     rows: list[dict[str, Any]] = []
     found: dict[str, Tensor] = {}
 
-    def row(name: str, candidate: Any, size: int | None, seconds: float = 0.0) -> None:
+    def row(name: str, candidate: Any, size: int | None) -> None:
         nll = found[name] = losses(candidate, held)
         change = nll - plain
         rows.append(
@@ -145,19 +144,16 @@ def compare(model: nn.Module, calibration: list[Tensor], held: Tensor) -> dict[s
                 "nll": float(change.mean()),
                 "standard_error": float(change.std() / len(change) ** 0.5),
                 "bits": None if size is None else 8 * size / weights,
-                "seconds": round(seconds, 1),
             }
         )
         print(f"{name:<44} {rows[-1]['perplexity']:.4f} {100 * rows[-1]['change']:+.2f} %",
               flush=True)  # fmt: skip
 
-    def substitution(name: str, **options: Any) -> int:
-        start = time.perf_counter()
+    def substitution(name: str, **options: Any) -> None:
         made = {"group_size": GROUP, "min_features": 1, **options}
         kind = Allocated if "widths" in made else SubstituteShiftAdd
         graph, size = substituted(model, kind(**made))
-        row(name, graph, size, time.perf_counter() - start)
-        return size
+        row(name, graph, size)
 
     rows.append({"variant": "float32", "perplexity": math.exp(plain.mean())})
     for bits in (2, 3):
