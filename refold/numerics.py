@@ -24,6 +24,7 @@ from refold.graph import constants, provenance
 from refold.graph.evaluate import Oracle, flat_inputs
 from refold.graph.kinds import op_name
 from refold.graph.nodes import is_tensor, same, shape
+from refold.graph.records import MIRRORED
 
 OWN_ERROR_FACTOR = 4.0
 FLOOR_UNITS = 64.0  # units in the last place that reassociation may always cost
@@ -536,9 +537,14 @@ def _settle_flips(
 def _within_margin(
     node: Any, original: fx.GraphModule, call: Call, a: torch.Tensor, b: torch.Tensor
 ) -> bool:
-    """For an index of an extreme value: is the value at the other index as good, up to rounding?"""
+    """For an index of an extreme value: is the value at the other index as good, up to rounding?
+
+    For a comparison: are both sides equal, up to rounding?
+    """
     if not isinstance(node, fx.Node):
         return False
+    if op_name(node) in MIRRORED:
+        return _near_threshold(node, original, call, (a != b).cpu())
     source = node.args[0] if op_name(node) == "getitem" else node
     if not isinstance(source, fx.Node) or op_name(source) not in _INDEX_OF:
         return False
@@ -571,6 +577,20 @@ def _within_margin(
     gap = (values.gather(axis, a.long()) - values.gather(axis, b.long())).abs().max()
     scale = float(values.abs().max()) or 1.0
     return float(gap) / scale <= 2 * tolerance(0.0, traced)
+
+
+def _near_threshold(
+    node: fx.Node, original: fx.GraphModule, call: Call, flipped: torch.Tensor
+) -> bool:
+    left, right = node.args[0], node.args[1]
+    if not (is_tensor(left) and left.meta["val"].dtype.is_floating_point):  # type: ignore[union-attr]
+        return False
+    sides = {n.name for n in (left, right) if isinstance(n, fx.Node)}
+    seen = _watched(Oracle(original).run, call, sides, {})
+    x, y = (seen[n.name].cpu() if isinstance(n, fx.Node) else n for n in (left, right))
+    gap = (x - y).abs().expand(flipped.shape)[flipped].max()  # type: ignore[operator]
+    scale = float(x.abs().max()) or 1.0  # type: ignore[union-attr]
+    return float(gap) / scale <= 2 * tolerance(0.0, left.meta["val"].dtype)  # type: ignore[union-attr]
 
 
 def _follows_from_floats(

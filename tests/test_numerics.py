@@ -272,6 +272,22 @@ def test_flip_behind_agreeing_floats_is_explained_by_the_folded_graph() -> None:
         verify(original, unrelated, program, folded_gm=gm)
 
 
+@pytest.mark.parametrize(("moved", "passes"), [(1e-7, True), (1e-3, False)])
+def test_a_comparison_flips_within_rounding_of_its_threshold(moved: float, passes: bool) -> None:
+    x = torch.linspace(-4, 4, 20000).view(2, -1)
+    original, program = two(Does(lambda s, x: x * 3 - 1 > 0.3), x)
+
+    def threshold(x: Tensor) -> Tensor:
+        return x > 1.3 / 3 + moved
+
+    program.example[0][0][:, 0] = 1.3 / 3 + 5e-8  # a number that lies between
+    if passes:
+        assert verify(original, threshold, program).flips > 0
+    else:
+        with pytest.raises(VerificationError, match="differ"):
+            verify(original, threshold, program)
+
+
 def test_integer_inputs_stay_in_the_examples_values() -> None:
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 3))
     original, program = two(model, torch.tensor([[1, 9, 3], [0, 2, 2]]))

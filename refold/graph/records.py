@@ -135,6 +135,19 @@ class WeightedSum:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """``x`` compared with a constant; ``operation`` is ``gt``, ``ge``, ``lt`` or ``le``.
+
+    ``value`` has the rank of ``x`` and broadcasts against it.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    operation: str
+    value: Lazy
+
+
+@dataclass(frozen=True)
 class AvgPool:
     """An average pool.
 
@@ -598,6 +611,29 @@ def weighted_sum(node: object) -> WeightedSum | None:
             return None
         read.append((x, factor))
     return WeightedSum(node, tuple(read)) if read else None
+
+
+MIRRORED = {"gt": "lt", "lt": "gt", "ge": "le", "le": "ge"}  # with the sides exchanged
+
+
+def comparison(node: object) -> Comparison | None:
+    """Reads a comparison of a floating tensor with a constant of its dtype, on either side."""
+    if not is_call(node, aten.gt, aten.ge, aten.lt, aten.le):
+        return None
+    assert isinstance(node, fx.Node)
+    left, right = node.args
+    operation = node.target._schema.name.split("::")[-1]  # type: ignore[union-attr]
+    if constants.exact(left) is not None:
+        left, right, operation = right, left, MIRRORED[operation]
+    if not is_tensor(left) or not _fixed_float(left):  # type: ignore[arg-type]
+        return None
+    assert isinstance(left, fx.Node)
+    value = _constant(right, len(shape(node)))
+    if value is None or not same(shape(left), shape(node)):
+        return None
+    if isinstance(right, fx.Node) and dtype(right) != dtype(left):
+        return None
+    return Comparison(node, left, operation, value)
 
 
 def avg_pool(node: object) -> AvgPool | None:

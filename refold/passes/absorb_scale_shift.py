@@ -16,6 +16,7 @@ A zero padding stands in the way of a shift alone:
     pad(s * x + h, 0) = s * pad(x, -h / s) + h             one value for all channels: it is padded
     conv(s * x + h, W) = conv(x, s * W) + conv(h, W)       ``border_maps``: a map of fixed size
 
+Before a sign or a comparison with a constant they move its threshold, as a batch norm does.
 A quantised weight takes the scale into its scales and keeps its integers (but for their sign).
 Nothing crosses the quantiser of an activation.
 

@@ -10,8 +10,15 @@ layouts, concatenation, sums and unpadded averages, or into every consumer where
 A norm that nothing takes is one scale-shift already, and stays one call: runtimes have a kernel for
 it, and a multiplication and an addition would be two.
 
+In front of a sign or a comparison it only moves a threshold. A comparison with a constant holds it
+itself; before a sign an addition is left, which layers further up may take, and the signs of gamma
+go into what reads the signs (a channel with gamma = 0 is the constant sign(beta)):
+
+    sign(s * x + h) = sgn(s) * sign(x + h / s)          s * x + h > c  =  x > (c - h) / s,  s > 0
+
 Exact when: running statistics are used (``training=False``); the producer has no other user; on
-the way down, no zero padding meets the shift.
+the way down, no zero padding meets the shift. Signs and comparisons flip only within rounding of
+the threshold.
 
 Before::
 
@@ -22,8 +29,9 @@ After::
 
     %y = conv2d(%x, @folded_weight, @folded_bias, padding=[1, 1])
 
-Source: Ioffe and Szegedy, Batch Normalization (2015), algorithm 2, step 11; Jacob et al. (CVPR
-2018), section 3.2.
+Sources: Ioffe and Szegedy, Batch Normalization (2015), algorithm 2, step 11; Jacob et al. (CVPR
+2018), section 3.2; for signs Rastegari et al., XNOR-Net (ECCV 2016), section 3.2, and Umuroglu et
+al., FINN (FPGA 2017), section 4.2.2.
 """
 
 from __future__ import annotations

@@ -11,11 +11,13 @@ from refold.algebra.lazy import Lazy
 from refold.graph import constants, nodes, provenance, records
 from refold.graph.nodes import aten, is_call, is_tensor
 from refold.rewrite import cost, layout
+from refold.rewrite.push_affine import thresholds
 from refold.rewrite.push_affine.factor import Factor, Plan, Refused, preimage
 from refold.rewrite.push_affine.walk import (
     SMALL,
     Walk,
     not_linear,
+    operand,
     reads,
     set_arguments,
     uneven,
@@ -203,7 +205,54 @@ class Downward(Walk):
                 shifts = [s for a, s in enumerate(factor.shift.shape) if a not in reduced]
                 factor = Factor(factor.scale.reshape(sizes), factor.shift.reshape(shifts))
             return self._down(c, factor, plan)
+        if is_call(c, aten.sign, aten.sgn):
+            return self._down_sign(c, n, factor, plan)
+        if (comparison := records.comparison(c)) is not None and comparison.x is n:
+            return self._down_comparison(comparison, factor, plan)
         raise Refused(not_linear(c))
+
+    def _down_sign(self, c: fx.Node, n: fx.Node, factor: Factor, plan: Plan) -> None:
+        """Moves the threshold, by one addition; the readers take the signs of the scale."""
+        if bool((factor.scale == 1).all()):
+            raise Refused(f"{c.name} has no threshold of its own that could take the shift")
+        added, after = thresholds.of_sign(factor, nodes.dtype(n))
+        if after.is_identity:
+            plan.kept.add(c)
+        self._down(c, after, plan)
+        if not bool(added.any()):
+            return
+        current = operand(c, n)
+
+        def edit() -> None:
+            assert self.record is not None
+            x = current()
+            with self.graph.inserting_before(c):
+                data = constants.add(self.gm, f"{c.name}.threshold", Lazy.of(added), n.meta["val"])
+                moved = nodes.call(
+                    self.graph, aten.add.Tensor, (x, data), rule=self.rule,
+                    sources=[self.record.node], like=n,
+                )  # fmt: skip
+            provenance.derive(moved, [self.record.node], self.rule, value=None)
+            c.replace_input_with(x, moved)
+
+        plan.edits.append(edit)
+
+    def _down_comparison(self, record: records.Comparison, factor: Factor, plan: Plan) -> None:
+        """Compares with another threshold; what comes out is the same."""
+        c, n = record.node, record.x
+        operation, value = thresholds.of_comparison(
+            factor, record.operation, record.value.get(), nodes.dtype(n)
+        )
+        current = operand(c, n)
+
+        def edit() -> None:
+            with self.graph.inserting_before(c):
+                data = constants.add(self.gm, f"{c.name}.threshold", Lazy.of(value), n.meta["val"])
+            c.target = getattr(aten, operation).Tensor
+            c.args, c.kwargs = (current(), data), {}
+
+        plan.kept.add(c)
+        plan.edits.append(edit)
 
     def _down_affine(self, record: records.Affine, factor: Factor, plan: Plan) -> None:
         """Into a norm; the scale alone passes a shift: ``s * x + h = s * (x + h / s)``."""
