@@ -122,6 +122,38 @@ class XNORConv(nn.Conv2d):
         return F.conv2d(x.sign(), self.weight.sign(), padding=1) * size * alpha
 
 
+class BinaryNet(nn.Module):
+    """Blocks of batch norm, sign, binary convolution, ReLU or pool; full-precision ends."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(3))
+        self.convs = nn.ModuleList(BinaryConv(channels) for _ in range(3))
+        self.head = nn.Linear(channels, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for norm, conv, ends in zip(self.norms, self.convs, (pooled, F.relu, pooled), strict=True):
+            x = ends(conv(norm(x).sign()))
+        return self.head(x.mean((2, 3)))
+
+
+class BinaryConv(nn.Conv2d):
+    """``alpha conv(x, sign(W))``, of signs."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        alpha = self.weight.abs().mean((1, 2, 3)).view(1, -1, 1, 1)
+        return F.conv2d(x, self.weight.sign(), self.bias, padding=1) * alpha
+
+
+def pooled(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 2)
+
+
 _XNOR = "XNOR-Net (Rastegari et al., 2016)"
 
 
@@ -184,3 +216,15 @@ def binary_weights() -> nn.Module:
 )  # fmt: skip
 def xnor() -> nn.Module:
     return XNORConv(CHANNELS, 8)
+
+
+@SYSTEMS.add(
+    "XNOR, blocks of norm, sign, conv, pool", (2, 3, 12, 12), paper=_XNOR,
+    passes=("fold-constants", "fold-batch-norm", "absorb-scale-shift"),
+    there={"abs": 3, "mean": 4, "sign": 6, "mul": 3, "conv": 4, "batch-norm": 3, "max-pool": 2,
+           "relu": 2, "linear": 1},
+    # the shift before a sign behind a pool goes through it; behind a ReLU it is the threshold
+    left={"mean": 1, "sign": 3, "conv": 4, "add": 2, "max-pool": 2, "relu": 2, "linear": 1},
+)  # fmt: skip
+def binary_net() -> nn.Module:
+    return BinaryNet(8)
