@@ -44,7 +44,7 @@ from refold.graph.attention import Attention, Operand, attention
 from refold.graph.kinds import kind
 from refold.graph.nodes import aten, is_tensor, shape
 from refold.rewrite import layout
-from refold.rewrite.push_affine.walk import overflows, reads
+from refold.rewrite.push_affine.walk import constant_name, overflows, reads
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
 _PROJECTIONS = (
@@ -115,7 +115,8 @@ class _Folder:
             found = attention(node)
             if found is None or nodes.pinned(node):
                 continue
-            if self._fused(found):
+            if self._is_fused(found):
+                self._decline_fused(found)
                 continue
             for make in (self._keys, self._values):
                 try:
@@ -131,21 +132,24 @@ class _Folder:
                 took.update(c.reader.node for c in held if c.reader is not None)
         return took
 
-    def _fused(self, found: Attention) -> bool:
-        """Whether one layer makes queries, keys and values: most do, and finding out is cheap."""
+    def _is_fused(self, found: Attention) -> bool:
+        """Whether one layer makes queries, keys and values, as most do."""
         if found.queries is None or isinstance(found.keys, str):
             return False
         layer = _origin(found.queries)
-        if not all(_origin(o.node) is layer for o in (found.keys, found.values)):
-            return False
-        read = records.linear(layer) or records.conv(layer)
-        if read is not None and read.bias is not None:
-            reason = (
-                "its bias serves more than keys and values, so it stays as a whole; what it adds "
-                "to the keys changes nothing"
+        return all(_origin(o.node) is layer for o in (found.keys, found.values))
+
+    def _decline_fused(self, found: Attention) -> None:
+        try:
+            claim = self._keys(found)
+        except (_Refused, layout.Unproven) as refusal:
+            self.result.declined.append(declined(self.rule, found.node, str(refusal)))
+            return
+        if claim is not None:
+            reason = "its bias serves more than keys and values, so it stays as a whole"
+            self.result.declined.append(
+                declined(self.rule, claim.projection.layer, reason + _dead(claim))
             )
-            self.result.declined.append(declined(self.rule, layer, reason))
-        return True
 
     def _keys(self, found: Attention) -> _Claim | None:
         if isinstance(found.keys, str):
@@ -156,8 +160,7 @@ class _Folder:
         scores = found.scores[:-1]
         if any(nodes.pinned(n) for n in scores):
             raise _Refused("the keys' bias stays: the scores are excluded")
-        self._arriving(projection, found.keys, "keys")
-        elements = self._elements(projection, found.keys, next(iter(scores), found.node))
+        elements = self._elements(projection, found.keys, next(iter(scores), found.node), "keys")
         return _Claim(projection, elements, "keys", scores)
 
     def _values(self, found: Attention) -> _Claim | None:
@@ -166,39 +169,43 @@ class _Folder:
             return None
         if found.hidden is not None:
             raise _Refused(f"the values' bias stays: {found.hidden}")
-        shift = found.carried(self._arriving(projection, found.values, "values"))
-        elements = self._elements(projection, found.values, found.node)
+        shift = found.carried(self._arriving(projection))
+        elements = self._elements(projection, found.values, found.node, "values")
         reader, vector, passed = self._reader(found.node, shift)
         added = reader.weight.get() @ vector
         if nodes.dtype(reader.node) == torch.float16 and overflows(Lazy.of(added)):
             raise _Refused("the values' bias stays: the reader's bias would overflow float16")
         return _Claim(projection, elements, "values", passed, reader, added)
 
-    def _arriving(self, projection: _Projection, operand: Operand, role: str) -> torch.Tensor:
-        """The bias where the product reads it, constant over the keys."""
+    def _arriving(self, projection: _Projection) -> torch.Tensor:
+        """The bias where the product reads it."""
         shift = projection.spread
         for node, source in projection.path:
             shift = layout.push(node, source, _pair(shift), self.gm.graph)[1]
-        if shift.shape[operand.axis] != 1:
-            raise _Refused(f"the {role}' bias stays: it differs from key to key")
         return shift
 
     def _elements(
-        self, projection: _Projection, operand: Operand, product: fx.Node
+        self, projection: _Projection, operand: Operand, product: fx.Node, role: str
     ) -> torch.Tensor:
         """Which elements of the bias the operand reads; nothing else may read them."""
         if len(operand.node.users) > 1 or reads(product, operand.node) > 1:
             raise _Refused(f"{operand.node.name} is read more than once")
-        mask = torch.ones((1,) * len(shape(operand.node)), dtype=torch.float64)
-        for node, source in reversed(projection.path):
-            mask = layout.pull(node, source, _pair(mask), True, self.gm.graph)[1]
-            for other in _readers(source):
-                if other is not node and layout.overlaps(other, source, mask > 0, self.gm.graph):
-                    raise _Refused(f"{other.name} reads what the bias is added to")
-        axis = _channels(projection.layer)
-        if any(size != 1 for a, size in enumerate(mask.shape) if a != axis):
-            raise _Refused("only some positions of the projection are read")
-        return mask.reshape(-1).expand(projection.bias.shape) > 0
+        masks = []
+        for symbols in layout.assignments(self.gm.graph):
+            places = layout.along(projection.layer, _channels(projection.layer), symbols)
+            own = places.pop(operand.node)
+            if not torch.equal(own, own.narrow(operand.axis, 0, 1).expand_as(own)):
+                raise _Refused(f"the {role}' bias stays: it differs from key to key")
+            mask = torch.zeros(projection.bias.shape, dtype=torch.bool)
+            mask[own.long().reshape(-1)] = True
+            for node, other in places.items():
+                reader = next((u for u in node.users if not layout.is_layout(u)), None)
+                if reader is not None and bool(mask[other.long().reshape(-1)].any()):
+                    raise _Refused(f"{reader.name} reads what the bias is added to")
+            masks.append(mask)
+        if not torch.equal(masks[0], masks[-1]):
+            raise _Refused(f"the {role}' bias stays: what is read of it depends on a dynamic size")
+        return masks[0]
 
     def _reader(
         self, node: fx.Node, shift: torch.Tensor
@@ -228,8 +235,7 @@ class _Folder:
         claimed = torch.stack([c.elements for c in claims]).any(0)
         if bool((projection.bias * ~claimed).any()):
             roles = " and ".join(c.role for c in claims)
-            dead = sum(int(c.elements.sum()) for c in claims if c.role == "keys")
-            of_keys = f"; {dead} elements of it, the keys', change nothing" if dead else ""
+            of_keys = "".join(_dead(c) for c in claims if c.role == "keys")
             self.result.declined.append(
                 declined(
                     self.rule, layer,
@@ -259,6 +265,15 @@ class _Folder:
             data = constants.add(self.gm, f"{reader.name}.bias", total, reader.meta["val"])
         reader.args, reader.kwargs = (now.x, now.weight_node, data), {}
         provenance.derive(reader, [claim.projection.layer, reader], self.rule)
+
+
+def _dead(claim: _Claim) -> str:
+    """How many elements of a bias are the keys', and which, if they are one block."""
+    places = claim.elements.nonzero().reshape(-1)
+    first, end, count = int(places[0]), int(places[-1]) + 1, places.numel()
+    block = f"{constant_name(claim.projection.bias_node)}[{first}:{end}], "
+    where = block if end - first == count else ""
+    return f"; {count} elements of it, {where}the keys', change nothing"
 
 
 def _record(rule: str, projection: _Projection, claims: list[_Claim]) -> Applied:

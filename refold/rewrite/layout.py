@@ -246,6 +246,33 @@ def _proven(results: list[Pair]) -> Pair:
     return first
 
 
+def along(source: fx.Node, axis: int, symbols: Symbols) -> dict[fx.Node, torch.Tensor]:
+    """Where the places along one axis of a tensor come to lie, in all that layouts make of it.
+
+    Each element is the number of its place. Axes without numbers have the size one: the calls run
+    on an expanded vector, so this costs nothing however large the tensor is.
+    """
+    sizes = symbols.shape(source)
+    shape_ = [size if a == axis else 1 for a, size in enumerate(sizes)]
+    places = torch.arange(sizes[axis], dtype=torch.float64).reshape(shape_).expand(sizes)
+    found, queue = {source: places}, [source]
+    while queue:
+        current = queue.pop()
+        for user in current.users:
+            if not is_layout(user) or source_of(user) is not current:
+                continue
+            made = _execute(user, found[current], symbols)
+            parts = (
+                {p: made[p.args[1]] for p in user.users} if not is_tensor(user) else {user: made}
+            )
+            found.update(parts)
+            queue.extend(parts)
+    return {
+        node: value[tuple(slice(None, None if step else 1) for step in value.stride())]
+        for node, value in found.items()
+    }
+
+
 def escapes(node: fx.Node) -> bool:
     """True if the node's storage reaches an output of the graph through layout operations."""
     seen, queue = {node}, [node]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -148,7 +149,44 @@ def test_keys_and_values_of_one_layer() -> None:
 def test_a_bias_that_serves_queries_stays_and_says_what_is_dead() -> None:
     after, declined = run(FOLD, Attention(softmax, "qkv"), tokens())
     assert biases(after) == [True, True]
-    assert "what it adds to the keys changes nothing" in declined[0].reason
+    assert "16 elements of it, qkv.bias[16:32], the keys', change nothing" in declined[0].reason
+    model, x = Attention(softmax, "qkv"), tokens()
+    with torch.no_grad():
+        expected = model(x)
+        model.qkv.bias[16:32] += 3.0
+        assert relative_error(model(x), expected) <= EXACT
+        model.qkv.bias[15:16] += 3.0
+        assert relative_error(model(x), expected) > 1e-6
+
+
+def test_what_is_dead_of_a_bias_need_not_be_one_block() -> None:
+    class PerHead(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            parts = self.qkv(torch.tanh(x)).unflatten(-1, (HEADS, 3, WIDTH)).transpose(1, 2)
+            return self.out(softmax(self, *parts.unbind(3)).transpose(1, 2).flatten(2))
+
+    _, declined = run(FOLD, PerHead(softmax), tokens())
+    assert any("16 elements of it, the keys', change nothing" in d.reason for d in declined)
+
+
+@pytest.mark.parametrize(
+    ("core", "reason"),
+    [
+        (lambda s, q, k, v: softmax(s, q, k, v) + k, "add reads what the bias is added to"),
+        (lambda s, q, k, v: softmax(s, q, k, k), "matmul_1 reads what the bias is added to"),
+        (lambda s, q, k, v: softmax(s, k, k, v), "matmul reads what the bias is added to"),
+        (lambda s, q, k, v: fused()(s, q, k, k), "read more than once"),
+        (lambda s, q, k, v: softmax(s, q, k, k.flip(2)), "reads what the bias is added to"),
+        (
+            lambda s, q, k, v: softmax(s, q, k.transpose(1, 2).reshape(k.shape), v),
+            "differs from key to key",
+        ),
+    ],
+)
+def test_of_a_bias_that_others_read_nothing_is_called_dead(core, reason) -> None:
+    _, declined = run(FOLD, Attention(core, "qkv"), tokens())
+    assert any(re.search(reason, d.reason) for d in declined), declined
+    assert not any("change nothing" in d.reason for d in declined), declined
 
 
 @pytest.mark.parametrize("groups", [1, 2])
