@@ -10,6 +10,12 @@ strides, crops, asymmetric and 'same' padding are all arithmetic on ``origin``, 
 its terms by it. Dilation is expanded into zero taps. Weights are lazy (computed for survivors
 alone); biases are eager, because border checks need them.
 
+The same numbers are a transposed convolution too, whose stride is that of its output:
+
+    y[b, o, stride * p + t - origin] += weight[o, i, t] * x[b, i, p]
+
+Such maps are summed, and composed with pointwise maps, by the same functions.
+
 Grouped maps keep their groups while the blocks stay contiguous and in order; otherwise the result
 is dense and the caller's cost model decides whether it is wanted.
 
@@ -137,6 +143,35 @@ def convolution(
 
         weight = weight.map((*weight.shape[:2], *expanded), dilate)
     return AffineMap(weight, bias, groups, stride, padding, support, _largest(bias))
+
+
+def transposed_convolution(
+    weight: Lazy, bias: torch.Tensor, groups: int, stride: Ints, padding: Ints, dilation: Ints
+) -> AffineMap:
+    """A transposed convolution; ``weight`` is ``[in, out / groups, *kernel]``.
+
+    One of stride 1 is a convolution with the kernel turned round, and comes as that.
+    """
+    base = convolution(swapped(weight, groups), bias, groups, stride, padding, dilation)
+    if set(stride) != {1}:
+        return base
+    axes = tuple(range(2, 2 + base.spatial))
+    last = tuple(k - 1 for k in base.kernel)
+    return replace(
+        base,
+        weight=base.weight.map(base.weight.shape, lambda w: w.flip(axes)),
+        origin=tuple(e - o for e, o in zip(last, base.origin, strict=True)),
+        support=tuple(
+            frozenset(e - t for t in taps) for e, taps in zip(last, base.support, strict=True)
+        ),
+    )
+
+
+def swapped(weight: Lazy, groups: int) -> Lazy:
+    """``[a, b / groups, *k]`` as ``[b, a / groups, *k]``: a weight in its transposed layout."""
+    first, second, *kernel = weight.shape
+    shape = (second * groups, first // groups, *kernel)
+    return weight.map(shape, lambda w: w.unflatten(0, (groups, -1)).transpose(1, 2).reshape(shape))
 
 
 def matrix(weight: Lazy, bias: torch.Tensor) -> AffineMap:

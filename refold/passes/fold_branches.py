@@ -13,6 +13,9 @@ The choice is forward and greedy: in topological order, at each node, the root w
 gain (cost of the nodes that die minus cost of the merged one). At least one convolution or matrix
 product must die. Terms of a sum on other roots stay as addends.
 
+Transposed convolutions of one stride merge in sums likewise, and with pointwise layers after them,
+or before them if those have no bias; one of stride 1 is a convolution.
+
 Exact when: strides agree; a padded outer map meets only padding and no bias of the inner one (see
 :mod:`refold.rewrite.maps`). Otherwise it declines.
 
@@ -53,8 +56,13 @@ from refold.rewrite.maps import Key, MapReader
 from refold.rewrite.push_affine.walk import overflows
 from refold.rewrite.result import Declined, PassResult, applied, declined
 
-_PRODUCTS = ("conv", "linear", "matmul")
+_PRODUCTS = ("conv", "conv-transpose", "linear", "matmul")
 _CONVS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+_TRANSPOSED = {
+    1: aten.conv_transpose1d.default,
+    2: aten.conv_transpose2d.input,
+    3: aten.conv_transpose3d.input,
+}
 _NOTHING = 1e-6  # a gain below this share is rounding of equal costs
 _GROWS_FROM = 1 << 20  # bytes below which a larger constant is never refused
 
@@ -296,6 +304,8 @@ class _Folder:
             return self._emit_matrix(node, root, merged)
         if kind_ == "table":
             return self._emit_embedding(node, root, merged)
+        if kind_ == "transposed":
+            return self._emit_transposed(node, root, merged)
         return self._emit_conv(node, root, merged)
 
     def _emit_matrix(
@@ -381,6 +391,43 @@ class _Folder:
 
         return price, emit
 
+    def _emit_transposed(
+        self, node: fx.Node, root: fx.Node, merged: AffineMap
+    ) -> tuple[float, Callable[[], fx.Node]] | None:
+        if merged.spatial not in _TRANSPOSED:
+            return None
+        for execution in am.executions(merged):
+            extra = _output_padding(shape(root)[2:], shape(node)[2:], execution, merged.stride)
+            if extra is not None:
+                break
+        else:
+            self.reader.refusals.setdefault(
+                node, "no padding gives the merged transposed convolution its exact extent"
+            )
+            return None
+        weight = am.swapped(execution.weight, merged.groups)
+        price = cost.convolution(
+            hints(root), hints(root), weight.shape[1], merged.groups, weight.shape[2:],
+            node.meta["val"].element_size(),
+        )  # fmt: skip
+
+        def emit() -> fx.Node:
+            stored = self._constant(node, "weight", weight, root)
+            bias = None
+            if merged.has_bias:
+                bias = self._constant(node, "bias", Lazy.of(merged.bias), root)
+            return self._call(
+                _TRANSPOSED[merged.spatial],
+                (
+                    root, stored, bias, list(merged.stride), list(execution.padding), extra,
+                    merged.groups, list(execution.dilation),
+                ),
+                [node],
+                None if layout.is_layout(node) else node,
+            )  # fmt: skip
+
+        return price, emit
+
     def _constant(self, node: fx.Node, label: str, data: Lazy, like: fx.Node) -> fx.Node:
         return constants.add(self.gm, f"{node.name}.{label}", data, like.meta["val"])
 
@@ -456,6 +503,22 @@ def _summary(dead: list[fx.Node]) -> str:
 
 def _static_but_batch(node: fx.Node) -> bool:
     return sum(not isinstance(s, int) for s in shape(node)) <= 1
+
+
+def _output_padding(
+    sizes: tuple[nodes.Size, ...], wanted: tuple[nodes.Size, ...], e: am.Execution,
+    stride: tuple[int, ...],
+) -> list[int] | None:  # fmt: skip
+    """What a transposed convolution must add on the high sides for its exact extent."""
+    found = []
+    for axis, size in enumerate(sizes):
+        span = e.dilation[axis] * (e.weight.shape[2 + axis] - 1) + 1
+        extent = (size - 1) * stride[axis] - 2 * e.padding[axis] + span
+        fits = [x for x in range(stride[axis]) if same(extent + x, wanted[axis])]
+        if not fits:
+            return None
+        found += fits
+    return found
 
 
 def _extent_fits(

@@ -108,11 +108,14 @@ def of(node: fx.Node) -> float:
         return 0.0
     shape, width = hints(node), value.element_size()
     if (conv := records.conv(node)) is not None:
-        per_group = conv.weight.shape[1]
-        out = hints(conv.x) if conv.transposed else shape
-        if conv.transposed:
-            per_group = conv.weight.shape[1]
-        return convolution(out, hints(conv.x), per_group, conv.groups, conv.weight.shape[2:], width)
+        taps = conv.weight.shape[2:]
+        if not conv.transposed:
+            return convolution(shape, hints(conv.x), conv.weight.shape[1], conv.groups, taps, width)
+        if set(conv.stride) == {1}:  # a convolution with the kernel turned round
+            inner = conv.weight.shape[0] // conv.groups
+            return convolution(shape, hints(conv.x), inner, conv.groups, taps, width)
+        inner = conv.weight.shape[1]
+        return convolution(hints(conv.x), hints(conv.x), inner, conv.groups, taps, width)
     if (linear := records.linear(node)) is not None:
         rows = math.prod(shape[:-1])
         return matrix(rows, shape[-1], linear.weight.shape[1], width)

@@ -1,9 +1,10 @@
 """Which affine maps of which earlier tensors a node computes: mechanism B of the design, reading.
 
 For every node, :class:`MapReader` keeps maps by key: the *kind* (``conv``: channels are axis 1;
-``feature``: the last axis, any rows before it; ``table``: rows that an integer tensor picks, the
-matrix over its one-hot code) and the *root* they start from. A node's maps come
-from its operands' maps; whatever is not affine simply has none but itself.
+``transposed``: likewise, of a transposed convolution with a stride; ``feature``: the last axis, any
+rows before it; ``table``: rows that an integer tensor picks, the matrix over its one-hot code) and
+the *root* they start from. A node's maps come from its operands' maps; whatever is not affine
+simply has none but itself.
 
 Composition is exact only where the padding that the outer map reads is what the inner map would
 have computed there; that test is done per side, on symbolic sizes where shapes are dynamic.
@@ -91,7 +92,7 @@ class MapReader:
 
     def _read(self, node: fx.Node) -> Maps:
         if (conv := records.conv(node)) is not None:
-            return {} if conv.transposed else self._conv(conv)
+            return self._transposed(conv) if conv.transposed else self._conv(conv)
         if (linear := records.linear(node)) is not None:
             return self._linear(linear)
         if (affine := records.affine(node)) is not None:
@@ -133,15 +134,20 @@ class MapReader:
         """``outer`` applied to ``u``, composed with each of ``u``'s maps that it may pass."""
         out: Maps = {}
         for key, inner in self.of(u).items():
-            rows = kind == "feature" and key[0] == "table"
-            if not (key[0] == kind or rows) or inner.out_channels != outer.in_channels:
+            follows = (
+                key[0] == kind
+                or (kind == "feature" and key[0] == "table")
+                # what maps every position by itself follows any map of positions
+                or (kind == "conv" and key[0] == "transposed" and outer.is_pointwise)
+            )
+            if not follows or inner.out_channels != outer.in_channels:
                 continue
             if inner.spatial != outer.spatial:
                 continue
             if key[1] is u:  # over itself: nothing to compose
                 out[key] = outer
                 continue
-            if kind == "conv":
+            if key[0] == "conv":
                 reason = border_reason(outer, inner, key[1], u, node)
                 if reason is not None:
                     self.refusals[node] = reason
@@ -155,6 +161,29 @@ class MapReader:
             conv.weight, bias, conv.groups, conv.stride, conv.padding, conv.dilation
         )
         return self._after(outer, conv.x, conv.node, "conv")
+
+    def _transposed(self, conv: records.Conv) -> Maps:
+        bias = _bias(conv.bias, conv.out_channels)
+        outer = am.transposed_convolution(
+            conv.weight, bias, conv.groups, conv.stride, conv.padding, conv.dilation
+        )
+        if set(conv.stride) == {1}:
+            return self._after(outer, conv.x, conv.node, "conv")
+        out: Maps = {("transposed", conv.x): outer}
+        eps = torch.finfo(nodes.dtype(conv.node)).eps
+        for (kind, root), inner in self.of(conv.x).items():
+            if kind != "conv" or root is conv.x or not inner.is_pointwise:
+                continue
+            if not same(shape(root)[2:], shape(conv.x)[2:]):
+                continue  # a crop: the root goes on where the layer's input has ended
+            if not inner.bias_is(0.0, eps):
+                self.refusals[conv.node] = (
+                    f"the kernel taps that meet an output of {conv.node.name} differ in number, so "
+                    f"the bias of {conv.x.name} adds no constant to it"
+                )
+                continue
+            out["transposed", root] = am.compose(outer, inner)
+        return out
 
     def _linear(self, linear: records.Linear) -> Maps:
         outer = am.matrix(linear.weight, _bias(linear.bias, linear.weight.shape[0]))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from refold.algebra import affine_map as am
@@ -198,3 +199,34 @@ def test_a_map_may_stand_in_a_sum_twice(dtype: torch.dtype) -> None:
     x = image(4)
     close(run(twice, x, (9, 8)), 2 * run(m, x, (9, 8)) + x)
     close(twice.weight.evaluate(), twice.weight.get())
+
+
+def run_transposed(m: AffineMap, x: torch.Tensor, extents: tuple[int, ...]) -> torch.Tensor:
+    """The definition: every input position writes its taps; read the wanted extents."""
+    out = m.bias.reshape(1, -1, 1, 1).repeat(x.shape[0], 1, *extents)
+    w = am.regroup(m, 1).weight.get()
+    for at in itertools.product(*map(range, x.shape[2:])):
+        for tap in itertools.product(*map(range, m.kernel)):
+            q = [s * p + t - o for s, p, t, o in zip(m.stride, at, tap, m.origin, strict=True)]
+            if all(0 <= i < n for i, n in zip(q, extents, strict=True)):
+                out[:, :, q[0], q[1]] += x[:, :, at[0], at[1]] @ w[:, :, tap[0], tap[1]].T
+    return out
+
+
+@given(
+    stride=st.integers(1, 3), kernel=st.integers(1, 3), padding=st.integers(0, 2),
+    dilation=st.integers(1, 2), groups=st.sampled_from((1, 2)), extra=st.integers(0, 1),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_a_transposed_convolution_is_its_map(
+    stride, kernel, padding, dilation, groups, extra
+) -> None:
+    x, steps, dilations = image(4, (5, 4)), (stride, 2 if stride > 1 else 1), (dilation, 1)
+    w, b = torch.randn(4, 6 // groups, kernel, 2).double(), torch.randn(6).double()
+    extra = min(extra, max(stride, dilation) - 1)
+    assume(4 * stride - 2 * padding + dilation * (kernel - 1) + extra >= 0)
+    call = (w, b, steps, (padding, 0), (extra, 0), groups, dilations)
+    expected = F.conv_transpose2d(x, *call)
+    m = am.transposed_convolution(Lazy.of(w), b, groups, steps, (padding, 0), dilations)
+    compute = run if stride == 1 else run_transposed
+    close(compute(m, x, expected.shape[2:]), expected)
