@@ -286,6 +286,20 @@ def linear(node: object) -> Linear | None:
     return Linear(node, x, weight_node, weight, bias)  # type: ignore[arg-type]
 
 
+def left_product(node: object) -> Linear | None:
+    """Reads ``weight @ x`` with a constant matrix: a linear over the middle axis of three."""
+    if not is_call(node, aten.matmul.default):
+        return None
+    assert isinstance(node, fx.Node)
+    weight_node, x = node.args
+    weight = constants.exact(weight_node)
+    if weight is None or len(weight.shape) != 2 or not is_tensor(x):
+        return None
+    if len(shape(x)) != 3 or constants.exact(x) is not None or not _fixed_float(node):  # type: ignore[arg-type]
+        return None
+    return Linear(node, x, weight_node, weight, None)  # type: ignore[arg-type]
+
+
 def quantised(node: object) -> Quantised | None:
     """Reads a convolution or linear of a constant weight that is dequantised in the graph."""
     if not isinstance(node, fx.Node) or node.op != "call_function" or not _fixed_float(node):

@@ -13,8 +13,9 @@ The choice is forward and greedy: in topological order, at each node, the root w
 gain (cost of the nodes that die minus cost of the merged one). At least one convolution or matrix
 product must die. Terms of a sum on other roots stay as addends.
 
-Transposed convolutions of one stride merge in sums likewise, and with pointwise layers after them,
-or before them if those have no bias; one of stride 1 is a convolution.
+A constant matrix on the left, ``W @ x`` over tokens, is a pointwise convolution with them as its
+channels. Transposed convolutions of one stride merge in sums likewise, and with pointwise layers
+after them, or before them if those have no bias; one of stride 1 is a convolution.
 
 Exact when: strides agree; a padded outer map meets only padding and no bias of the inner one (see
 :mod:`refold.rewrite.maps`). Otherwise it declines.
@@ -368,6 +369,8 @@ class _Folder:
                 node, "no symmetric padding gives the merged convolution its exact extent"
             )
             return None
+        # a view has strides of its own, and so has a product with a matrix on the left
+        own_strides = layout.is_layout(node) or (merged.spatial == 1 and merged.is_pointwise)
         width = node.meta["val"].element_size()
         price = cost.convolution(
             hints(node), hints(root), merged.weight.shape[1], merged.groups,
@@ -386,7 +389,7 @@ class _Folder:
                     list(execution.dilation), merged.groups,
                 ),
                 [node],
-                None if layout.is_layout(node) else node,  # a view has strides of its own
+                None if own_strides else node,
             )  # fmt: skip
 
         return price, emit

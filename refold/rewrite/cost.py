@@ -116,6 +116,8 @@ def of(node: fx.Node) -> float:
             return convolution(shape, hints(conv.x), inner, conv.groups, taps, width)
         inner = conv.weight.shape[1]
         return convolution(hints(conv.x), hints(conv.x), inner, conv.groups, taps, width)
+    if (product := records.left_product(node)) is not None:  # as the convolution that it is
+        return convolution(shape, hints(product.x), product.weight.shape[1], 1, (1,), width)
     if (linear := records.linear(node)) is not None:
         rows = math.prod(shape[:-1])
         return matrix(rows, shape[-1], linear.weight.shape[1], width)

@@ -95,6 +95,8 @@ class MapReader:
             return self._transposed(conv) if conv.transposed else self._conv(conv)
         if (linear := records.linear(node)) is not None:
             return self._linear(linear)
+        if (product := records.left_product(node)) is not None:
+            return self._left_product(product)
         if (affine := records.affine(node)) is not None:
             return self._affine(affine)
         if (total := records.add(node)) is not None:
@@ -188,6 +190,13 @@ class MapReader:
     def _linear(self, linear: records.Linear) -> Maps:
         outer = am.matrix(linear.weight, _bias(linear.bias, linear.weight.shape[0]))
         return self._after(outer, linear.x, linear.node, "feature")
+
+    def _left_product(self, product: records.Linear) -> Maps:
+        """``weight @ x`` mixes the axis that is a convolution's channels: a pointwise one."""
+        rows, columns = product.weight.shape
+        weight = product.weight.map((rows, columns, 1), lambda w: w.unsqueeze(-1))
+        outer = am.convolution(weight, _bias(None, rows), 1, (1,), (0,), (1,))
+        return self._after(outer, product.x, product.node, "conv")
 
     def _embedding(self, node: fx.Node) -> Maps:
         args = nodes.arguments(node)

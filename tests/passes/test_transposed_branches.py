@@ -102,6 +102,7 @@ def test_merges(forward, parts, calls) -> None:
         (lambda s, x: s.c(s.a(x)), {"a": up(), "c": conv(6, 5, k=3)}, ""),
         (lambda s, x: s.c(s.a(x)), {"a": up(), "c": conv(6, 5, stride=2)}, ""),
         (lambda s, x: s.c(s.a(x)), {"a": up(), "c": conv(6, 5, padding=1)}, ""),
+        (lambda s, x: s.c(s.a(x)), {"a": up(), "c": conv(6, 5, k=3, padding=1)}, ""),
         (lambda s, x: s.a(s.c(x)), {"a": up(), "c": conv(4, 4, k=3, padding=1, bias=False)}, ""),
         (lambda s, x: s.a(s.c(x)[..., :-1, :-1]), {"a": up(), "c": conv(4, 4, bias=False)}, ""),
         (lambda s, x: s.a(s.c(x)[..., 1:, 1:]), {"a": up(), "c": conv(4, 4, bias=False)}, ""),
