@@ -5,6 +5,7 @@ Parameters are the caller's own tensors: nothing here, and no pass, ever writes 
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import fx, nn
 
 from refold.algebra.lazy import Lazy
 from refold.graph import nodes
+from refold.graph.kinds import op_name
 
 _IMPURE = {
     "uniform", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like",
@@ -66,7 +68,7 @@ _VIEWS = {"view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "permute", 
 def _exact_layout(node: object) -> Lazy | None:
     if not isinstance(node, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
         return None
-    name = node.target._schema.name.split("::")[-1]
+    name = op_name(node)
     source = node.args[0] if node.args else None
     if name in ("expand", "expand_as", "contiguous", "clone", "detach", "alias"):
         return exact(source)
@@ -186,11 +188,12 @@ def written(graph: fx.Graph) -> set[fx.Node]:
 
 
 def is_mutation(node: fx.Node) -> bool:
-    return (
-        node.op == "call_function"
-        and isinstance(node.target, torch._ops.OpOverload)
-        and node.target._schema.is_mutable
-    )
+    return node.op == "call_function" and _is_mutable(node.target)
+
+
+@functools.cache
+def _is_mutable(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def impurity(node: fx.Node) -> str | None:
@@ -202,24 +205,21 @@ def impurity(node: fx.Node) -> str | None:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return f"{target} is not an ATen operator"
-    name = target._schema.name.split("::")[-1]
+    name = op_name(node)
     if name in _IMPURE or torch.Tag.nondeterministic_seeded in target.tags:
         if _is_switched_off(node):
             return None
         if name.startswith(("empty", "new_empty")):
             return "reads uninitialised memory"
         return f"{name} draws random numbers"
-    if target._schema.is_mutable:
+    if _is_mutable(target):
         return f"{name} writes one of its inputs"
     return None
 
 
 def _is_switched_off(node: fx.Node) -> bool:
     """True for dropout, attention and recurrent layers whose probability or mode draws nothing."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    given = {a.name: a.default_value for a in schema.arguments}
-    given.update(zip(given, node.args, strict=False))
-    given.update(node.kwargs)
+    given = nodes.arguments(node)
     if "train" in given or "training" in given:
         switch = given.get("train", given.get("training"))
         probability = given.get("p", given.get("dropout", 1.0))
@@ -287,7 +287,18 @@ def canonicalise(gm: fx.GraphModule) -> int:
 
 def drop_dead_code(graph: fx.Graph) -> None:
     """Removes what nobody reads, an attention without dropout too (fx takes it for random)."""
-    graph.eliminate_dead_code(lambda n: n.is_impure() and not _draws_nothing(n))
+    for node in reversed(graph.nodes):
+        if node.users or node.op in ("placeholder", "output"):
+            continue
+        if not node.is_impure() or _draws_nothing(node):
+            graph.erase_node(node)
+    for node in graph.find_nodes(op="get_attr"):
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        branch = getattr(graph.owning_module, str(node.target), None)
+        if isinstance(branch, fx.GraphModule):
+            drop_dead_code(branch.graph)
+            branch.recompile()
 
 
 def _draws_nothing(node: fx.Node) -> bool:
@@ -295,7 +306,7 @@ def _draws_nothing(node: fx.Node) -> bool:
     return (
         isinstance(target, torch._ops.OpOverload)
         and torch.Tag.nondeterministic_seeded in target.tags
-        and not target._schema.is_mutable
+        and not _is_mutable(target)
         and _is_switched_off(node)
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import fx
@@ -38,16 +40,25 @@ LAYOUT = frozenset({
 
 def op_name(node: fx.Node) -> str:
     """The bare operator name of a call (``conv2d`` for ``aten.conv2d.default``)."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[-1]
-    return getattr(node.target, "__name__", str(node.target))
+    return _name(node.target)
+
+
+@functools.cache
+def _name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[-1]
+    return getattr(target, "__name__", str(target))
 
 
 def kind(node: fx.Node) -> str:
     """The kind of a node: ``conv``, ``batch-norm``, ``linear``, ``add``, or its operator's name."""
     if node.op != "call_function":
         return node.op
-    name = op_name(node)
+    return _kind(op_name(node))
+
+
+@functools.cache
+def _kind(name: str) -> str:
     return _KINDS.get(name, _KINDS.get(name.rstrip("_"), name.strip("_").replace("_", "-")))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,20 +24,25 @@ def is_call(node: object, *targets: Any) -> bool:
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
     target = node.target
-    packet = getattr(target, "overloadpacket", None)
-    return any(target is t or (packet is not None and packet is t) for t in targets)
+    return target in targets or getattr(target, "overloadpacket", targets) in targets
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of an operator call by schema name, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    args, kwargs = node.args, node.kwargs
     bound: dict[str, Any] = {}
-    for index, arg in enumerate(schema.arguments):
-        if arg.kwarg_only or index >= len(node.args):
-            bound[arg.name] = node.kwargs.get(arg.name, arg.default_value)
+    for index, (name, kwarg_only, default) in enumerate(_parameters(node.target)):
+        if kwarg_only or index >= len(args):
+            bound[name] = kwargs.get(name, default)
         else:
-            bound[arg.name] = node.args[index]
+            bound[name] = args[index]
     return bound
+
+
+@functools.cache
+def _parameters(target: Any) -> tuple[tuple[str, bool, Any], ...]:
+    """Name, whether by keyword alone, and default of each; a schema makes them anew every time."""
+    return tuple((a.name, a.kwarg_only, a.default_value) for a in target._schema.arguments)
 
 
 def value(node: fx.Node) -> Any:

@@ -55,8 +55,8 @@ def signature(gm: fx.GraphModule) -> Signature:
     )
 
 
-def verify(gm: fx.GraphModule, before: Signature, *, repropagate: bool = False) -> None:
-    """Checks a graph that a pass has changed.
+def verify(gm: fx.GraphModule, before: Signature, *, repropagate: bool = False) -> Signature:
+    """Checks a graph that a pass has changed, and reads its signature.
 
     Args:
         gm: the graph module after the pass.
@@ -72,9 +72,10 @@ def verify(gm: fx.GraphModule, before: Signature, *, repropagate: bool = False) 
         gm.graph.lint()
     except RuntimeError as error:
         raise VerifierError(f"the graph is malformed: {error}") from error
-    _check_signature(gm, before)
+    after = _check_signature(gm, before)
     if repropagate:
         _repropagate(gm)
+    return after
 
 
 def _fail(gm: fx.GraphModule, node: fx.Node, message: str) -> NoReturn:
@@ -115,7 +116,7 @@ def _describe(value: Any) -> str:
     return repr(value)
 
 
-def _check_signature(gm: fx.GraphModule, before: Signature) -> None:
+def _check_signature(gm: fx.GraphModule, before: Signature) -> Signature:
     after = signature(gm)
     output = gm.graph.output_node()
     if after.inputs != before.inputs:
@@ -138,6 +139,7 @@ def _check_signature(gm: fx.GraphModule, before: Signature) -> None:
         )
     for one, other in sorted(after.sharing - before.sharing):
         _fail(gm, output, f"{one} now shares storage with {other}; it did not before")
+    return after
 
 
 def _difference(old: Any, new: Any) -> str | None:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from refold.errors import UsageError, VerifierError, did_you_mean
 from refold.graph import constants, provenance, subgraphs
 from refold.graph.kinds import census
-from refold.graph.verifier import signature, verify
+from refold.graph.verifier import Signature, signature, verify
 from refold.rewrite.result import Pass, PassResult
 
 ENTRY_POINT_GROUP = "refold.passes"
@@ -195,10 +195,13 @@ class Pipeline:
         compare: Compare | None = None,
     ) -> PipelineResult:
         result = PipelineResult()
+        before, contract = census(gm.graph), signature(gm)
         for item in self.passes:
             if progress is not None:
                 progress(item.name)
-            result.runs.append(_run_pass(item, gm, debug=debug, compare=compare))
+            run, contract = _run_pass(item, gm, before, contract, debug=debug, compare=compare)
+            result.runs.append(run)
+            before = run.after
         for cond in subgraphs.conds(gm):
             subgraphs.sink(cond)
             for branch in subgraphs.branches(cond):
@@ -229,8 +232,16 @@ def _joined(outer: PassRun, inner: PassRun) -> PassRun:
     )
 
 
-def _run_pass(item: Pass, gm: fx.GraphModule, *, debug: bool, compare: Compare | None) -> PassRun:
-    before, contract = census(gm.graph), signature(gm)
+def _run_pass(
+    item: Pass,
+    gm: fx.GraphModule,
+    before: Counter[str],
+    contract: Signature,
+    *,
+    debug: bool,
+    compare: Compare | None,
+) -> tuple[PassRun, Signature]:
+    """Runs one pass; ``before`` and ``contract`` are what the one before it left."""
     copy = copy_sharing_tensors(gm) if debug and compare is not None else None
     started = time.perf_counter()
     result = item.run(gm)
@@ -238,7 +249,7 @@ def _run_pass(item: Pass, gm: fx.GraphModule, *, debug: bool, compare: Compare |
     after = census(gm.graph)
     try:
         if result.modified:
-            verify(gm, contract, repropagate=debug)
+            contract = verify(gm, contract, repropagate=debug)
         elif before != after:
             raise VerifierError("it says that it changed nothing, but the calls are not the same")
     except VerifierError as error:
@@ -247,7 +258,7 @@ def _run_pass(item: Pass, gm: fx.GraphModule, *, debug: bool, compare: Compare |
         constants.materialise_all(gm, forget=False)
         gm.recompile()
         compare(copy, gm, item.name)
-    return PassRun(item.name, result, seconds, before, after)
+    return PassRun(item.name, result, seconds, before, after), contract
 
 
 def copy_sharing_tensors(gm: fx.GraphModule) -> fx.GraphModule:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from refold.graph import nodes, provenance, records
+from refold.graph import constants, nodes, provenance, records
 from refold.graph.kinds import kind
 from refold.graph.nodes import aten
 from refold.rewrite import layout
@@ -58,7 +58,7 @@ class Pusher(Upward, Downward):
                     self.refusals.pop(node, None)
                     changed = True
             if changed:
-                self.graph.eliminate_dead_code()
+                constants.drop_dead_code(self.graph)
         result.modified = bool(result.applied)
         alive = set(self.graph.nodes)
         result.declined = [
@@ -82,6 +82,9 @@ class Pusher(Upward, Downward):
             return None
         upward = ""
         for self.joins in (True, False):
+            if not self.joins and not self.joined:
+                break  # the same plan as before
+            self.joined = False
             plan = Plan()
             try:
                 self._plan_up(record, factor, plan)

@@ -47,6 +47,7 @@ class Upward(Walk):
         if not nodes.only_user(u, consumer):
             if not self._is_inside(u):
                 raise Refused(f"{u.name} has other users")
+            self.joined = True
             plan.shared[u, consumer] = factor
             return None
         return self._into(u, factor, plan)

@@ -50,6 +50,7 @@ class Walk:
         self.escapes = False
         self.record: records.Affine | None = None
         self.joins = True  # whether a tensor may take what all of its readers want
+        self.joined = False  # whether that made a difference to the plan
 
     def _commutes(self, u: fx.Node, factor: Factor) -> bool:
         """True if ``u(scale * x + shift) == scale * u(x) + shift`` for ``u``'s first input."""
@@ -151,7 +152,7 @@ class Walk:
             ]  # fmt: skip
             new = nodes.call(
                 self.graph, aten.batch_norm.default,
-                (x, *parts, False, 0.0, 0.0, False), rule=self.rule, sources=[node],
+                (x, *parts, False, 0.0, 0.0, False), rule=self.rule, sources=[node], like=node,
             )  # fmt: skip
         nodes.replace(node, new)
 
