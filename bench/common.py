@@ -69,7 +69,11 @@ def machine() -> dict[str, Any]:
 
 
 def save(name: str, settings: Mapping[str, Any], rows: Any, folder: Path = RESULTS) -> Path:
-    """Writes one benchmark's result.
+    """Writes one benchmark's result; says where.
+
+    A run that has fewer rows than the stored result, because it was asked for some networks alone
+    or is still going on, is written beside it and replaces nothing: ``NAME.part.json``. (Where a
+    benchmark has lost rows for good, remove its stored result first.)
 
     Args:
         name: file name without suffix.
@@ -78,7 +82,11 @@ def save(name: str, settings: Mapping[str, Any], rows: Any, folder: Path = RESUL
         folder: where it goes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    path, part = folder / f"{name}.json", folder / f"{name}.part.json"
+    if path.exists() and len(rows) < len(load(name, folder)["rows"]):
+        path = part
+    else:
+        part.unlink(missing_ok=True)
     document = {
         "benchmark": name,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.common import interleaved, ratio
+from bench.common import interleaved, load, ratio, save
 from tools.readme_tables import fill
 
 
@@ -29,6 +29,20 @@ def test_every_round_runs_everything_once() -> None:
     rounds = [calls[i : i + 3] for i in range(0, 15, 3)]
     assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
     assert len({tuple(order) for order in rounds}) > 1
+
+
+def test_a_run_on_some_networks_leaves_the_rows_of_the_others(tmp_path: Path) -> None:
+    rows = [{"network": "a"}, {"network": "b"}]
+    whole = save("networks", {}, rows, tmp_path)
+    some = save("networks", {}, rows[:1], tmp_path)
+    assert load("networks", tmp_path)["rows"] == rows
+    assert (whole.name, some.name) == ("networks.json", "networks.part.json")
+    assert json.loads(some.read_text())["rows"] == rows[:1]
+    again = [{"network": "a", "new": 1}, {"network": "b", "new": 1}]
+    assert save("networks", {}, again, tmp_path) == whole
+    assert load("networks", tmp_path)["rows"] == again
+    assert not some.exists()
+    assert save("other", {}, rows[:1], tmp_path).name == "other.json"
 
 
 def _result(**count: Any) -> dict[str, Any]:

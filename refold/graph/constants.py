@@ -33,11 +33,13 @@ def tensor(node: fx.Node) -> torch.Tensor:
 
 def attribute(node: fx.Node) -> torch.Tensor:
     """The parameter or buffer itself."""
-    owner: Any = node.graph.owning_module
-    for part in str(node.target).split("."):
-        owner = getattr(owner, part)
-    assert isinstance(owner, torch.Tensor)
-    return owner
+    *path, name = str(node.target).split(".")
+    owner = node.graph.owning_module
+    for part in path:
+        owner = owner._modules[part]  # several times as fast as getattr, for every constant read
+    found = getattr(owner, name)
+    assert isinstance(found, torch.Tensor)
+    return found
 
 
 def stored(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
@@ -62,6 +64,7 @@ def exact(node: object) -> Lazy | None:
     return pending if pending is not None else Lazy.of(tensor(node))
 
 
+_BROADCASTS = {"expand", "expand_as", "contiguous", "clone", "detach", "alias"}
 _VIEWS = {"view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "permute", "transpose", "t"}
 
 
@@ -69,11 +72,13 @@ def _exact_layout(node: object) -> Lazy | None:
     if not isinstance(node, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
         return None
     name = op_name(node)
+    if name not in _BROADCASTS and name not in _VIEWS:
+        return None
     source = node.args[0] if node.args else None
-    if name in ("expand", "expand_as", "contiguous", "clone", "detach", "alias"):
+    if name in _BROADCASTS:
         return exact(source)
     rest = node.args[1:]
-    if name not in _VIEWS or len(node.all_input_nodes) != 1:
+    if len(node.all_input_nodes) != 1:
         return None
     base = exact(source)
     if base is None or base.shape != tuple(source.meta["val"].shape):  # type: ignore[union-attr]
@@ -311,30 +316,39 @@ def _draws_nothing(node: fx.Node) -> bool:
     )
 
 
-def sweep(gm: fx.GraphModule) -> None:
-    """Removes dead code and drops tensors and submodules that no node reads any more."""
+def sweep(gm: fx.GraphModule) -> bool:
+    """Removes dead code, and tensors and submodules that no node reads; whether there were any."""
+    size = len(gm.graph.nodes)
     drop_dead_code(gm.graph)
-    used = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
-    for name in [n for n, _ in gm.named_parameters(remove_duplicate=False)] + [
-        n for n, _ in gm.named_buffers(remove_duplicate=False)
-    ]:
-        if not _is_below(name, used):
-            path, _, attr = name.rpartition(".")
-            delattr(gm.get_submodule(path), attr)
-    above = {path for name in used for path in _ancestors(name)}
-    for name in [n for n, _ in gm.named_modules() if n]:
-        if name not in above and not _is_below(name, used):
-            gm.delete_submodule(name)
+    used: set[str] = set()
+    above: set[str] = set()  # modules with something inside that is used
+    for node in gm.graph.nodes:
+        if node.op in ("get_attr", "call_module") and node.target not in used:
+            path = str(node.target)
+            used.add(path)
+            while (path := path.rpartition(".")[0]) and path not in above:
+                above.add(path)
+    dropped = _drop_unused(gm, "", used, above)
     for name, value in list(vars(gm).items()):
         if isinstance(value, torch.Tensor) and name not in used:
             delattr(gm, name)
+    return dropped or len(gm.graph.nodes) != size
 
 
-def _is_below(name: str, used: set[str]) -> bool:
-    """True if a path is used, or lies in a module that is (a branch has modules of its own)."""
-    return name in used or any(path in used for path in _ancestors(name))
-
-
-def _ancestors(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts))]
+def _drop_unused(module: nn.Module, prefix: str, used: set[str], above: set[str]) -> bool:
+    """Drops what is not used inside a module; a module that is used itself stays as it is."""
+    unread = [
+        name
+        for store in (module._parameters, module._buffers)
+        for name, value in store.items()
+        if value is not None and prefix + name not in used
+    ]
+    inside = {name: prefix + name for name in module._modules}
+    unread += [n for n, path in inside.items() if path not in used and path not in above]
+    for name in unread:
+        delattr(module, name)
+    found = bool(unread)
+    for name, child in module._modules.items():
+        if child is not None and inside[name] not in used:
+            found |= _drop_unused(child, f"{inside[name]}.", used, above)
+    return found

@@ -419,6 +419,8 @@ def widening_affine(node: object) -> Affine | None:
     """
     if not isinstance(node, fx.Node) or node.op != "call_function" or not _fixed_float(node):
         return None
+    if not any(is_tensor(a) and dtype(a) in _INTEGERS for a in node.all_input_nodes):
+        return None
     return _arithmetic(node, widens=True)
 
 

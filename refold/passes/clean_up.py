@@ -74,8 +74,7 @@ class CleanUp:
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Cleans a graph in place."""
-        state = _state(gm)
-        done = _remove_dead(gm)  # a dead user would hold the call that it reads
+        done, swept = _remove_dead(gm)  # a dead user would hold the call that it reads
         modified = _loosen_views(gm.graph)
         rules = _rules(strides_matter=aliasing.reads_strides(gm.graph))
         for _ in range(_ROUNDS):
@@ -84,8 +83,9 @@ class CleanUp:
             done += [*result.applied, *merged]
             if not merged:
                 break
-        done += _remove_dead(gm)
-        modified = modified or bool(done) or state != _state(gm)
+        last, swept_again = _remove_dead(gm)
+        done += last
+        modified = modified or bool(done) or swept or swept_again
         return PassResult(modified, _by_rule(done), result.declined)
 
 
@@ -386,8 +386,8 @@ def _frozen(value: Any) -> Any:
     return value
 
 
-def _remove_dead(gm: fx.GraphModule) -> list[Applied]:
-    """Removes calls without users; impure and pinned ones stay."""
+def _remove_dead(gm: fx.GraphModule) -> tuple[list[Applied], bool]:
+    """Removes calls without users (impure and pinned ones stay), and whatever else is unread."""
     dead: list[fx.Node] = []
     for node in reversed(list(gm.graph.nodes)):
         if node.op in ("placeholder", "output") or node.users or nodes.pinned(node):
@@ -396,13 +396,8 @@ def _remove_dead(gm: fx.GraphModule) -> list[Applied]:
             gm.graph.erase_node(node)
             dead.append(node)
     calls = [n for n in reversed(dead) if n.op == "call_function"]
-    constants.sweep(gm)
-    return [applied("clean-up/dead-code", calls, [])] if calls else []
-
-
-def _state(gm: fx.GraphModule) -> tuple[int, set[str]]:
-    names = {n for n, _ in gm.named_parameters(remove_duplicate=False)}
-    return len(gm.graph.nodes), names | {n for n, _ in gm.named_buffers(remove_duplicate=False)}
+    records = [applied("clean-up/dead-code", calls, [])] if calls else []
+    return records, constants.sweep(gm) or bool(dead)
 
 
 def _by_rule(records: Sequence[Applied]) -> list[Applied]:

@@ -91,8 +91,6 @@ class FoldConstants:
             replace(node, new)
             result.applied.append(_erase(self.name, node, inner))
         result.modified = bool(result.applied)
-        graph.lint()
-        gm.recompile()
         return result
 
     # --- policy -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import fx
 
 from refold.graph import constants
 from refold.graph.kinds import op_name
-from refold.graph.nodes import Size, is_tensor, same, shape
+from refold.graph.nodes import Size, aten, is_tensor, shape
 
 _GATHERS = frozenset({
     "view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t",
@@ -27,6 +27,10 @@ _GATHERS = frozenset({
     "native_channel_shuffle", "roll", "flip", "contiguous", "clone", "repeat", "movedim", "narrow",
     "swapaxes", "swapdims", "index_select", "repeat_interleave", "alias", "detach", "tile",
     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+})  # fmt: skip
+_PERMUTES = frozenset({"permute", "transpose", "t", "swapaxes", "swapdims", "movedim"})
+_RESHAPES = frozenset({
+    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"
 })  # fmt: skip
 _MAX_ELEMENTS = 1 << 24
 
@@ -74,7 +78,7 @@ def is_layout(node: fx.Node) -> bool:
         return False
     name = op_name(node)
     if name in _GATHERS:
-        return True
+        return node.target is not aten.view.dtype  # which reads the bits as other numbers
     if name == "pad":
         return str(node.args[2] if len(node.args) > 2 else node.kwargs.get("mode")) in (
             "reflect", "replicate", "circular",
@@ -171,8 +175,8 @@ def pull(node: fx.Node, source: fx.Node, pair: Pair, disjoint: bool, graph: fx.G
     Raises:
         Unproven: two outputs of one element disagree, or an axis is symbolic.
     """
-    if _keeps_rows(node, source, pair):
-        return _on_last(pair, len(shape(source)))
+    if (known := _known(node, node, source, pair)) is not None:
+        return known
     results: list[Pair] = []
     for symbols in assignments(graph):
         index = index_of(node, source, symbols)
@@ -189,20 +193,53 @@ def pull(node: fx.Node, source: fx.Node, pair: Pair, disjoint: bool, graph: fx.G
     return _proven(results)
 
 
-def _keeps_rows(node: fx.Node, source: fx.Node, pair: Pair) -> bool:
-    """True for a reshape that keeps the last axis, and a pair that varies along it alone.
+def _known(node: fx.Node, start: fx.Node, end: fx.Node, pair: Pair) -> Pair | None:
+    """Moves a pair through a permutation or a reshape, either way, without executing it in full.
 
-    By far the most frequent layout around linears, so it is worth not executing.
+    By far the most frequent layouts, and of large tensors. A permutation is executed on none of
+    the elements. A reshape is known where the pair varies within a block of last axes alone: the
+    rows before it are alike, so one stands for all, however many there are.
     """
-    if op_name(node) not in ("reshape", "view", "_unsafe_view", "flatten"):
-        return False
-    if not shape(node) or not shape(source) or not same(shape(node)[-1], shape(source)[-1]):
-        return False
-    return all(v.dim() and v.numel() == v.shape[-1] for v in pair)
+    name, rank = op_name(node), len(shape(start))
+    if (name not in _PERMUTES and name not in _RESHAPES) or any(v.dim() != rank for v in pair):
+        return None
+    pair = reduce(pair[0], None, 0.0), reduce(pair[1], None, 0.0)
+    if name in _PERMUTES:
+        sizes = range(2, 2 + rank)  # no two axes alike
+        source = torch.empty(tuple(sizes), device="meta")
+        moved = node.target(source, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        order = [size - 2 for size in moved.shape]
+        if node is start:
+            order = [order.index(axis) for axis in range(rank)]
+        return pair[0].permute(order), pair[1].permute(order)
+    block = _block(shape(start), shape(end), pair)
+    return block and (_through(pair[0], *block), _through(pair[1], *block))
 
 
-def _on_last(pair: Pair, rank: int) -> Pair:
-    return pair[0].reshape((1,) * (rank - 1) + (-1,)), pair[1].reshape((1,) * (rank - 1) + (-1,))
+def _block(
+    start: tuple[Size, ...], end: tuple[Size, ...], pair: Pair
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The fewest last axes of two shapes with equally many elements, all that the pair varies on.
+
+    The second are as many as the shape has, with ones in front.
+    """
+    varying = [a - len(start) for v in pair for a in range(v.dim()) if v.shape[a] != 1]
+    least, before, after = -min(varying, default=0), [], []
+    while len(before) < least or math.prod(before) != math.prod(after):
+        longer = len(before) < least or math.prod(before) < math.prod(after)
+        sizes, taken = (start, before) if longer else (end, after)
+        size = sizes[-1 - len(taken)] if len(taken) < len(sizes) else 0
+        if not isinstance(size, int) or size == 0:
+            return None
+        taken.insert(0, size)
+    return tuple(before), (1,) * (len(end) - len(after)) + tuple(after)
+
+
+def _through(value: torch.Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> torch.Tensor:
+    if value.numel() == 1:
+        return value.reshape((1,) * len(after))
+    inner = value.reshape(value.shape[value.dim() - len(before) :])
+    return reduce(inner.expand(before).reshape(after), None, 0.0)
 
 
 def _scatter(
@@ -221,8 +258,8 @@ def _scatter(
 
 def push(node: fx.Node, source: fx.Node, pair: Pair, graph: fx.Graph) -> Pair:
     """Moves a per-element scale and shift from a layout's input to its output."""
-    if _keeps_rows(node, source, pair):
-        return _on_last(pair, len(shape(node)))
+    if (known := _known(node, source, node, pair)) is not None:
+        return known
     results: list[Pair] = []
     for symbols in assignments(graph):
         index = index_of(node, source, symbols)

@@ -58,6 +58,7 @@ class MapReader:
     """
 
     maps: dict[fx.Node, Maps] = field(default_factory=dict)
+    identities: dict[fx.Node, Maps] = field(default_factory=dict)
     borders: dict[fx.Node, dict[Key, _Border]] = field(default_factory=dict)
     refusals: dict[fx.Node, str] = field(default_factory=dict)
     proposed: set[fx.Node] = field(default_factory=set)
@@ -82,7 +83,9 @@ class MapReader:
 
     def of(self, node: fx.Node) -> Maps:
         """The maps of a node, itself as a root included, farthest root last."""
-        out = dict(identity_maps(node))
+        if node not in self.identities:
+            self.identities[node] = identity_maps(node)
+        out = dict(self.identities[node])
         for key, value in self.maps.get(node, {}).items():
             if key[1].users or key[1].op == "placeholder" or key[1] in self.proposed:
                 out[key] = value

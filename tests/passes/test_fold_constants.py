@@ -50,6 +50,12 @@ def calls(gm: fx.GraphModule) -> list[str]:
     ]
 
 
+def run(gm: fx.GraphModule, **options: float) -> PassResult:
+    result = FoldConstants(**options).run(gm)
+    gm.recompile()
+    return result
+
+
 def folded(
     model: nn.Module, x: Tensor, tolerance: float = F32, **options: float
 ) -> tuple[fx.GraphModule, PassResult]:
@@ -57,14 +63,14 @@ def folded(
     gm = program.graph_module
     state = {k: v.clone() for k, v in model.state_dict().items()}
     reference = Oracle(gm)(x)
-    result = FoldConstants(**options).run(gm)
+    result = run(gm, **options)
     with torch.no_grad():
         got = gm(x)
     scale = float(reference.detach().abs().max())
     assert float((got - reference).abs().max()) <= tolerance * scale
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key])
-    again = FoldConstants(**options).run(gm)
+    again = run(gm, **options)
     assert not again.modified
     assert not again.applied
     assert bool(result.applied) == result.modified
@@ -358,7 +364,7 @@ def test_pinned_nodes_stay() -> None:
     for node in gm.graph.nodes:
         if node.op == "call_function" and "batch_norm" in node.name:
             node.meta["refold_pinned"] = True
-    FoldConstants().run(gm)
+    run(gm)
     assert "batch_norm" in "".join(calls(gm))
 
 
@@ -378,7 +384,7 @@ def test_random_generators_are_refused_with_the_reason(draw: Callable, says: str
     model = Does(lambda s, x: x @ draw(s), w=torch.randn(4, 4))
     gm = trace(model, (torch.randn(2, 4),)).graph_module
     before = [c for c in calls(gm) if "rand" in c or "uniform" in c or "bernoulli" in c]
-    result = FoldConstants().run(gm)
+    result = run(gm)
     assert says in [d.reason for d in result.declined]
     assert all("buffer" in d.hint for d in result.declined)
     assert [c for c in calls(gm) if "rand" in c or "uniform" in c or "bernoulli" in c] == before
@@ -395,7 +401,7 @@ def test_written_buffer_is_not_constant() -> None:
             return x * (self.n * 2)
 
     gm = trace(Counts(), (torch.ones(2, 4),)).graph_module
-    result = FoldConstants().run(gm)
+    result = run(gm)
     assert not result.applied
     assert [float(gm(torch.ones(2, 4))[0, 0]) for _ in range(3)] == [2.0, 4.0, 6.0]
 
@@ -403,7 +409,7 @@ def test_written_buffer_is_not_constant() -> None:
 def test_sizes_are_not_constant() -> None:
     model = Does(lambda s, x: x + torch.arange(x.shape[0]).unsqueeze(1) * s.w, w=torch.ones(4))
     gm = trace(model, (torch.zeros(2, 4),)).graph_module
-    FoldConstants().run(gm)
+    run(gm)
     assert gm(torch.zeros(5, 4))[:, 0].tolist() == [0, 1, 2, 3, 4]
 
 
@@ -420,7 +426,7 @@ def test_constant_output_is_a_tensor_of_its_own(function: Callable) -> None:
     model = Does(function, w=torch.randn(3, 3))
     x = torch.randn(2, 3)
     gm = trace(model, (x,)).graph_module
-    FoldConstants().run(gm)
+    run(gm)
     expected = [t.clone() for t in model(x)]
     with torch.no_grad():
         for out in gm(x)[1:] if gm(x)[0] is x else gm(x):
@@ -428,7 +434,7 @@ def test_constant_output_is_a_tensor_of_its_own(function: Callable) -> None:
                 out.fill_(9.0)
     for got, want in zip(gm(x), expected, strict=True):
         torch.testing.assert_close(got, want)
-    assert not FoldConstants().run(gm).modified
+    assert not run(gm).modified
 
 
 def test_nan_weights_fold_to_nan() -> None:
@@ -438,7 +444,7 @@ def test_nan_weights_fold_to_nan() -> None:
     gm = trace(model.eval(), (image(),)).graph_module
     x = image()
     own = gm(x)
-    FoldConstants().run(gm)
+    run(gm)
     assert torch.equal(gm(x).isnan(), own.isnan())
     assert own.isnan().any()
 
@@ -448,7 +454,7 @@ def test_what_cannot_be_evaluated_is_declined() -> None:
         lambda s, x: x @ torch.linalg.cholesky(s.w) + s.b * 2, w=-torch.eye(3), b=torch.ones(3)
     )
     gm = trace(model, (torch.randn(2, 3),), dynamic_batch=False).graph_module
-    result = FoldConstants().run(gm)
+    result = run(gm)
     assert [r.kinds for r in result.applied] == [("mul",)]
     assert "cannot be evaluated" in result.declined[0].reason
 
@@ -501,5 +507,5 @@ def test_golden() -> None:
 
     gm = trace(Does(function, v=torch.randn(5, 4, 3, 3)), (image(),)).graph_module
     before = render(gm)
-    FoldConstants().run(gm)
+    run(gm)
     golden.check("fold_constants", f"before:\n{before}\nafter:\n{render(gm)}")
