@@ -13,6 +13,7 @@ Three proofs, on the graph as traced:
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -241,14 +242,18 @@ def _shift_of(node: fx.Node) -> fx.Node | None:
 def _cancels(start: fx.Node) -> bool:
     """True if every path of a value, plus the same shift everywhere, ends in a sum without it."""
     shifted = {start: 1.0}  # how many times the shift is in a node
-    for node in start.graph.nodes:
-        read = [a for a in node.all_input_nodes if shifted.get(a)]
-        if not read:
-            continue
+    queue = sorted(start.users)  # in the order of the graph: what a node reads is known before it
+    seen = set(queue)
+    while queue:
+        node = heapq.heappop(queue)
         amount = _carried(node, shifted)
         if amount is None:
             return False
         shifted[node] = amount
+        for user in node.users if amount else ():
+            if user not in seen:
+                seen.add(user)
+                heapq.heappush(queue, user)
     return True
 
 
