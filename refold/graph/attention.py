@@ -193,8 +193,10 @@ def _einsum(node: fx.Node) -> _Product | None:
     if any(len(set(term)) != len(term) for term in (first, second, result)):
         return None
     left, right = list(operands)  # type: ignore[arg-type]
+    if not all((first, second, result)):  # a factor or a result without axes
+        return None
     summed = (set(first) | set(second)) - set(result)
-    contracted = second.index(first[-1]) if summed == {first[-1]} & set(second) else None
+    contracted = second.index(first[-1]) if summed == {first[-1]} <= set(second) else None
     free = second.index(result[-1]) if result[-1] in set(second) - set(first) else None
 
     def carried(shift: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from refold.passes import PIPELINES
 from refold.passes.fold_attention_biases import FoldAttentionBiases
 from tests import golden
 from tests.compare import EXACT, relative_error
-from tests.folding import left, run
+from tests.folding import Net, left, run
 from tests.tracing import trace
 
 FOLD = FoldAttentionBiases()
@@ -85,6 +85,18 @@ BOTH, KEYS, NEITHER = [True, False, False, True], [True, False, True, True], [Tr
 def rotary(s, q, k, v):
     angle = torch.arange(TOKENS, dtype=q.dtype)[:, None] * torch.ones(WIDTH, dtype=q.dtype)
     return F.scaled_dot_product_attention(q * angle.cos(), k * angle.cos() + k.flip(-1), v)
+
+
+@pytest.mark.parametrize(
+    ("equation", "size"),
+    [("bnc,c->bnc", (C,)), ("bnc,bnd->cd", (2, TOKENS, 3)), ("bnc,bnc->", (2, TOKENS, C))],
+)
+def test_products_that_are_no_attention(equation: str, size: tuple[int, ...]) -> None:
+    """An axis that is scaled and not summed, one that only the right side has, no axis left."""
+    factor = torch.randn(size, dtype=torch.float64)
+    net = Net(lambda s, x: torch.einsum(equation, torch.softmax(x, -1), s.factor), factor=factor)
+    gm, _ = run(FOLD, net, tokens(), dynamic=False)
+    assert left(gm)["matmul"] == 1
 
 
 @pytest.mark.parametrize(
