@@ -499,10 +499,9 @@ def executions(base: AffineMap, reach: int = 3) -> Iterator[Execution]:
     extent needs another padding (crops, asymmetric pads). Which one gives the exact extent depends
     on sizes, so the caller chooses.
     """
-    low = tuple(min(taps) for taps in base.support)
-    origin = tuple(o - a for o, a in zip(base.origin, low, strict=True))
-    if all(o >= 0 for o in origin):
-        yield _execution(base, origin, (0,) * base.spatial, base.dilation)
+    if (tight := trimmed(base)) is not None:
+        yield tight
+    origin = _first_tap(base)
     ones = (1,) * base.spatial
     padded = (
         _execution(base, tuple(max(o, 0) + extra for o in origin), (tail,) * base.spatial, ones)
@@ -510,6 +509,19 @@ def executions(base: AffineMap, reach: int = 3) -> Iterator[Execution]:
         for tail in range(reach + 1)
     )
     yield from sorted(padded, key=lambda e: e.weight.numel())
+
+
+def trimmed(base: AffineMap) -> Execution | None:
+    """The kernel without its zero taps, on its lattice; ``None`` where it starts inside."""
+    origin = _first_tap(base)
+    if any(o < 0 for o in origin):
+        return None
+    return _execution(base, origin, (0,) * base.spatial, base.dilation)
+
+
+def _first_tap(base: AffineMap) -> Ints:
+    """How far in front of its output each axis of the kernel starts to read."""
+    return tuple(o - min(taps) for o, taps in zip(base.origin, base.support, strict=True))
 
 
 def _execution(base: AffineMap, padding: Ints, tail: Ints, dilation: Ints) -> Execution:

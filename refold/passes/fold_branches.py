@@ -40,7 +40,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,9 @@ class FoldBranches:
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         return _Folder(gm, self).run()
+
+
+_Emission = tuple[float, int, Callable[[], fx.Node]]  # microseconds, calls, what writes them
 
 
 @dataclass
@@ -234,11 +237,11 @@ class _Folder:
         emission = self._emission(node, key, merged)
         if emission is None:
             return None
-        then, emit = emission
+        then, calls, emit = emission
         per_node = self.options.prefer == "nodes"
         now = sum(_weight(n, per_node) for n in dead)
         if per_node:
-            then = 1.0
+            then = float(calls)
         extra = cost.elementwise(hints(node), 2, node.meta["val"].element_size())
         then += len(rest) * (1.0 if per_node else extra)
         if key[1] in self.reader.proposed and not key[1].users:
@@ -297,9 +300,7 @@ class _Folder:
 
     # -- emitting -------------------------------------------------------------------------------
 
-    def _emission(
-        self, node: fx.Node, key: Key, merged: AffineMap
-    ) -> tuple[float, Callable[[], fx.Node]] | None:
+    def _emission(self, node: fx.Node, key: Key, merged: AffineMap) -> _Emission | None:
         kind_, root = key
         if kind_ == "feature":
             return self._emit_matrix(node, root, merged)
@@ -309,9 +310,7 @@ class _Folder:
             return self._emit_transposed(node, root, merged)
         return self._emit_conv(node, root, merged)
 
-    def _emit_matrix(
-        self, node: fx.Node, root: fx.Node, merged: AffineMap
-    ) -> tuple[float, Callable[[], fx.Node]] | None:
+    def _emit_matrix(self, node: fx.Node, root: fx.Node, merged: AffineMap) -> _Emission | None:
         dense = am.regroup(merged, 1)
         width = node.meta["val"].element_size()
         rows = math.prod(hints(node)) // max(dense.out_channels, 1)
@@ -330,11 +329,9 @@ class _Folder:
 
         if not same(shape(root)[:-1], shape(node)[:-1]) and not _static_but_batch(node):
             return None
-        return price, emit
+        return price, 1, emit
 
-    def _emit_embedding(
-        self, node: fx.Node, root: fx.Node, merged: AffineMap
-    ) -> tuple[float, Callable[[], fx.Node]] | None:
+    def _emit_embedding(self, node: fx.Node, root: fx.Node, merged: AffineMap) -> _Emission | None:
         dense = am.regroup(merged, 1)
         if not same(shape(node), (*shape(root), dense.out_channels)):
             return None
@@ -345,47 +342,60 @@ class _Folder:
             weight = self._constant(node, "weight", table, node)
             return self._call(aten.embedding.default, (weight, root), [node])
 
-        return cost.elementwise(hints(node), 1, node.meta["val"].element_size()), emit
+        return cost.elementwise(hints(node), 1, node.meta["val"].element_size()), 1, emit
 
     def _reshape_like(self, out: fx.Node, node: fx.Node) -> fx.Node:
         sizes = [s if isinstance(s, int) else -1 for s in shape(node)]
         return self._call(aten.reshape.default, (out, sizes), [node])
 
-    def _emit_conv(
-        self, node: fx.Node, root: fx.Node, merged: AffineMap
-    ) -> tuple[float, Callable[[], fx.Node]] | None:
+    def _emit_conv(self, node: fx.Node, root: fx.Node, merged: AffineMap) -> _Emission | None:
         if merged.spatial not in _CONVS:
             return None
+        sizes, wanted = shape(root)[2:], shape(node)[2:]
         execution = next(
             (
                 e
                 for e in am.executions(merged)
-                if _extent_fits(shape(root)[2:], shape(node)[2:], e, merged.stride)
+                if _extent_fits(sizes, wanted, e, merged.stride, e.padding)
             ),
             None,
         )
-        if execution is None:
-            self.reader.refusals.setdefault(
-                node, "no symmetric padding gives the merged convolution its exact extent"
-            )
-            return None
+        pads: tuple[tuple[int, int], ...] = ()
+        if execution is None:  # padded on one side, or by another width: a call of its own
+            execution = am.trimmed(merged)
+            pads = _sides(sizes, wanted, execution, merged.stride) if execution else ()
+            if execution is None or not pads:
+                self.reader.refusals.setdefault(
+                    node, "no padding gives the merged convolution its exact extent"
+                )
+                return None
+            execution = replace(execution, padding=(0,) * merged.spatial)
         # a view has strides of its own, and so has a product with a matrix on the left
         own_strides = layout.is_layout(node) or (merged.spatial == 1 and merged.is_pointwise)
         width = node.meta["val"].element_size()
+        read = list(hints(root))
+        for axis, pair in enumerate(pads):
+            read[2 + axis] += sum(pair)
         price = cost.convolution(
-            hints(node), hints(root), merged.weight.shape[1], merged.groups,
+            hints(node), read, merged.weight.shape[1], merged.groups,
             execution.weight.shape[2:], width,
         )  # fmt: skip
+        if pads:
+            price += cost.elementwise(read, 0, width, math.prod(hints(root)))
 
         def emit() -> fx.Node:
             weight = self._constant(node, "weight", execution.weight, root)
             bias = None
             if merged.has_bias:
                 bias = self._constant(node, "bias", Lazy.of(merged.bias), root)
+            x = root
+            if pads:
+                flat = [width for pair in reversed(pads) for width in pair]
+                x = self._call(aten.pad.default, (root, flat), [node])
             return self._call(
                 _CONVS[merged.spatial],
                 (
-                    root, weight, bias, list(merged.stride), list(execution.padding),
+                    x, weight, bias, list(merged.stride), list(execution.padding),
                     list(execution.dilation), merged.groups,
                 ),
                 [node],
@@ -394,9 +404,7 @@ class _Folder:
 
         return price, emit
 
-    def _emit_transposed(
-        self, node: fx.Node, root: fx.Node, merged: AffineMap
-    ) -> tuple[float, Callable[[], fx.Node]] | None:
+    def _emit_transposed(self, node: fx.Node, root: fx.Node, merged: AffineMap) -> _Emission | None:
         if merged.spatial not in _TRANSPOSED:
             return None
         for execution in am.executions(merged):
@@ -429,7 +437,7 @@ class _Folder:
                 None if layout.is_layout(node) else node,
             )  # fmt: skip
 
-        return price, emit
+        return price, 2 if pads else 1, emit
 
     def _constant(self, node: fx.Node, label: str, data: Lazy, like: fx.Node) -> fx.Node:
         return constants.add(self.gm, f"{node.name}.{label}", data, like.meta["val"])
@@ -526,11 +534,26 @@ def _output_padding(
 
 def _extent_fits(
     sizes: tuple[nodes.Size, ...], wanted: tuple[nodes.Size, ...], e: am.Execution,
-    stride: tuple[int, ...],
+    stride: tuple[int, ...], high: tuple[int, ...],
 ) -> bool:  # fmt: skip
     for axis, size in enumerate(sizes):
         span = e.dilation[axis] * (e.weight.shape[2 + axis] - 1) + 1
-        extent = (size + 2 * e.padding[axis] - span) // stride[axis] + 1
+        extent = (size + e.padding[axis] + high[axis] - span) // stride[axis] + 1
         if hint(extent) != hint(wanted[axis]) or not same(extent, wanted[axis]):
             return False
     return True
+
+
+def _sides(
+    sizes: tuple[nodes.Size, ...], wanted: tuple[nodes.Size, ...], e: am.Execution,
+    stride: tuple[int, ...],
+) -> tuple[tuple[int, int], ...]:  # fmt: skip
+    """How far to pad each axis, in front and behind, for the exact extent; nothing if none does."""
+    high = []
+    for axis, size in enumerate(sizes):
+        span = e.dilation[axis] * (e.weight.shape[2 + axis] - 1) + 1
+        last = stride[axis] * (hint(wanted[axis]) - 1) + span
+        high.append(last - e.padding[axis] - hint(size))
+    if min(high) < 0 or not _extent_fits(sizes, wanted, e, stride, tuple(high)):
+        return ()
+    return tuple(zip(e.padding, high, strict=True))

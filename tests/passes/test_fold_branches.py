@@ -176,6 +176,42 @@ def test_a_pad_on_one_side_hides_positions_there(pads) -> None:
     assert left(gm)["conv"] == 2
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: s.a(F.pad(x, (2, 0))) + s.c(x) + s.d(F.pad(x, (4, 0))) + x,
+        lambda s, x: s.a(F.pad(x, (0, 2))) - s.d(F.pad(x, (0, 4))),
+    ],
+)
+def test_branches_that_look_one_way_become_a_pad_and_a_convolution(forward, dynamic) -> None:
+    """Causal branches: no width padded on both sides gives the extent of their sum."""
+    parts = {
+        "a": nn.Conv1d(4, 4, 3),
+        "c": nn.Conv1d(4, 4, 1),
+        "d": nn.Conv1d(4, 4, 3, dilation=2),
+    }
+    for pipeline in (FOLD, PIPELINES["default"].passes, PIPELINES["min-nodes"].passes):
+        x = torch.randn(2, 4, 12, dtype=torch.float64)
+        gm, _ = run(pipeline, Net(forward, **parts), x, dynamic=dynamic)
+        assert left(gm) == {"pad": 1, "conv": 1}, gm.graph
+
+
+def test_one_axis_padded_on_one_side() -> None:
+    """Causal in time, centred in frequency; a stride in either."""
+
+    def forward(s, x):
+        return s.a(F.pad(x, (1, 1, 4, 0))) + s.c(F.pad(x, (0, 0, 2, 0)))
+
+    for stride in (1, 2):
+        parts = {
+            "a": nn.Conv2d(4, 4, (5, 3), stride=stride),
+            "c": nn.Conv2d(4, 4, (3, 1), stride=stride),
+        }
+        gm, _ = run(FOLD, Net(forward, **parts), image(), dynamic=True)
+        assert left(gm) == {"pad": 1, "conv": 1}, gm.graph
+
+
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 def test_padding_that_repeats_pixels_commutes_with_pointwise_layers(mode) -> None:
     net = Net(
