@@ -293,7 +293,7 @@ def canonicalise(gm: fx.GraphModule) -> int:
 def drop_dead_code(graph: fx.Graph) -> None:
     """Removes what nobody reads, an attention without dropout too (fx takes it for random)."""
     for node in reversed(graph.nodes):
-        if node.users or node.op in ("placeholder", "output"):
+        if node.users or node.op in ("placeholder", "output") or is_transform(node):
             continue
         if not node.is_impure() or _draws_nothing(node):
             graph.erase_node(node)
@@ -304,6 +304,14 @@ def drop_dead_code(graph: fx.Graph) -> None:
         if isinstance(branch, fx.GraphModule):
             drop_dead_code(branch.graph)
             branch.recompile()
+
+
+def is_transform(node: fx.Node) -> bool:
+    """One of the calls of which ``torch.func.vmap`` and its like are traced.
+
+    They open and close a level in which other calls mean something else: read or not, they stay.
+    """
+    return getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
 
 
 def _draws_nothing(node: fx.Node) -> bool:

@@ -19,7 +19,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from refold.graph.constants import drop_dead_code, is_mutation
+from refold.graph.constants import drop_dead_code, is_mutation, is_transform
 from refold.graph.kinds import op_name
 from refold.graph.nodes import (
     aten,
@@ -67,7 +67,8 @@ def functional_module(
     """
     gm = program.module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
-    redone = not make_functional(gm, aliasing_known=aliasing_known)
+    transforms = any(map(is_transform, gm.graph.nodes))
+    redone = transforms or not make_functional(gm, aliasing_known=aliasing_known)
     if redone:
         gm = _without_idle_calls(program).run_decompositions({}).module(check_guards=False)
         assert isinstance(gm, fx.GraphModule)

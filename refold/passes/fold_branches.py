@@ -402,7 +402,7 @@ class _Folder:
                 None if own_strides else node,
             )  # fmt: skip
 
-        return price, emit
+        return price, 2 if pads else 1, emit
 
     def _emit_transposed(self, node: fx.Node, root: fx.Node, merged: AffineMap) -> _Emission | None:
         if merged.spatial not in _TRANSPOSED:
@@ -437,7 +437,7 @@ class _Folder:
                 None if layout.is_layout(node) else node,
             )  # fmt: skip
 
-        return price, 2 if pads else 1, emit
+        return price, 1, emit
 
     def _constant(self, node: fx.Node, label: str, data: Lazy, like: fx.Node) -> fx.Node:
         return constants.add(self.gm, f"{node.name}.{label}", data, like.meta["val"])

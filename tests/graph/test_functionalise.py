@@ -283,3 +283,24 @@ def test_an_attention_that_nobody_reads_goes_and_a_draw_stays() -> None:
     gm, _ = functional(Does(function), torch.randn(2, 3, 4))
     kept = [n for n in gm.graph.nodes if "attention" in str(n.target)]
     assert [n.args[4] for n in kept] == [0.5]
+
+
+def test_vmap_becomes_plain_calls() -> None:
+    """Traced as calls that open and close a level, which mean nothing one by one."""
+
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(lambda row: self.linear(row.relu().mean(0)))(x)
+
+    model = Mapped()
+    gm, redone = functional(model, torch.randn(2, 4, 6))
+    assert redone
+    calls = [n for n in gm.graph.nodes if n.op == "call_function"]
+    assert all(isinstance(n.target, torch._ops.OpOverload) for n in calls)
+    for batch in (1, 3):
+        x = torch.randn(batch, 4, 6)
+        torch.testing.assert_close(gm(x), model(x))
