@@ -6,8 +6,10 @@ copy that shares its parameters, with eval semantics, on fresh copies of the exa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import logging
 import os
 import re
 import types
@@ -240,15 +242,20 @@ def _from_module(
                 batch = None
             if batch == 1:
                 notes.append("the example has batch 1; it was traced at batch 2, rows repeated")
-    with torch.no_grad():
-        gm, redone = functional_module(program)
-    if batch is not None:
+    gm, redone = tracer.functional(program)
+    apart = _apart(tracer, gm, traced)
+    if apart is not None:
+        notes.append(
+            f"the traced program is not the model: on the example {apart}. torch.export traces "
+            "another path than a call takes (a fused fast path, a test for export); what is "
+            "folded and verified is the traced program"
+        )
+    elif batch is not None:
         reason = _batch_one_differs(tracer, gm, example, batch)
         if reason:
             specialised.append(reason)
             program, traced, batch = tracer.export(example, None), example, None
-            with torch.no_grad():
-                gm, redone = functional_module(program)
+            gm, redone = tracer.functional(program)
     _refuse_seeds(tracer, gm, traced)
     if tracer.used_original:
         notes.append("the model could not be copied and was traced itself")
@@ -304,26 +311,46 @@ def _dynamic_batch(
     return program, traced, some
 
 
-def _batch_one_differs(tracer: _Tracer, gm: fx.GraphModule, example: Any, batch: int) -> str | None:
-    """Compares the trace with the model at batch 1, which tracing at 2 or more cannot see."""
+def _apart(tracer: _Tracer, gm: fx.GraphModule, inputs: Any) -> str | None:
+    """How the results of the trace differ from the model's own, if both run and they do."""
     if constants.written(gm.graph) or any(_draws_random(n) for n in gm.graph.nodes):
         return None
-    one = pytree.tree_map(lambda t: t[:1] if _has_batch(t, batch) else t, example)
     try:
         with torch.no_grad():
-            expected = tracer.fresh_module()(*fresh(one)[0], **fresh(one)[1])
-    except Exception:  # the model itself refuses batch 1: nothing to compare
+            args, kwargs = fresh(inputs)
+            expected = tracer.fresh_module()(*args, **kwargs)
+    except Exception:  # the model itself refuses these inputs: nothing to compare
         return None
     try:
         with torch.no_grad():
-            got = gm(*fresh(one)[0], **fresh(one)[1])
+            args, kwargs = fresh(inputs)
+            got = gm(*args, **kwargs)
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"the batch dimension is static at {batch}: the trace fails at batch 1 ({first})"
+        return f"it fails ({(str(error).splitlines() or [type(error).__name__])[0]})"
     ours, theirs = pytree.tree_leaves(got), pytree.tree_leaves(expected)
-    if len(ours) == len(theirs) and all(map(_close, ours, theirs)):
+    if len(ours) != len(theirs):
+        return f"it returns {len(ours)} values instead of {len(theirs)}"
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if not _close(a, b):
+            return f"output {i} of {len(ours)} is {_difference(a, b)}"
+    return None
+
+
+def _difference(a: Any, b: Any) -> str:
+    if _describe(a) != _describe(b) or not isinstance(a, torch.Tensor):
+        return f"{_describe(a)} instead of {_describe(b)}"
+    size = float((a - b).abs().max() / b.abs().max())
+    return f"off by {size:.1g} of its largest value"
+
+
+def _batch_one_differs(tracer: _Tracer, gm: fx.GraphModule, example: Any, batch: int) -> str | None:
+    """Compares the trace with the model at batch 1, which tracing at 2 or more cannot see."""
+    one = pytree.tree_map(lambda t: t[:1] if _has_batch(t, batch) else t, example)
+    apart = _apart(tracer, gm, one)
+    if apart is None:
         return None
-    return f"the batch dimension is static at {batch}: the model takes another path at batch 1"
+    path = f"the model takes another path at batch 1 ({apart})"
+    return f"the batch dimension is static at {batch}: {path}"
 
 
 def _refuse_seeds(tracer: _Tracer, gm: fx.GraphModule, example: Any) -> None:
@@ -412,7 +439,7 @@ class _Tracer:
     def export(self, inputs: Any, dynamic_shapes: Any, *, copies: bool = True) -> ExportedProgram:
         args, kwargs = fresh(inputs) if copies else inputs
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _quiet():
                 return torch.export.export(
                     self.fresh_module(),
                     args,
@@ -425,8 +452,23 @@ class _Tracer:
         except Exception as error:
             if self._may_trace_original(error):
                 self.used_original = True
-                return self.export(inputs, dynamic_shapes, copies=copies)
+                try:
+                    return self.export(inputs, dynamic_shapes, copies=copies)
+                except FrontendError:
+                    self.used_original = False  # the copy was not at fault
+                    raise
             raise FrontendError(self._explain(error, args, kwargs)) from error
+
+    def functional(self, program: ExportedProgram) -> tuple[fx.GraphModule, bool]:
+        try:
+            with torch.no_grad():
+                return functional_module(program)
+        except Exception as error:
+            raise FrontendError(
+                f"{type(self.original).__name__} was traced, but torch could not make the trace "
+                f"functional ({type(error).__name__}: {_first_lines(error)})\n  fix: keep "
+                "gradients, and transforms of torch.func inside others, out of forward"
+            ) from error
 
     def _may_trace_original(self, error: Exception) -> bool:
         """Whether the copy may be at fault; a model in training mode is never traced itself."""
@@ -443,9 +485,15 @@ class _Tracer:
         given = ", ".join(_describe(leaf) for leaf in pytree.tree_leaves((args, kwargs)))
         if self.bind:
             given += f"; bound: {', '.join(self.bind)}"
-        if isinstance(self.original, torch.jit.ScriptModule) or "ScriptModule" in text:
+        scripted = [
+            f" ({path!r})" if path else ""
+            for path, module in self.original.named_modules()
+            if isinstance(module, torch.jit.ScriptModule)
+        ]
+        if scripted or "ScriptModule" in text:
+            held = (*scripted, "")[0]
             fix = "pass the nn.Module that was scripted, not the result of torch.jit.script"
-            return f"{name} cannot be traced: it holds a TorchScript module\n  fix: {fix}"
+            return f"{name} cannot be traced: it holds a TorchScript module{held}\n  fix: {fix}"
         kind = {type(e).__name__ for e in _chain(error)}
         if any(k.startswith(("GuardOnDataDependent", "DataDependent")) for k in kind) or (
             "data-dependent" in text
@@ -464,11 +512,36 @@ class _Tracer:
         if "onstraint" in text or "dynamic_shapes" in text:
             fix = "change dynamic_shapes as the message says, or leave the dimension out"
             return f"{name} cannot be traced with these dynamic_shapes: {text}{where}\n  fix: {fix}"
+        if self._runs(args, kwargs):
+            return (
+                f"{name} runs, but torch.export cannot trace it: {type(error).__name__}: {text}"
+                f"{where}\n  fix: keep what it cannot trace outside of the compiled module"
+            )
         return (
             f"{name} raises on the example inputs ({given or 'none'}): "
             f"{type(error).__name__}: {text}{where}\n  fix: check that "
             "model(*args, **kwargs) runs on these inputs: their number, shapes and dtypes"
         )
+
+    def _runs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        try:
+            with torch.no_grad():
+                self.fresh_module()(*args, **kwargs)
+        except Exception:  # what it raises is explained already
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the log of a call that fails in the trace: the error says it, in one line."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -530,17 +603,13 @@ def _describe(leaf: Any) -> str:
 
 
 def fresh(tree: Any) -> Any:
-    """A copy of nested inputs whose tensors are new; one tensor given twice stays one."""
-    copies: dict[int, torch.Tensor] = {}
+    """A copy of nested inputs whose tensors are new.
 
-    def copy(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if id(leaf) not in copies:
-            copies[id(leaf)] = leaf.detach().clone()
-        return copies[id(leaf)]
-
-    return pytree.tree_map(copy, tree)
+    One tensor given for two inputs becomes two: a trace would take them for one in every call.
+    """
+    return pytree.tree_map(
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, tree
+    )
 
 
 def _batch_size(example: Any) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import pickle
 import zipfile
 from collections import namedtuple
@@ -324,6 +325,16 @@ def test_inputs_that_share_the_leading_size_have_a_batch() -> None:
     assert got.shape == (3, 7)
 
 
+def test_one_tensor_given_for_two_inputs_stays_two_inputs() -> None:
+    model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    program = trace(model, (x, x, x))
+    args = tuple(torch.randn(4, 3, 8) for _ in range(3))
+    got, expected = program.graph_module(*args), model(*args)
+    torch.testing.assert_close(got[0], expected[0])
+    torch.testing.assert_close(program.graph_module(x, x, x)[0], model(x, x, x)[0])
+
+
 def test_static_when_asked() -> None:
     program = trace(conv_net().eval(), (image(),), dynamic_batch=False)
     assert program.inputs[0].sizes == (2, 3, 8, 8)
@@ -461,6 +472,61 @@ def test_torchscript_says_what_to_pass() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(FrontendError, match="scripted"):
         trace(scripted, (torch.randn(2, 4),))
+
+
+def test_torchscript_inside_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(torch.jit.script(nn.Linear(4, 4))))
+    with pytest.raises(FrontendError, match=r"holds a TorchScript module \('1\.0'\)"):
+        trace(model, (torch.randn(2, 4),))
+
+
+def test_what_runs_and_cannot_be_traced_is_told_from_what_fails() -> None:
+    class Gradient(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.func.vmap(torch.func.grad(lambda row: (row**2).sum()))(x)
+
+    with pytest.raises(FrontendError, match=r"Gradient runs, but torch\.export cannot trace it"):
+        trace(Gradient(), (torch.randn(2, 4),))
+
+
+def test_a_failing_call_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(FrontendError, match="same reduction dim"):
+        trace(nn.Linear(8, 8), (torch.randn(2, 7),))
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+class ElsewhereOnExport(nn.Module):
+    """Takes another path where it is traced, as fused fast paths do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x if torch.compiler.is_exporting() else x
+
+
+def test_a_trace_that_is_not_the_model_is_said() -> None:
+    program = trace(ElsewhereOnExport(), (torch.randn(2, 4),))
+    assert any("output 0 of 1 is off by 1 of its largest value" in n for n in program.notes)
+    assert program.inputs[0].batch == 0  # what differs at any batch says nothing of batch 1
+
+
+def test_padded_rows_of_a_fused_encoder_are_said() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1).eval()
+    hidden = torch.tensor([[False, False, True], [False, False, False]])
+    args = (torch.randn(2, 3, 8),)
+    program = trace(model, args, {"src_key_padding_mask": hidden})
+    assert any("the traced program is not the model" in note for note in program.notes)
+    program = trace(model, args, {"src_key_padding_mask": torch.zeros_like(hidden)})
+    assert program.notes == ()
+
+
+def test_what_cannot_be_dynamic_is_not_blamed_on_the_copy() -> None:
+    class Keywords(nn.Module):
+        def forward(self, **inputs: Tensor) -> Tensor:
+            return inputs["x"] + 1
+
+    program = trace(Keywords(), (), {"x": torch.randn(2, 4)})
+    assert program.specialised
+    assert not any("copied" in note for note in program.notes)
 
 
 def test_nan_weights_are_traced() -> None:
