@@ -424,8 +424,11 @@ def _fold(
 def _graph_record(gm: fx.GraphModule) -> GraphRecord:
     # Buffers that no node reads (num_batches_tracked) are not part of the program.
     read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and n.users}
-    named = [*gm.named_parameters(), *gm.named_buffers()]
-    tensors = [t for name, t in named if name in read]
+    named = [
+        *gm.named_parameters(remove_duplicate=False),  # of the names of a tied tensor one is read
+        *gm.named_buffers(remove_duplicate=False),
+    ]
+    tensors = list({id(t): t for name, t in named if name in read}.values())
     return GraphRecord(
         counts(sum((kinds.census(g.graph) for g in subgraphs.walk(gm)), Counter())),
         sum(t.numel() for t in tensors),

@@ -21,6 +21,7 @@ _SHOWN_DECLINES = 10
 _SHOWN_LAYERS = 16
 _SHOWN_DEAD = 10
 _JOINED = "\N{NO-BREAK SPACE}"
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NUMBERED = re.compile(r"\b[a-z]\w*_\d+\b|\d+(\.\d+)?")
 
 
@@ -160,9 +161,9 @@ class Report:
 
         Args:
             color: use ANSI colours.
-            width: columns to wrap sentences at.
+            width: columns to fit in; 40 at least.
         """
-        return _Renderer(self, color, max(width, 60)).text()
+        return _Renderer(self, color, max(width, 40)).text()
 
     def __str__(self) -> str:
         return self.render()
@@ -223,7 +224,16 @@ class _Renderer:
         r = self.report
         parts = [f"refold {r.versions.get('refold', '')}", self._paint(r.model, "1")]
         parts.append(f"target {r.target}" if r.target else "dry run")
-        self.lines.append("  ".join([*parts, _shapes(r.inputs), "folded in float64"]))
+        parts += [_shapes(r.inputs), "folded in float64"]
+        line, columns = parts[0], _columns(parts[0])
+        for part in parts[1:]:
+            columns += 2 + _columns(part)
+            if columns > self.width:
+                self.lines.append(line)
+                line, columns = f" {part}", 1 + _columns(part)
+            else:
+                line = f"{line}  {part}"
+        self.lines.append(line)
         for i in r.inputs:
             sizes = ["batch" if d == i.batch else str(s) for d, s in enumerate(i.sizes)]
             self._row("input", f"{i.name} {i.dtype} [{', '.join(sizes)}]")
@@ -236,15 +246,22 @@ class _Renderer:
         rows = [p for p in self.report.passes if p.applied or p.declined]
         if not rows:
             return
-        name = max(len(p.name) for p in rows)
-        head = f" {'pass':<{name}}  {'applied':>7}  {'declined':>8}  {'nodes':>15}  {'time':>9}"
-        self.lines.append(self._paint(head, "2"))
+        table = [("pass", "applied", "declined", "nodes", "time")]
         for p in rows:
             nodes = f"{p.nodes_before} -> {p.nodes_after}"
-            self.lines.append(
-                f" {p.name:<{name}}  {len(p.applied):>7}  {len(p.declined):>8}  {nodes:>15}  "
-                f"{_time(p.seconds):>9}"
+            table.append(
+                (p.name, str(len(p.applied)), str(len(p.declined)), nodes, _time(p.seconds))
             )
+        columns = [max(map(len, column)) for column in zip(*table, strict=True)]
+        if 9 + sum(columns[:3]) + 15 + 9 <= self.width:
+            columns[3:] = 15, 9  # where there is room, tables of several reports look alike
+        while 1 + sum(columns) + 2 * (len(columns) - 1) > self.width:
+            columns.pop()  # the time first: what a narrow terminal leaves out is in --json
+        for cells in table:
+            row = [f"{cells[0]:<{columns[0]}}"]
+            row += [f"{cell:>{n}}" for cell, n in zip(cells[1:], columns[1:], strict=False)]
+            text = f" {'  '.join(row)}"
+            self.lines.append(self._paint(text, "2") if cells is table[0] else text)
         self.lines.append("")
 
     def _declined(self) -> None:
@@ -280,12 +297,20 @@ class _Renderer:
         names = [(*a.removed, *a.modules)[-1] for a in shown]
         width = max(5, *map(len, names))
         head = f" {'layer':<{width}}  bits  scales          bytes              weights  outputs"
-        self.lines.append(self._paint(head, "2"))
+        fits = len(head) <= self.width
+        if fits:
+            self.lines.append(self._paint(head, "2"))
         for name, a in zip(names, shown, strict=True):
             f = a.figures
             scales = f"{a.labels['family']} / {f['group_size']:.0f}"
             size = f"{_bytes(int(f['bytes_before']))} -> {_bytes(int(f['bytes_after']))}"
             outputs = f"{f['output_error']:.1e}" if "output_error" in f else ""
+            if not fits:
+                figures = [name, f"{f['bits']:.0f} bits", f"scales {scales}", size]
+                figures.append(f"weights {f['weight_error']:.1e}")
+                figures += [f"outputs {outputs}"] if outputs else []
+                self._row("layer", _kept_together(figures))
+                continue
             self.lines.append(
                 f" {name:<{width}}  {f['bits']:>4.0f}  {scales:<14}  {size:<18} "
                 f"{f['weight_error']:.1e}  {outputs}".rstrip()
@@ -345,6 +370,11 @@ class _Renderer:
             self._row("warning", sentence, "33")
         for sentence in [*self.report.specialised, *self.report.notes]:
             self._row("note", sentence)
+
+
+def _columns(text: str) -> int:
+    """How many columns a text takes, colours left out."""
+    return len(_COLOURS.sub("", text))
 
 
 def _dead(parameter: DeadParameter) -> str:

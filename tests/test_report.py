@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch
 import refold
 from refold.errors import UsageError
 from refold.report import Report
-from refold.rewrite.result import Declined
+from refold.rewrite.result import Applied, Declined
 from tests.small_nets import ConvNet, LateNorm, seeded
 
 
@@ -98,3 +100,35 @@ def test_unverified_is_said(report):
 def test_sentences_are_wrapped(width):
     text = refold.explain(seeded(LateNorm()), torch.randn(2, 3, 4, 4)).render(width=width)
     assert all(len(line) <= max(width, 60) + 1 for line in text.splitlines() if ":" in line)
+
+
+@pytest.mark.parametrize("color", [False, True])
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_all_of_it_fits_a_narrow_terminal(report, width, color):
+    layer = Applied(
+        "substitute-shift-add", ("blocks.0.attention.qkv",), (), "", modules=(),
+        labels={"family": "power-of-two"},
+        figures={"bytes_before": 4096, "bytes_after": 512, "group_size": 128, "bits": 3,
+                 "weight_error": 0.2, "output_error": 0.1},
+    )  # fmt: skip
+    run = dataclasses.replace(report.passes[0], name="fold-attention-biases", applied=(layer,))
+    wide = dataclasses.replace(report, passes=(run, *report.passes))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", wide.render(color=color, width=width))
+    assert max(map(len, text.splitlines())) <= width, text
+    for word in ("fold-attention-biases", "3 bits" if width < 80 else "bits", "1.0e-01"):
+        assert word in text
+
+
+def test_a_tied_tensor_counts_once_whatever_its_name():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.a(torch.relu(self.b(x)))
+
+    report = refold.explain(Tied().eval(), torch.randn(2, 8))
+    assert report.before.parameters == report.after.parameters == 64 + 8 + 8
+    assert report.before.bytes == 4 * 80
