@@ -514,6 +514,9 @@ def batch_norm(node: object) -> Affine | None:
     elif is_call(node, aten.batch_norm.default):
         if arguments(node)["training"] is not False:
             return None
+    elif is_call(node, aten.instance_norm.default):  # with tracked statistics it is a batch norm
+        if arguments(node)["use_input_stats"] is not False:
+            return None
     else:
         return None
     args = arguments(inner)
@@ -589,7 +592,7 @@ def add(node: object) -> Sum | None:
 
 
 def weighted_sum(node: object) -> WeightedSum | None:
-    """Reads ``lerp`` and ``addcmul`` with constant factors, and the sum or mean of a ``stack``."""
+    """Reads ``lerp``, ``addcmul``, and the sum or mean of a ``stack``, with constant factors."""
     if not isinstance(node, fx.Node) or node.op != "call_function" or not _fixed_float(node):
         return None
     rank = len(shape(node))
@@ -611,6 +614,7 @@ def weighted_sum(node: object) -> WeightedSum | None:
     elif is_call(node, aten.sum.dim_IntList, aten.mean.dim):
         stacked = node.args[0]
         args = arguments(node)
+        stacked, weights = _weighted_stack(stacked, rank + 1)
         if is_call(stacked, aten.stack.default) and args["dtype"] is None and not args["keepdim"]:
             assert isinstance(stacked, fx.Node)
             inner = arguments(stacked)
@@ -618,7 +622,9 @@ def weighted_sum(node: object) -> WeightedSum | None:
             if [int(d) % (rank + 1) for d in args["dim"] or ()] == [axis]:
                 parts = inner["tensors"]
                 share = 1 / len(parts) if is_call(node, aten.mean.dim) else 1.0
-                terms = [(part, _constant(share, rank)) for part in parts]
+                terms = [
+                    (part, _share(weights, axis, i, share, rank)) for i, part in enumerate(parts)
+                ]
     read = []
     for x, factor in terms:
         if not is_tensor(x) or factor is None or constants.exact(x) is not None:
@@ -650,6 +656,27 @@ def comparison(node: object) -> Comparison | None:
     if isinstance(right, fx.Node) and dtype(right) != dtype(left):
         return None
     return Comparison(node, left, operation, value)
+
+
+def _weighted_stack(value: Any, rank: int) -> tuple[Any, Lazy | None]:
+    """What is summed as a ``stack`` and constant factors of it, where they are such a product."""
+    if is_call(value, aten.mul.Tensor):
+        for data, other in (value.args[:2], value.args[1::-1]):
+            factor = _constant(other, rank)
+            if not is_call(data, aten.stack.default) or factor is None:
+                continue
+            if same(shape(data), shape(value)) and dtype(data) == dtype(value):
+                return data, factor
+    return value, None
+
+
+def _share(weights: Lazy | None, axis: int, index: int, share: float, rank: int) -> Lazy | None:
+    """The factor of one part of a stack."""
+    if weights is None:
+        return _constant(share, rank)
+    at = index if weights.shape[axis] > 1 else 0
+    sizes = (*weights.shape[:axis], *weights.shape[axis + 1 :])
+    return weights.map(sizes, lambda w: w.select(axis, at) * share)
 
 
 def avg_pool(node: object) -> AvgPool | None:

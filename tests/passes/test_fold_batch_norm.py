@@ -212,3 +212,18 @@ def test_fp16_overflow_declines() -> None:
         result = FoldBatchNorm().run(gm)
     assert not result.modified
     assert "overflow float16" in result.declined[0].reason
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_an_instance_norm_with_tracked_statistics_is_a_batch_norm(affine: bool) -> None:
+    norm = nn.InstanceNorm2d(4, affine=affine, track_running_stats=True)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    gm, _ = run(FoldBatchNorm(), Net(lambda s, x: s.b(s.c(x)), c=conv(padding=1), b=norm), image())
+    assert left(gm) == {"conv": 1}
+
+
+def test_an_instance_norm_of_its_input_stays() -> None:
+    norm = nn.InstanceNorm2d(4, affine=True)
+    gm, _ = run(FoldBatchNorm(), Net(lambda s, x: s.b(s.c(x)), c=conv(padding=1), b=norm), image())
+    assert left(gm) == {"conv": 1, "instance-norm": 1}
