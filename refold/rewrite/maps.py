@@ -125,6 +125,8 @@ class MapReader:
             return self._reshape(node)
         if name in ("channel_shuffle", "native_channel_shuffle"):
             return self._shuffle(node)
+        if name in ("repeat", "repeat_interleave", "index_select", "index", "flip"):
+            return self._picked(node)
         if node.target is operator.getitem:
             return self._part(node)
         return {}
@@ -462,6 +464,23 @@ class MapReader:
             if key[0] == "conv"
         }
 
+    def _picked(self, node: fx.Node) -> Maps:
+        """Channels repeated, reversed or picked by a constant index, and nothing else moved."""
+        out: Maps = {}
+        args = nodes.arguments(node)
+        u = args["self"]
+        if not is_tensor(u) or len(shape(u)) != len(shape(node)):
+            return out
+        for kind, axis in _axes(node):
+            size = shape(u)[axis]
+            order = _order(node, args, axis, size) if isinstance(size, int) else None
+            if order is None:
+                continue
+            for key, inner in self.of(u).items():
+                if key[0] == kind and inner.out_channels == size:
+                    out[key] = am.select(inner, order)
+        return out
+
     def _reshape(self, node: fx.Node) -> Maps:
         """Reshapes are transparent to feature maps: they keep the row-major order of elements.
 
@@ -483,6 +502,34 @@ class MapReader:
             else:
                 out[key] = inner
         return out
+
+
+def _order(node: fx.Node, args: Any, axis: int, size: int) -> torch.Tensor | None:
+    """Which channel each channel of the result is, if a call rearranges them alone."""
+    every, rank = torch.arange(size), len(shape(node))
+    if is_call(node, aten.repeat.default):
+        times = list(args["repeats"])
+        others = [t for a, t in enumerate(times) if a != axis]
+        return every.repeat(times[axis]) if set(others) <= {1} else None
+    if is_call(node, aten.flip.default):
+        return every.flip(0) if [d % rank for d in args["dims"]] == [axis] else None
+    if is_call(node, aten.index.Tensor):
+        given = list(args["indices"])
+        others = [i for a, i in enumerate(given) if a != axis]
+        return _picks(given[axis], every) if len(given) > axis and not any(others) else None
+    if args.get("dim") is None or int(args["dim"]) % rank != axis:
+        return None
+    if is_call(node, aten.repeat_interleave.self_int) and isinstance(args["repeats"], int):
+        return every.repeat_interleave(args["repeats"])
+    return _picks(args["index"], every) if is_call(node, aten.index_select.default) else None
+
+
+def _picks(index: Any, every: torch.Tensor) -> torch.Tensor | None:
+    """What a constant index picks."""
+    if not constants.is_get_attr(index) or any(constants.is_mutation(u) for u in index.users):
+        return None
+    picked = constants.tensor(index).to(every.device)
+    return every[picked] if picked.dim() == 1 else None
 
 
 def _bridge(left: Maps, right: Maps, a: fx.Node, b: fx.Node) -> None:

@@ -347,6 +347,8 @@ def test_dynamic_borders_of_the_bias_fold_too() -> None:
 
 WEIGHTS = torch.rand(4, 1, 1, dtype=torch.float64)
 PIXELS = torch.rand(7, 6, dtype=torch.float64)
+SHARES = torch.tensor([0.5, -1.5, 0.25], dtype=torch.float64).view(3, 1, 1, 1, 1)
+INDEX = torch.tensor([2, 0, 1, 1, -1])
 
 
 @pytest.mark.parametrize(
@@ -359,6 +361,9 @@ PIXELS = torch.rand(7, 6, dtype=torch.float64)
         lambda s, x: torch.lerp(s.a(x), s.n(x), WEIGHTS),
         lambda s, x: torch.addcmul(s.a(x), s.c(x), WEIGHTS, value=-2),
         lambda s, x: torch.addcmul(s.a(x), WEIGHTS, x),
+        lambda s, x: (SHARES * torch.stack([s.a(x), s.c(x), x])).sum(0),
+        lambda s, x: (torch.stack([s.a(x), s.c(x), x]) * WEIGHTS).mean(0),
+        lambda s, x: (torch.stack([s.a(x), s.c(x), x], -1) * SHARES.view(3)).sum(-1),
     ],
 )
 def test_sums_in_other_spellings(forward) -> None:
@@ -380,11 +385,53 @@ def test_sums_in_other_spellings(forward) -> None:
         lambda s, x: torch.stack([s.a(x), s.c(x)]).sum(0, keepdim=True),
         lambda s, x: torch.stack([s.a(x), s.c(x)]).amax(0),
         lambda s, x: torch.stack([s.a(x), s.c(F.relu(x))]).sum(0),
+        lambda s, x: (torch.stack([s.a(x), s.c(x)]) * x.sigmoid()).sum(0),
+        lambda s, x: (torch.stack([s.a(x), s.c(x)]) * PIXELS).sum(0),
+        lambda s, x: (torch.stack([s.a(x)]) * SHARES[:2]).sum(0) + s.c(x).relu(),
+        lambda s, x: (torch.stack([s.a(x), s.c(x)]) * SHARES[:2]).sum(1),
     ],
 )
 def test_what_only_looks_like_a_sum_of_branches_stays(forward) -> None:
     net = Net(lambda s, x: forward(s, x), a=conv(padding=1), c=conv(k=1))
     after, _ = run(FoldBranches(prefer="nodes"), net, image())
+    assert left(after)["conv"] == 2
+
+
+@pytest.mark.parametrize(
+    ("forward", "outputs"),
+    [
+        (lambda s, x: s.a(x) + x.repeat(1, 2, 1, 1), 8),
+        (lambda s, x: s.a(x) + x.repeat_interleave(2, 1), 8),
+        (lambda s, x: s.a(x) - s.c(x).flip(1), 4),
+        (lambda s, x: s.a(x) + s.c(x).index_select(1, INDEX.abs()), 5),
+        (lambda s, x: s.a(x) + s.c(x)[:, INDEX], 5),
+    ],
+)
+def test_channels_repeated_reversed_or_picked(forward, outputs) -> None:
+    """An image repeated for a pixel shuffle is an identity branch (ABPN, Du et al., 2021)."""
+    net = Net(
+        lambda s, x: F.relu(forward(s, x)), a=conv(4, outputs, padding=1), c=conv(k=1)
+    )  # fmt: skip
+    after, _ = run([*PIPELINES["default"].passes[:3], FOLD], net, image())
+    assert left(after) == {"conv": 1, "relu": 1}
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: s.a(x) + s.c(x).flip(2),
+        lambda s, x: s.a(x) + s.c(x).flip(1, 3),
+        lambda s, x: s.a(x) + s.c(x)[:, :, 3:4].repeat(1, 1, 7, 1),
+        lambda s, x: s.a(x) + s.c(x)[..., :3].repeat_interleave(2, 3),
+        lambda s, x: s.a(x)[:, :, :5] + s.c(x)[:, :, INDEX],
+        lambda s, x: s.a(x)[:1, 0, 0] + s.c(x)[:1, INDEX[:1], INDEX[:1]],
+        lambda s, x: s.a(x)[:, : len(x)] + s.c(x)[:, x.flatten(1).argmax(1) % 4],
+    ],
+)
+def test_rearranged_pixels_or_unknown_channels_stay(forward) -> None:
+    net = Net(lambda s, x: forward(s, x), a=conv(padding=1), c=conv(k=1))
+    passes = [*PIPELINES["default"].passes[:3], FoldBranches(prefer="nodes")]
+    after, _ = run(passes, net, image(), dynamic=False)
     assert left(after)["conv"] == 2
 
 
