@@ -510,7 +510,8 @@ def _order(node: fx.Node, args: Any, axis: int, size: int) -> torch.Tensor | Non
     if is_call(node, aten.repeat.default):
         times = list(args["repeats"])
         others = [t for a, t in enumerate(times) if a != axis]
-        return every.repeat(times[axis]) if set(others) <= {1} else None
+        alone = set(others) <= {1} and isinstance(times[axis], int)
+        return every.repeat(times[axis]) if alone else None
     if is_call(node, aten.flip.default):
         return every.flip(0) if [d % rank for d in args["dims"]] == [axis] else None
     if is_call(node, aten.index.Tensor):
