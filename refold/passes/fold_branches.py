@@ -12,6 +12,7 @@ is known here: RepVGG, ACNet, DBB, MobileOne, ECBSR and LoRA are one rule.
 The choice is forward and greedy: in topological order, at each node, the root with the largest
 gain (cost of the nodes that die minus cost of the merged one). At least one convolution or matrix
 product must die. Terms of a sum on other roots stay as addends.
+Branches that look one way (causal convolutions) become one pad and one convolution.
 
 A constant matrix on the left, ``W @ x`` over tokens, is a pointwise convolution with them as its
 channels. Transposed convolutions of one stride merge in sums likewise, and with pointwise layers
