@@ -34,7 +34,7 @@ def tensor(node: fx.Node) -> torch.Tensor:
 def attribute(node: fx.Node) -> torch.Tensor:
     """The parameter or buffer itself."""
     *path, name = str(node.target).split(".")
-    owner = node.graph.owning_module
+    owner: Any = node.graph.owning_module
     for part in path:
         owner = owner._modules[part]  # several times as fast as getattr, for every constant read
     found = getattr(owner, name)

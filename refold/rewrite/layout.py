@@ -224,7 +224,9 @@ def _block(
     The second are as many as the shape has, with ones in front.
     """
     varying = [a - len(start) for v in pair for a in range(v.dim()) if v.shape[a] != 1]
-    least, before, after = -min(varying, default=0), [], []
+    least = -min(varying, default=0)
+    before: list[int] = []
+    after: list[int] = []
     while len(before) < least or math.prod(before) != math.prod(after):
         longer = len(before) < least or math.prod(before) < math.prod(after)
         sizes, taken = (start, before) if longer else (end, after)
