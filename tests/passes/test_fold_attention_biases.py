@@ -89,7 +89,12 @@ def rotary(s, q, k, v):
 
 @pytest.mark.parametrize(
     ("equation", "size"),
-    [("bnc,c->bnc", (C,)), ("bnc,bnd->cd", (2, TOKENS, 3)), ("bnc,bnc->", (2, TOKENS, C))],
+    [
+        ("bnc,n->bnc", (TOKENS,)),
+        ("bnc,c->bnc", (C,)),
+        ("bnc,bnd->cd", (2, TOKENS, 3)),
+        ("bnc,bnc->", (2, TOKENS, C)),
+    ],
 )
 def test_products_that_are_no_attention(equation: str, size: tuple[int, ...]) -> None:
     """An axis that is scaled and not summed, one that only the right side has, no axis left."""
