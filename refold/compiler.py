@@ -24,6 +24,7 @@ from refold.backends.base import (
     KeepsRecord,
     Runner,
     Target,
+    computes_complex,
     find_target,
     is_static,
     make_options,
@@ -130,10 +131,11 @@ def compile_for_inference(
     if recipe and consume:
         raise UsageError("recipe=True needs the weights that consume=True releases: drop one")
     found = find_target(target)
+    chosen = _pipeline(pipeline, max_growth)
     settings = _Settings(
         target=found,
         options=make_options(found, target_options),
-        pipeline=_pipeline(pipeline, max_growth),
+        pipeline=chosen if computes_complex(found) else chosen.without_complex_calls(),
         dynamic_shapes=dynamic_shapes,
         bind=dict(bind or {}),
         verify=verify,

@@ -91,6 +91,7 @@ def row(name: str, system: System, found: Outcome | None) -> str:
             more = f" and {len(system.dead) - 2} more" if len(system.dead) > 2 else ""
             state += f"; dead: {', '.join(f'`{name}`' for name in system.dead[:2])}{more}"
         state += "; the report warns of it" if system.warns else ""
+        state += "".join(f"; for ONNX Runtime {sentence}" for sentence in system.noted)
     if found is not None and found.report.bound:
         size = f"{found.report.before.bytes} -> {found.report.after.bytes} bytes in float64"
         state += f"; bound {', '.join(b.name for b in found.report.bound)}: {size}"

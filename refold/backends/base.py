@@ -77,6 +77,11 @@ def is_static(target: Target) -> bool:
     return bool(getattr(target, "static", False))
 
 
+def computes_complex(target: Target) -> bool:
+    """Whether a target has complex tensors; one without says ``complex_calls = False``."""
+    return bool(getattr(target, "complex_calls", True))
+
+
 def verification_of(target: Target) -> str:
     """How far a target's artifacts are verified; it says so in an attribute ``verified``."""
     return str(getattr(target, "verified", "run and compared where it is compiled"))

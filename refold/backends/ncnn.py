@@ -50,6 +50,7 @@ class NcnnTarget:
 
     name = "ncnn"
     suffix = ".param"
+    complex_calls = False
     dtypes = ("float32",)
     options = ThreadOptions
     static = True

@@ -78,6 +78,7 @@ class OnnxTarget:
 
     name = "onnx"
     suffix = ".onnx"
+    complex_calls = False
     options = OnnxOptions
 
     def available(self) -> str | None:

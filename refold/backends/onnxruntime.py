@@ -58,6 +58,7 @@ class OnnxRuntimeTarget:
 
     name = "ort"
     suffix = ".onnx"
+    complex_calls = False
     dtypes = ("float32", "float16")
     options = OnnxRuntimeOptions
 

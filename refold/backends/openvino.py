@@ -53,6 +53,7 @@ class OpenVinoTarget:
 
     name = "openvino"
     suffix = ".xml"
+    complex_calls = False
     dtypes = ("float32", "float16")
     options = OpenVinoOptions
     verified = "run and compared on the CPU"

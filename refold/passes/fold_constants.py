@@ -20,7 +20,8 @@ Conditions: the operators draw no random numbers and read no written state; the 
 most twice what its sources store (few small results are free), and all results together keep the
 model within ``max_growth``: parameters that many layers share count once, so a generator that feeds
 many weights stays. The weights of parallel branches count as the one that they become. A low-rank
-product stays factored, a dequantised weight stays integers.
+product stays factored, a dequantised weight stays integers. Where the target computes no complex
+numbers, what is complex, or read off it, is stored whatever it takes.
 """
 
 from __future__ import annotations
@@ -55,11 +56,14 @@ class FoldConstants:
     Attributes:
         max_growth: the stored constants may grow by this factor in all. A single constant may
             grow by it too, and by 2 where it is less; ``math.inf`` folds whatever is constant.
+        complex_calls: whether what runs the graph computes complex numbers; where it does not, the
+            constants that are made of them are stored past ``max_growth``.
     """
 
     name: str = "fold-constants"
     exactness: str = "reassociates"
     max_growth: float = 1.25
+    complex_calls: bool = True
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         result = PassResult()
@@ -67,7 +71,12 @@ class FoldConstants:
         constant = _foldable(graph)
         result.declined += _impure(self.name, graph, constant)
         leaks = leaking(graph)
-        chosen, refused = self._choose(graph, constant, leaks)
+        chosen, refused = self._choose(graph, constant, leaks, set())
+        forced = set() if self.complex_calls else _of_complex(constant)
+        if forced:
+            kept = set(chosen)
+            chosen, refused = self._choose(graph, constant, leaks, forced)
+            result.notes += _stored_anyway([n for n in chosen if n in forced and n not in kept])
         for node, reason, hint in refused:
             result.declined.append(declined(self.name, node, reason, hint))
         if not chosen:
@@ -96,9 +105,16 @@ class FoldConstants:
     # --- policy -----------------------------------------------------------------------------------
 
     def _choose(
-        self, graph: fx.Graph, constant: set[fx.Node], leaks: set[fx.Node]
+        self,
+        graph: fx.Graph,
+        constant: set[fx.Node],
+        leaks: set[fx.Node],
+        forced: set[fx.Node],
     ) -> tuple[list[fx.Node], list[tuple[fx.Node, str, str]]]:
-        """The nodes to fold, in graph order, and those declined with reason and hint."""
+        """The nodes to fold, in graph order, and those declined with reason and hint.
+
+        ``forced`` ones are folded whatever they store.
+        """
         sources, parallel = _Storage(graph), _parallel_weights(graph)
         refused: dict[fx.Node, tuple[str, str]] = {}
         barred: set[fx.Node] = set()  # not folded; only what the model itself reads is worth a word
@@ -107,7 +123,7 @@ class FoldConstants:
         read = set(chosen)
         many = False  # small constants: so many that they are refused too
         while True:
-            large = [n for n in chosen if _bytes(n) >= SMALL]
+            large = [n for n in chosen if _bytes(n) >= SMALL and n not in forced]
             again = False
             for node in large:
                 new, old = _bytes(node), sources.of(node)
@@ -124,10 +140,12 @@ class FoldConstants:
                     refused[node] = _grown(words, new, old, "that it is computed from")
             if not again:
                 total = sources.total(chosen) - _merged(chosen, parallel)
+                free = sum(_bytes(n) for n in chosen if n in forced)
                 # an infinite growth of nothing is no number, and no limit
-                excess = total - limit
-                many = many or total - sources.before > _MANY * SMALL
+                excess = total - free - limit
+                many = many or total - free - sources.before > _MANY * SMALL
                 growing = sources.growing(chosen, small=many) if excess > 0 else []
+                growing = [n for n in growing if n not in forced]
                 if not growing:
                     return chosen, [(n, *why) for n, why in refused.items() if n in read]
                 words = f"past the growth of {self.max_growth:g}, all constants would store"
@@ -195,6 +213,28 @@ def _has_plain_value(node: fx.Node) -> bool:
         and all(isinstance(s, int) for s in v.shape)
         for v in leaves
     )
+
+
+def _of_complex(constant: set[fx.Node]) -> set[fx.Node]:
+    """Constant tensors that are complex, or computed from one that is."""
+    return {n for n in constant if is_tensor(n) and any(map(_is_complex, (n, *n.all_input_nodes)))}
+
+
+def _is_complex(node: fx.Node) -> bool:
+    return is_tensor(node) and bool(node.meta["val"].is_complex())
+
+
+def _stored_anyway(folded: list[fx.Node]) -> list[str]:
+    """What storing the constants made of complex numbers takes, as a sentence of the report."""
+    if not folded:
+        return []
+    old = sum(_bytes(a) for a in dict.fromkeys(a for n in folded for a in _attributes(n)))
+    new = sum(map(_bytes, folded))
+    names = ", ".join(n.name for n in folded[:3]) + (", ..." if len(folded) > 3 else "")
+    return [
+        f"made of complex numbers, which the target does not compute, and so stored past "
+        f"max_growth: {names}, {_growth(new, old)} that they are computed from"
+    ]
 
 
 class _Storage:
@@ -323,8 +363,15 @@ def _size(count: int) -> str:
 
 def _grown(words: str, new: int, old: int, what: str) -> tuple[str, str]:
     """Why a constant stays factored, and what to do about it."""
-    factor = f"{new / old:.3g} times the {_size(old)} {what}" if old else f"from nothing {what}"
-    return f"{words} {_size(new)}, {factor}: it stays factored", "a larger max_growth folds it"
+    return (
+        f"{words} {_growth(new, old)} {what}: it stays factored",
+        "a larger max_growth folds it",
+    )
+
+
+def _growth(new: int, old: int) -> str:
+    factor = f"{new / old:.3g} times the {_size(old)}" if old else "from nothing"
+    return f"{_size(new)}, {factor}"
 
 
 def _strides_zero(node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from importlib.metadata import entry_points
+from typing import Any
 
 from torch import fx, nn
 
@@ -127,11 +128,19 @@ class Pipeline:
         """
         if not factor >= 1:
             raise UsageError(f"max_growth is {factor}: expected 1 (no growth), more, or infinity")
+        return self._with_option("max_growth", factor)
+
+    def without_complex_calls(self) -> Pipeline:
+        """A pipeline for a target that computes no complex numbers: it stores constants of them."""
+        return self._with_option("complex_calls", False)
+
+    def _with_option(self, option: str, value: Any) -> Pipeline:
+        """A pipeline whose passes have an option, those that know it, at this value."""
         return replace(
             self,
             passes=tuple(
-                replace(p, max_growth=factor)  # type: ignore[type-var]
-                if is_dataclass(p) and hasattr(p, "max_growth")
+                replace(p, **{option: value})  # type: ignore[type-var]
+                if is_dataclass(p) and hasattr(p, option)
                 else p
                 for p in self.passes
             ),

@@ -22,6 +22,7 @@ from tests import golden
 
 F64 = 1e-12  # float64 fold against the float64 oracle, relative
 F32 = 1e-6  # one rounding of each weight, a few of the sums
+KEPT = 1e-5  # a chain of calls stays, each of which rounds
 
 
 class Does(nn.Module):
@@ -240,6 +241,65 @@ def test_what_does_not_grow_is_folded_beside_what_does() -> None:
     gm, result = folded(model, torch.randn(2, 128))
     assert calls(gm).count("sum") == len(result.declined) == 4
     assert calls(gm).count("mul") == 4, "the product of its own v and g stores nothing more"
+
+
+def waves(s: Does, x: Tensor) -> Tensor:
+    """A long filter of two complex modes, as a state space makes it."""
+    position = torch.arange(16384, dtype=s.a.dtype) / 16384
+    modes = torch.polar(s.a.exp(), s.b).unsqueeze(-1) * torch.exp(1j * s.b[:, None] * position)
+    return x * modes.sum(0).real
+
+
+def test_complex_constants_are_stored_where_nothing_computes_them() -> None:
+    def function(s: Does, x: Tensor) -> Tensor:
+        return waves(s, x) + (s.c @ s.d).flatten()[:16384]
+
+    model = Does(
+        function, a=torch.randn(2), b=torch.randn(2), c=torch.randn(128, 2), d=torch.randn(2, 128)
+    )
+    x = torch.randn(2, 16384)
+    kept, result = folded(model, x, KEPT)
+    assert not result.notes
+    assert {"exp", "real", "matmul"} <= set(calls(kept))
+    assert len(result.declined) == 2
+    stored, result = folded(model, x, KEPT, complex_calls=False)
+    assert set(calls(stored)) <= {"mul", "add", "matmul", "flatten", "view", "slice"}
+    assert calls(stored).count("matmul") == 1
+    (record,) = result.declined
+    assert "64 KiB, 32 times the 2 KiB" in record.reason
+    (note,) = result.notes
+    assert note == (
+        "made of complex numbers, which the target does not compute, and so stored past "
+        "max_growth: real, 64 KiB, 4.1e+03 times the 16 B that they are computed from"
+    )
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_stored_complex_constants_take_no_growth_from_others(forced: bool) -> None:
+    def function(s: Does, x: Tensor) -> Tensor:
+        made = [(s.bank * s.mix[i]).sum(0).flatten() for i in range(3)]
+        return waves(s, x * s.plain) + sum(torch.tanh(x * weight) for weight in made)
+
+    model = Does(
+        function, a=torch.randn(2), b=torch.randn(2), plain=torch.rand(16384),
+        bank=torch.rand(2, 128, 128), mix=torch.rand(3, 2, 1, 1),
+    )  # fmt: skip
+    limit = {"max_growth": 1.34}  # 192 KiB now, 256 KiB with three weights for the bank of two
+    gm, result = folded(model, torch.randn(2, 16384), KEPT, complex_calls=not forced, **limit)
+    assert calls(gm).count("tanh") == 3
+    assert ("sum" in calls(gm)) != forced, "the sum of the waves, not of the bank"
+    assert bool(result.notes) == forced
+
+
+def test_what_complex_constants_feed_still_keeps_to_max_growth() -> None:
+    def function(s: Does, x: Tensor) -> Tensor:
+        return x @ torch.outer(torch.polar(s.a, s.b).real, s.a)
+
+    model = Does(function, a=torch.rand(256), b=torch.randn(256))
+    gm, result = folded(model, torch.randn(2, 256), KEPT, complex_calls=False)
+    assert calls(gm) == ["outer", "matmul"]
+    assert not result.notes, "the part that is complex does not grow"
+    assert len(result.declined) == 1
 
 
 def test_infinite_growth_of_nothing_stored() -> None:

@@ -81,6 +81,12 @@ def test_growth_reaches_every_pass_that_bounds_it() -> None:
             pipeline.with_growth(factor)
 
 
+def test_a_target_without_complex_numbers_stores_constants_of_them() -> None:
+    pipeline = Pipeline("test", (FoldConstants(max_growth=3), Nothing("n")))
+    kept = FoldConstants(max_growth=3, complex_calls=False)
+    assert pipeline.without_complex_calls().passes == (kept, Nothing("n"))
+
+
 def test_unknown_names_suggest_the_nearest() -> None:
     pipeline = Pipeline("test", (CleanUp(),))
     for edit in (

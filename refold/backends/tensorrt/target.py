@@ -105,6 +105,7 @@ class TensorRTTarget:
 
     name = "trt"
     suffix = ".trt"
+    complex_calls = False
     dtypes = ("float32", "float16", "bfloat16")
     marker = directory.MARKER
     verified = "its ONNX file is compared here, the engine by refold verify on the target"

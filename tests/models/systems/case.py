@@ -38,6 +38,7 @@ class System(ModelCase):
         declines: expressions, each of which the reason of a declined record must match.
         dead: the parameters, or parts ``name[:, 0]``, that the report must name as dead.
         warns: expressions, each of which a warning of the report must match.
+        noted: sentences that the notes of the report for ONNX Runtime must hold.
         bound: largest error in float64, relative to the output.
         settings: what ``refold.fold`` is given besides the model and the inputs.
         example: makes the inputs, where normal tensors of ``shapes`` will not do.
@@ -57,6 +58,7 @@ class System(ModelCase):
     declines: tuple[str, ...] = ()
     dead: tuple[str, ...] = ()
     warns: tuple[str, ...] = ()
+    noted: tuple[str, ...] = ()
     bound: float = EXACT
     settings: Mapping[str, Any] = field(default_factory=dict)
     example: Callable[[], tuple[Any, ...]] | None = None
@@ -195,6 +197,7 @@ def onnxruntime_error(system: System) -> tuple[float, float]:
     exact = call_unbound(deepcopy(model).double(), double(inputs), double(settings))
     own = relative_error(call_unbound(deepcopy(model), inputs, settings), exact)
     compiled = refold.compile_for_inference(model, inputs, target="ort", **settings)
+    assert set(system.noted) <= set(compiled.report.notes), compiled.report.notes
     error = relative_error(call(compiled, inputs), exact)
     return error, 4 * own + max(SINGLE, system.bound)
 
