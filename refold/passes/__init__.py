@@ -13,11 +13,13 @@ from refold.passes.fold_batch_norm import FoldBatchNorm
 from refold.passes.fold_branches import FoldBranches
 from refold.passes.fold_constants import FoldConstants
 from refold.passes.join_scale_shifts import JoinScaleShifts
+from refold.passes.split_constant_tokens import SplitConstantTokens
 from refold.passes.substitute_shift_add import SubstituteShiftAdd
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Pass
 
 PASSES: dict[str, type] = {
+    "split-constant-tokens": SplitConstantTokens,
     "defer-expands": DeferExpands,
     "fold-constants": FoldConstants,
     "clean-up": CleanUp,
@@ -35,6 +37,7 @@ PASSES: dict[str, type] = {
 
 def _ordered(branches: FoldBranches) -> tuple[Pass, ...]:
     return (
+        SplitConstantTokens(),  # what the two that follow may then see as constant
         DeferExpands(),  # what all samples share is constant only in front of its expansion
         FoldConstants(),  # early: a generated weight must be a constant before anything reads it
         CleanUp(),  # an add(x, 0) or a dropout between two layers hides them from each other

@@ -271,8 +271,7 @@ def fitted_table() -> nn.Module:
 @SYSTEMS.add(
     "TabPFN, one masked sequence", (3, 4), paper="TabPFN (Hollmann et al., 2023)", bind=_TABLE,
     there={"linear": 16, "attention": 2, "layer-norm": 2, "silu": 2}, left=_QUERIES,
-    fails={"structure": "known rows and queries share every call: no rule splits a call over "
-           "a concatenation of tokens"},
+    passes=("split-constant-tokens", "fold-constants"),
 )  # fmt: skip
 def fitted_table_masked() -> nn.Module:
     return FittedTableMasked(4, WIDTH)
