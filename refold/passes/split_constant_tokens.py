@@ -18,6 +18,10 @@ that the trace allows: it has weight zero. The tokens are put together again whe
 reads them. Taken where a product of the constant part goes and the cost table calls the whole
 cheaper, the concatenations that move behind the products included.
 
+Of attentions only the fused operator is read, not one written out as products; and a mask of
+symbolic size that hides some constant tokens from others (a causal one that is no flag) keeps it
+whole.
+
 Before::
 
     %t = cat([@prompt, %x], 1)
