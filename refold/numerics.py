@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -582,15 +582,19 @@ def _within_margin(
 def _near_threshold(
     node: fx.Node, original: fx.GraphModule, call: Call, flipped: torch.Tensor
 ) -> bool:
-    left, right = node.args[0], node.args[1]
-    if not (is_tensor(left) and left.meta["val"].dtype.is_floating_point):  # type: ignore[union-attr]
+    left, right = node.args[0], cast(Any, node.args[1])
+    if not isinstance(left, fx.Node) or not is_tensor(left):
+        return False
+    dtype = left.meta["val"].dtype
+    if not dtype.is_floating_point:
         return False
     sides = {n.name for n in (left, right) if isinstance(n, fx.Node)}
     seen = _watched(Oracle(original).run, call, sides, {})
-    x, y = (seen[n.name].cpu() if isinstance(n, fx.Node) else n for n in (left, right))
-    gap = (x - y).abs().expand(flipped.shape)[flipped].max()  # type: ignore[operator]
-    scale = float(x.abs().max()) or 1.0  # type: ignore[union-attr]
-    return float(gap) / scale <= 2 * tolerance(0.0, left.meta["val"].dtype)  # type: ignore[union-attr]
+    x = seen[left.name].cpu()
+    y = seen[right.name].cpu() if isinstance(right, fx.Node) else right
+    gap = (x - y).abs().expand(flipped.shape)[flipped].max()
+    scale = float(x.abs().max()) or 1.0
+    return float(gap) / scale <= 2 * tolerance(0.0, dtype)
 
 
 def _follows_from_floats(

@@ -298,7 +298,7 @@ _COMPARED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 def _reader(alike: list[torch.Tensor]) -> Callable[[], bytes]:
     """Reads tensors of one dtype, device and rank, where they lie now: their bits, as NaN is."""
     if all(t.device.type == "cpu" and t.is_contiguous() for t in alike):
-        views = [memoryview(t.detach().reshape(-1).view(torch.uint8).numpy()) for t in alike]
+        views = [t.detach().reshape(-1).view(torch.uint8).numpy().data for t in alike]
         return functools.partial(b"".join, views)
     return functools.partial(_joined, alike)
 

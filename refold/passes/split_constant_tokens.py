@@ -160,7 +160,7 @@ class _Splitter:
             return None
         args = arguments(node)
         rank, dtype = len(shape(node)), node.meta["val"].dtype
-        axis, parts = int(args["dim"]) % rank, []
+        axis, parts = int(args["dim"]) % rank, list[fx.Node]()
         for source in args["tensors"]:
             split = self.found.get(source, self.picked.get(source))
             if split is not None and split.axis != axis:
@@ -331,6 +331,7 @@ class _Splitter:
             return None
         parts = []
         for index, queries in enumerate(rows.parts):
+            seen: tuple[int, int, fx.Node | None] | None
             if args["is_causal"]:
                 seen = self._past(node, rows, columns[0], index)
             else:
