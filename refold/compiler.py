@@ -35,6 +35,7 @@ from refold.errors import (
     ExpectationError,
     MissingDependencyError,
     UsageError,
+    VerificationError,
     did_you_mean,
 )
 from refold.frontends.export import Program, fresh, trace
@@ -248,6 +249,12 @@ def _compile(
             trust=settings.trust,
         )
     program.recorded = settings.recipe
+    if settings.verify and program.apart:
+        raise VerificationError(
+            f"{program.apart}\n  fix: switch the other path off "
+            "(torch.backends.mha.set_fastpath_enabled(False) for PyTorch's transformers), or fold "
+            "the traced program unverified with verify=False"
+        )
     check = InputCheck.of(program, model, settings.bind)
     known = numerics.References()
     original = copy_sharing_tensors(program.graph_module)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import refold
 from refold.backends import base
@@ -18,6 +19,7 @@ from refold.errors import (
     VerificationError,
 )
 from refold.graph.kinds import census
+from tests.compare import SINGLE, relative_error
 from tests.small_nets import (
     ConvNet,
     LateNorm,
@@ -384,3 +386,33 @@ def test_public_names_exist():
 def test_nothing_to_fold_says_so():
     text = refold.explain(NothingToFold(), torch.randn(2, 3)).render()
     assert "to fold: found no conv, linear or batch norm" in text
+
+
+def test_a_trace_that_is_not_the_model_is_refused() -> None:
+    class Elsewhere(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x if torch.compiler.is_exporting() else x + 1
+
+    x = torch.randn(2, 4)
+    with pytest.raises(VerificationError, match="the traced program is not the model"):
+        refold.compile_for_inference(Elsewhere(), x)
+    compiled = refold.compile_for_inference(Elsewhere(), x, verify=False)
+    assert "the traced program is not the model" in str(compiled.report.notes)
+
+
+def test_padded_rows_of_a_fused_encoder_are_refused_until_it_is_not_fused() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1).eval()
+    inputs = {
+        "src": torch.randn(2, 3, 8),
+        "src_key_padding_mask": torch.tensor([[False, False, True], [False, False, False]]),
+    }
+    with pytest.raises(VerificationError, match="set_fastpath_enabled"):
+        refold.compile_for_inference(model, inputs)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        compiled = refold.compile_for_inference(model, inputs)
+        with torch.no_grad():
+            assert relative_error(compiled(**inputs), model(**inputs)) <= SINGLE
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)

@@ -74,6 +74,7 @@ class Program:
         exported: the program as ``torch.export`` gave it, before it was made functional.
         bound: name of each input that was declared constant, by the buffer that holds it.
         recorded: whether the compilation keeps a recipe.
+        apart: how the trace differs from the model on the example, as a sentence; empty if not.
     """
 
     graph_module: fx.GraphModule
@@ -89,6 +90,7 @@ class Program:
     exported: ExportedProgram
     bound: dict[str, str] = field(default_factory=dict)
     recorded: bool = False
+    apart: str = ""
 
 
 def trace(
@@ -245,11 +247,11 @@ def _from_module(
     gm, redone = tracer.functional(program)
     apart = _apart(tracer, gm, traced)
     if apart is not None:
-        notes.append(
+        apart = (
             f"the traced program is not the model: on the example {apart}. torch.export traces "
-            "another path than a call takes (a fused fast path, a test for export); what is "
-            "folded and verified is the traced program"
+            "another path than a call takes (a fused fast path, a test for export)"
         )
+        notes.append(apart)
     elif batch is not None:
         reason = _batch_one_differs(tracer, gm, example, batch)
         if reason:
@@ -265,6 +267,7 @@ def _from_module(
     notes += binding.warnings_of(bind)
     finished = _finish(program, gm, fresh(traced), example, tuple(specialised), notes, names)
     finished.bound = tracer.bound
+    finished.apart = apart or ""
     return finished
 
 
