@@ -12,7 +12,9 @@ from torch import nn
 from refold.frontends import export
 from refold.graph import printer
 from refold.passes import PIPELINES
+from refold.passes.clean_up import CleanUp
 from refold.passes.fold_branches import FoldBranches
+from refold.passes.fold_constants import FoldConstants
 from refold.rewrite.pipeline import Pipeline
 from tests import golden
 from tests.folding import Net, image, left, run
@@ -139,7 +141,7 @@ def test_sequences_fold_only_where_borders_allow(first, second, pad, bias, g1, g
     ],
 )
 def test_folds(forward, parts, expected) -> None:
-    gm, _ = run([FOLD, *PIPELINES["default"].passes[:2]], Net(forward, **parts), image())
+    gm, _ = run([FOLD, FoldConstants()], Net(forward, **parts), image())
     found = left(gm)
     assert {k: found.get(k, 0) for k in expected} == expected, gm.graph
 
@@ -412,7 +414,7 @@ def test_channels_repeated_reversed_or_picked(forward, outputs) -> None:
     net = Net(
         lambda s, x: F.relu(forward(s, x)), a=conv(4, outputs, padding=1), c=conv(k=1)
     )  # fmt: skip
-    after, _ = run([*PIPELINES["default"].passes[:3], FOLD], net, image())
+    after, _ = run([FoldConstants(), CleanUp(), FOLD], net, image())
     assert left(after) == {"conv": 1, "relu": 1}
 
 
@@ -430,7 +432,7 @@ def test_channels_repeated_reversed_or_picked(forward, outputs) -> None:
 )
 def test_rearranged_pixels_or_unknown_channels_stay(forward) -> None:
     net = Net(lambda s, x: forward(s, x), a=conv(padding=1), c=conv(k=1))
-    passes = [*PIPELINES["default"].passes[:3], FoldBranches(prefer="nodes")]
+    passes = [FoldConstants(), CleanUp(), FOLD]
     after, _ = run(passes, net, image(), dynamic=False)
     assert left(after)["conv"] == 2
 
