@@ -151,7 +151,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     return Captured(graph, parameters, inputs, written, echoed)
 
 
-def hold(gm: fx.GraphModule, captured: Captured, example_inputs: Sequence[Any]) -> bool:
+def hold(gm: fx.GraphModule, captured: Captured, example_inputs: Sequence[Any]) -> None:
     """Makes the parameters constants of dynamo's graph; to be called by the backend, at its end.
 
     Dynamo writes the code that collects the arguments of a call after its backend has returned, for
@@ -160,8 +160,7 @@ def hold(gm: fx.GraphModule, captured: Captured, example_inputs: Sequence[Any]) 
     they belong to are guarded too, in a way that filters of module guards leave alone: two models
     of one class share their code, and so their compiled graphs.
 
-    Returns:
-        Whether it did; not outside of a compilation, or where a parameter has no known origin.
+    Outside of a compilation, or where a parameter has no known origin, calls go on passing them.
     """
     from torch._dynamo.guards import GuardBuilder  # loads all of dynamo
 
@@ -170,12 +169,11 @@ def hold(gm: fx.GraphModule, captured: Captured, example_inputs: Sequence[Any]) 
     arguments = [placeholders[i].meta.get("grapharg") for i in captured.parameters]
     sources = [getattr(argument, "source", None) for argument in arguments]
     if context is None or None in sources:
-        return False
+        return
     guards = context.guards_context.dynamo_guards
     for source in dict.fromkeys([*map(_owner, sources), *sources]):
         guards.add(source.make_guard(GuardBuilder.ID_MATCH), collect_debug_stack=False)
     lifted.bind_here(gm, {i: (n, example_inputs[i]) for i, n in captured.parameters.items()})
-    return True
 
 
 def _owner(source: Any) -> Any:
