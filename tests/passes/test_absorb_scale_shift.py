@@ -247,6 +247,69 @@ def test_declines(forward, parts, reason) -> None:
     assert any(re.search(reason, d.reason) for d in declined), (declined, gm.graph)
 
 
+EINSUMS = {  # equation, scale of the result, whether an operand takes it
+    "scores": ("bhid,bhjd->bhij", (), True),
+    "scores, heads": ("bhid,bhjd->bhij", (2, 1, 1), True),
+    "context": ("bhij,bhjd->bhid", (3,), True),
+    "outer": ("bhid,bhje->bhdije", (2, 1, 1, 1, 3), True),
+    "outer, both": ("bhid,bhje->bhdije", (3, 1, 1, 3), False),
+    "turned": ("bhid,bhjd->bjhi", (2, 1), True),
+}
+
+
+@pytest.mark.parametrize("name", EINSUMS)
+def test_an_operand_of_an_einsum_takes_the_scale(name) -> None:
+    equation, shape, passes = EINSUMS[name]
+
+    def forward(s, x):
+        q, k = (layer(x).unflatten(-1, (2, 3)).transpose(1, 2) for layer in (s.q, s.k))
+        q = (q @ q.mT).softmax(-1) if equation.startswith("bhij") else q
+        return torch.sigmoid(torch.einsum(equation, q, k) * s.g)
+
+    net = Net(forward, q=nn.Linear(6, 6), k=nn.Linear(6, 6), g=mixed(*shape or (1,)))
+    gm, declined = run(AbsorbScaleShift(), net, torch.randn(2, 4, 6, dtype=torch.float64))
+    assert ("mul" in left(gm)) is not passes, gm.graph
+    assert passes or any("axes of the scale" in d.reason for d in declined)
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda s, y: torch.einsum("bid,bjd->bij", y, y) * 3.0, "other users"),
+        (lambda s, y: torch.einsum("bid,bjd->bij", y, y.tanh()) + 3.0, "not linear"),
+        (lambda s, y: torch.einsum("...id,...jd->...ij", y, y.tanh()) * 3.0, "name its axes"),
+        (lambda s, y: torch.einsum("bii->bi", y @ y.mT) * 3.0, "name its axes"),
+        # An operand of one row, which the product broadcasts, cannot hold a scale for each row.
+        (
+            lambda s, y: torch.einsum("bid,bid->bid", y.sum(1, True), y.tanh()) * s.g,
+            "axes of the scale|not linear",
+        ),
+    ],
+    ids=["square", "shift", "ellipsis", "diagonal", "broadcast"],
+)
+def test_einsums_that_take_no_scale(forward, reason) -> None:
+    net = Net(lambda s, x: forward(s, s.q(x)).sigmoid(), q=nn.Linear(6, 6), g=mixed(4, 1))
+    gm, declined = run(AbsorbScaleShift(), net, torch.randn(2, 4, 6, dtype=torch.float64))
+    assert {"mul", "add"} & set(left(gm))
+    assert any(re.search(reason, d.reason) for d in declined), declined
+
+
+def test_a_constant_that_is_read_twice_takes_no_factor() -> None:
+    """Each place would want its own."""
+    net = Net(
+        lambda s, x: torch.cat([s.c.expand_as(x), s.l(x), s.c.expand_as(x)], 1) * s.g,
+        l=nn.Linear(4, 4), c=mixed(1, 4), g=mixed(12),
+    )  # fmt: skip
+    run(AbsorbScaleShift(), net, torch.randn(2, 4, dtype=torch.float64))
+    net = Net(lambda s, x: torch.cat([s.c, s.l(x), s.c], 1) * s.g,
+              l=nn.Linear(4, 4), c=mixed(2, 4), g=mixed(12))  # fmt: skip
+    gm, declined = run(
+        AbsorbScaleShift(), net, torch.randn(2, 4, dtype=torch.float64), dynamic=False
+    )
+    assert "mul" in left(gm)
+    assert any("twice" in d.reason for d in declined), declined
+
+
 def test_a_promoting_constant_is_left_alone() -> None:
     """fp16 conv times an fp32 vector is an fp32 result: not an affine map of the conv."""
     layer = conv().half()

@@ -86,6 +86,8 @@ class Upward(Walk):
         base = constants.exact(u)
         if base is None:
             raise Refused(f"{u.name} is not a constant")
+        if reads(consumer, u) != 1:
+            raise Refused(f"{consumer.name} reads {u.name} twice")
         shape = torch.broadcast_shapes(base.shape, factor.scale.shape, factor.shift.shape)
         if tuple(shape) != base.shape:
             raise Refused("the constant would grow")
@@ -311,6 +313,8 @@ class Upward(Walk):
             self._up_product(u, factor, plan)
         elif name in ("matmul", "bmm", "scaled_dot_product_attention") and not factor.shifts:
             self._up_matmul(u, factor, plan)
+        elif is_call(u, aten.einsum.default) and not factor.shifts:
+            self._up_einsum(u, factor, plan)
         else:
             plan.touched.pop()
             return False
@@ -394,3 +398,39 @@ class Upward(Walk):
         ):
             raise Refused("the product broadcasts this operand")
         return self._up(side, u, factor, plan)  # type: ignore[arg-type]
+
+    def _up_einsum(self, u: fx.Node, factor: Factor, plan: Plan) -> None:
+        """Into one operand: a sum of products is linear in each.
+
+        The operand must have every axis along which the scale varies, in full.
+        """
+        equation, operands = str(u.args[0]).replace(" ", ""), list(u.args[1])  # type: ignore[arg-type]
+        inputs, _, result = equation.partition("->")
+        terms = inputs.split(",")
+        if not result or "." in equation or any(len(set(t)) != len(t) for t in (*terms, result)):
+            raise Refused("the einsum does not name its axes")
+        wide = {result[axis]: nodes.shape(u)[axis] for axis in factor.varies()}
+        reason = "no operand of the einsum has the axes of the scale"
+        for term, side in zip(terms, operands, strict=True):
+            sizes = dict(zip(term, nodes.shape(side), strict=True))
+            if any(
+                letter not in sizes or not nodes.same(sizes[letter], size)
+                for letter, size in wide.items()
+            ):
+                continue
+            mark = plan.mark()
+            try:
+                scale = _for_term(factor.scale, result, term)
+                return self._up(side, u, Factor(scale, torch.zeros_like(scale)), plan)
+            except Refused as refusal:
+                reason = str(refusal)
+                plan.rewind(mark)
+        raise Refused(reason)
+
+
+def _for_term(scale: torch.Tensor, result: str, term: str) -> torch.Tensor:
+    """A scale of an einsum's result as one operand broadcasts with it."""
+    sizes = dict(zip(result, scale.shape, strict=True))
+    order = [*(a for a in term if a in sizes), *(a for a in result if a not in term)]
+    moved = scale.permute([result.index(letter) for letter in order])
+    return moved.reshape([sizes.get(letter, 1) for letter in term])
