@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from refold import __version__
-from refold.errors import ExpectationError, RefoldError, UsageError, VerificationError
+from refold.errors import ExpectationError, RefoldError, UsageError, VerificationError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -591,6 +591,19 @@ class _Progress:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Takes options by their full names alone; an unknown one is an error with the nearest."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [name for name in self._option_string_actions if name.startswith("--")]
+            nearest = did_you_mean(unknown[0].partition("=")[0], options)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest}")
+        return found, unknown
+
     def error(self, message: str) -> Any:
         self.print_usage(sys.stderr)
         self.exit(USAGE, f"refold: {message}\n")

@@ -157,7 +157,9 @@ def test_no_command_is_usage(run):
         (("export", "net.pth", *SHAPE), "name the model and pass --checkpoint net.pth"),
         (("verify", NET, "no.onnx", *SHAPE), "no.onnx: no such file"),
         (("explain", PLAIN, "--shape", "2x3", "--randomize-bn"), "has no batch norm"),
-        (("explain", NET, *SHAPE, "--colour"), "unrecognized arguments"),
+        (("explain", NET, *SHAPE, "--colour"), "unrecognized arguments: --colour"),
+        (("explain", NET, *SHAPE, "--exclud=x"), "did you mean '--exclude'"),
+        (("explain", NET, "--shap", "2x3x8x8"), "did you mean '--shape'"),
     ],
 )  # fmt: skip
 def test_usage_errors_exit_with_2(run, arguments, message, tmp_path):

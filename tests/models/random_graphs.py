@@ -96,7 +96,7 @@ class RandomGraph(nn.Module):
         if x.dim() == 4:
             options += [self._image] * 6
         if x.dim() >= 2:
-            options += [self._tokens] * 2
+            options += [self._tokens] * 2 + [self._mixing] * 2
         return rng.choice(options)(pool, i, x)
 
     def _image(self, pool: list[torch.Tensor], i: int, x: torch.Tensor) -> tuple[str, Step] | None:
@@ -274,6 +274,118 @@ class RandomGraph(nn.Module):
             return f"batch_norm1d @{i}", lambda p: layer(p[i])
         if name == "view" and x.dim() == 3 and last % 2 == 0:
             return f"view @{i}", lambda p: p[i].reshape(p[i].shape[0], -1, 2, last // 2)
+        return None
+
+    def _mixing(self, pool: list[torch.Tensor], i: int, x: torch.Tensor) -> tuple[str, Step] | None:
+        """Products of two tensors, joints with constants, and what moves or masks elements."""
+        rng = self._rng
+        channels, last = x.shape[1], x.shape[-1]
+        tail = (1,) * (x.dim() - 2)
+        name = rng.choice(
+            [
+                "cat constant",
+                "cat twice",
+                "roll",
+                "flip",
+                "pick",
+                "repeat",
+                "where",
+                "mask",
+                "stack",
+                "compare",
+                "square",
+                "scores",
+                "einsum",
+                "attention",
+                "left",
+                "bmm",
+                "cumsum",
+                "assign",
+                "unbind",
+                "clamp",
+                "depthwise",
+                "sum",
+            ]
+        )
+        if name == "cat constant":
+            c = self._constant(1, channels, *x.shape[2:])
+            order = rng.choice(((0, 1), (1, 0), (0, 1, 0), (1, 0, 1)))
+
+            def joined(p: list[torch.Tensor]) -> torch.Tensor:
+                parts = (p[i], c.expand(p[i].shape))
+                return torch.cat([parts[k] for k in order], 1)
+
+            return f"cat constant {order} @{i}", joined
+        if name == "cat twice":
+            return f"cat twice @{i}", lambda p: torch.cat([p[i], p[i]], 1)
+        if name == "roll":
+            axis, by = rng.randrange(1, x.dim()), rng.choice((1, 2))
+            return f"roll {axis} @{i}", lambda p: p[i].roll(by, axis)
+        if name == "flip":
+            axis = rng.randrange(1, x.dim())
+            return f"flip {axis} @{i}", lambda p: p[i].flip(axis)
+        if name == "pick":
+            at = torch.tensor([rng.randrange(channels) for _ in range(channels)])
+            return f"pick {at.tolist()} @{i}", lambda p: p[i][:, at]
+        if name == "repeat":
+            return f"repeat @{i}", lambda p: p[i].repeat_interleave(2, 1)
+        if name == "where":
+            hidden = torch.rand(1, channels, *x.shape[2:]) < 0.3
+            value = rng.choice((0.0, 0.0, 1.0, -2.0))
+            return f"where {value} @{i}", lambda p: p[i].masked_fill(hidden, value)
+        if name == "mask":
+            keep = (torch.rand(channels, *tail) < 0.6).double()
+            self.constants.append(nn.Parameter(keep))
+            return f"mask @{i}", lambda p: p[i] * keep
+        if name == "stack":
+            same = [j for j, v in enumerate(pool) if v.shape == x.shape]
+            j, weights = rng.choice(same), self._constant(2, *(1,) * x.dim())
+            return f"stack @{i} @{j}", lambda p: (torch.stack([p[i], p[j]]) * weights).sum(0)
+        if name == "compare":
+            c = self._constant(channels, *tail)
+            return f"compare @{i}", lambda p: (p[i] > c).to(p[i].dtype)
+        if name == "square":
+            return f"square @{i}", lambda p: p[i] * p[i].tanh()
+        if name == "sum" and x.dim() > 2:
+            return f"sum @{i}", lambda p: p[i].sum(-1)
+        if name == "cumsum":
+            return f"cumsum @{i}", lambda p: p[i].cumsum(-1)
+        if name == "clamp":
+            low, high = rng.choice(((0.0, None), (-1.0, 1.0), (None, 0.5)))
+            return f"clamp {low} {high} @{i}", lambda p: p[i].clamp(low, high)
+        if name == "unbind" and x.dim() > 2:
+            return f"unbind @{i}", lambda p: p[i].unbind(-1)[0] - p[i].unbind(-1)[-1]
+        if name == "assign":
+            c = self._constant(channels, *tail)
+
+            def assign(p: list[torch.Tensor]) -> torch.Tensor:
+                y = p[i].clone()
+                y[:, ::2] = (p[i] * c)[:, ::2]
+                return y
+
+            return f"assign @{i}", assign
+        if name == "left" and x.dim() == 3:
+            c = self._constant(rng.choice((channels, 3)), channels)
+            return f"left @{i}", lambda p: c @ p[i]
+        if name == "depthwise" and x.dim() == 3:
+            layer = self._layer(nn.Conv1d(channels, channels, 3, padding=1, groups=channels))
+            return f"conv1d @{i}", lambda p: layer(p[i])
+        if name in ("scores", "einsum", "attention", "bmm") and x.dim() == 3:
+            q, k, v = (self._layer(nn.Linear(last, last, bias=rng.random() < 0.7)) for _ in "qkv")
+            scale = rng.choice((0.5, 2.0, -1.0))
+
+            def attend(p: list[torch.Tensor]) -> torch.Tensor:
+                a, b, c = q(p[i]), k(p[i]), v(p[i])
+                if name == "attention":
+                    return F.scaled_dot_product_attention(a, b, c, is_causal=scale < 0)
+                if name == "einsum":
+                    scores = torch.einsum("bid,bjd->bij", a, b) * scale
+                    return torch.einsum("bij,bjd->bid", scores.softmax(-1), c)
+                if name == "bmm":
+                    return torch.bmm(torch.baddbmm(a @ a.mT, a, b.mT, alpha=scale), c)
+                return (a @ b.transpose(1, 2) / scale).softmax(-1) @ c
+
+            return f"{name} {scale} @{i}", attend
         return None
 
     def _common(self, pool: list[torch.Tensor], i: int, x: torch.Tensor) -> tuple[str, Step] | None:
