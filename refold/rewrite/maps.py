@@ -339,7 +339,7 @@ class MapReader:
     def forget_proposals(self) -> None:
         """Removes the proposed roots that nothing came to read."""
         for node in self.proposed:
-            if not node.users:
+            if not node.users and not node._erased:
                 node.graph.erase_node(node)
 
     def _settle(self, node: fx.Node, key: Key, border: _Border, out: Maps) -> None:
