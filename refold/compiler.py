@@ -27,6 +27,7 @@ from refold.backends.base import (
     computes_complex,
     find_target,
     is_static,
+    layers_on,
     make_options,
     require,
 )
@@ -132,7 +133,7 @@ def compile_for_inference(
     if recipe and consume:
         raise UsageError("recipe=True needs the weights that consume=True releases: drop one")
     found = find_target(target)
-    chosen = _pipeline(pipeline, max_growth)
+    chosen = _pipeline(pipeline, max_growth).for_layers_on(layers_on(found))
     settings = _Settings(
         target=found,
         options=make_options(found, target_options),

@@ -63,7 +63,9 @@ class _Settings:
 
     @property
     def passes(self) -> Pipeline:
-        return PIPELINES[self.pipeline] if isinstance(self.pipeline, str) else self.pipeline
+        chosen = PIPELINES[self.pipeline] if isinstance(self.pipeline, str) else self.pipeline
+        named = self.inner if isinstance(self.inner, str) else "another compiler"
+        return chosen.for_layers_on("torch" if named == "eager" else named)
 
 
 def backend(

@@ -4,6 +4,8 @@
     python tools/measure_costs.py --write    # replaces refold/rewrite/cost_table.json
 
 Each rate is the median over several layer shapes of the median of repeated calls, one thread.
+What a call of a layer takes on a backend, and a part of a merged layer's result, are differences of
+the least times of graphs of tiny layers of one input (``bench/horizontal_merge.py`` has real ones).
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import itertools
 import json
 import platform
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +24,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-TABLE = Path(__file__).parents[1] / "refold" / "rewrite" / "cost_table.json"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.common import interleaved  # noqa: E402
+from bench.horizontal_merge import BACKENDS, Apart, Merged  # noqa: E402
+
+TABLE = ROOT / "refold" / "rewrite" / "cost_table.json"
 SHAPES = ((32, 56), (64, 28), (128, 28), (256, 14), (384, 7))  # channels, height and width
 
 
@@ -95,6 +105,35 @@ def resize_rate(launch: float) -> float:
     return statistics.median(rates)
 
 
+CALLS = ("torch", "inductor", "onnxruntime")  # where merging layers can pay
+
+
+def layer_costs(backend: str, layers: int = 16) -> dict[str, float]:
+    """Microseconds of a call of a linear, of its bias, and of a part cut out of its result."""
+
+    def linears(count: int, outputs: int, *, bias: bool) -> list[torch.nn.Module]:
+        return [torch.nn.Linear(64, outputs, bias=bias) for _ in range(count)]
+
+    forms = {
+        "bare": Apart(linears(layers, 16, bias=False)),
+        "apart": Apart(linears(layers, 16, bias=True)),
+        "merged": Merged(linears(layers, 16, bias=True)),
+        "whole": Apart(linears(1, 16 * layers, bias=True)),
+        "bare whole": Apart(linears(1, 16 * layers, bias=False)),
+    }
+    x = torch.randn(1, 1, 64)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        runs = {f: BACKENDS[backend](made.eval(), x, Path(folder)) for f, made in forms.items()}
+        taken = interleaved(runs, 100, calls=50)
+    least = {form: 1e6 * min(seconds) for form, seconds in taken.items()}
+    call = (least["bare"] - least["bare whole"]) / (layers - 1)
+    return {
+        "call": call,
+        "bias": max((least["apart"] - least["whole"]) / (layers - 1) - call, 0.0),
+        "part": max(least["merged"] - least["whole"], 0.0) / layers,
+    }
+
+
 def measure() -> dict[str, float]:
     """All rates of the table."""
     torch.set_num_threads(1)
@@ -113,14 +152,23 @@ def measure() -> dict[str, float]:
         }
 
 
+def _rounded(found: dict[str, float]) -> dict[str, float]:
+    return {k: float(f"{v:.3g}") for k, v in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help=f"replace {TABLE.name}")
     options = parser.parse_args()
-    rates = {k: float(f"{v:.3g}") for k, v in measure().items()}
     record = {
-        "rates": rates,
-        "units": {"conv_*, linear": "GFLOP/s", "bytes, resize": "GB/s", "launch": "us"},
+        "rates": _rounded(measure()),
+        "layers": {name: _rounded(layer_costs(name)) for name in CALLS},
+        "units": {
+            "conv_*, linear": "GFLOP/s",
+            "bytes, resize": "GB/s",
+            "launch": "us",
+            "layers": "us of a call of a linear, of its bias, of a part of its result",
+        },
         "measured": {"torch": torch.__version__, "machine": platform.machine(), "threads": 1},
     }
     text = json.dumps(record, indent=2) + "\n"

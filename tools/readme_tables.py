@@ -251,14 +251,17 @@ def horizontal_merge(result: Result) -> str:
     for row in result["rows"]:
         least = row["least us"]
         figures = f"{least['apart']:.0f} -> {least['merged']:.0f} us; "
-        found = figures + _interval(row["apart / merged"])
+        found = figures + _interval(row["apart / merged"]) + (", merged" if row["merges"] else "")
         cells.setdefault(row["layers"], {})[row["backend"]] = found
     names = result["settings"]["backends"]
-    body = [[layers, *(row[name] for name in names)] for layers, row in cells.items()]
+    body = [
+        [layers, *(row.get(name, "left apart") for name in names)] for layers, row in cells.items()
+    ]
     note = (
         "\n\nThe least CPU time, apart -> merged, and the ratio of medians over "
         f"{result['settings']['rounds']} paired rounds with its 95 % interval; above 1, merged is "
-        "faster. Batch 1, float32, one thread."
+        "faster. Batch 1, float32, one thread. *Merged*: refold merges them for that backend. "
+        "Blocks are causal attentions compiled by refold, as a whole."
     )
     return table(["layers of one input", *names], body) + note + _footer(result)
 

@@ -82,6 +82,14 @@ def computes_complex(target: Target) -> bool:
     return bool(getattr(target, "complex_calls", True))
 
 
+def layers_on(target: Target) -> str:
+    """Whose costs of calls a target has; it says so in an attribute ``layers_on``, or has its own.
+
+    The cost table has them by that name, where they are measured.
+    """
+    return str(getattr(target, "layers_on", target.name))
+
+
 def verification_of(target: Target) -> str:
     """How far a target's artifacts are verified; it says so in an attribute ``verified``."""
     return str(getattr(target, "verified", "run and compared where it is compiled"))

@@ -59,6 +59,7 @@ class OnnxRuntimeTarget:
     name = "ort"
     suffix = ".onnx"
     complex_calls = False
+    layers_on = "onnxruntime"
     dtypes = ("float32", "float16")
     options = OnnxRuntimeOptions
 

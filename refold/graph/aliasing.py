@@ -170,8 +170,12 @@ def _takes_tensor(node: fx.Node) -> bool:
     return any(nodes.is_tensor(n) for n in node.all_input_nodes)
 
 
-def unsettled_strides(old: fx.Node, new: fx.Node) -> str | None:
+def unsettled_strides(
+    old: fx.Node, new: fx.Node, also: Mapping[fx.Node, Any] | None = None
+) -> str | None:
     """Why users of ``old`` cannot read ``new`` if its strides differ, or ``None``.
+
+    ``also`` holds the values of other nodes that are replaced with it.
 
     The users are run on fake values with the new strides, onwards until every stride is again
     what it was. An output whose strides would change, a call that reads strides, and a view that
@@ -179,7 +183,7 @@ def unsettled_strides(old: fx.Node, new: fx.Node) -> str | None:
     """
     if _same_strides(old.meta.get("val"), new.meta.get("val")):
         return None
-    shadow: dict[fx.Node, Any] = {old: new.meta["val"]}
+    shadow: dict[fx.Node, Any] = {**(also or {}), old: new.meta["val"]}
     heap = list(old.users)
     heapq.heapify(heap)
     seen = set(heap)

@@ -13,6 +13,7 @@ from refold.passes.fold_batch_norm import FoldBatchNorm
 from refold.passes.fold_branches import FoldBranches
 from refold.passes.fold_constants import FoldConstants
 from refold.passes.join_scale_shifts import JoinScaleShifts
+from refold.passes.merge_parallel_layers import MergeParallelLayers
 from refold.passes.split_constant_tokens import SplitConstantTokens
 from refold.passes.substitute_shift_add import SubstituteShiftAdd
 from refold.rewrite.pipeline import Pipeline
@@ -31,6 +32,7 @@ PASSES: dict[str, type] = {
     "defer-resizes": DeferResizes,
     "drop-zero-channels": DropZeroChannels,
     "fold-attention-biases": FoldAttentionBiases,
+    "merge-parallel-layers": MergeParallelLayers,
     "substitute-shift-add": SubstituteShiftAdd,
 }
 
@@ -56,9 +58,16 @@ def _ordered(branches: FoldBranches) -> tuple[Pass, ...]:
     )
 
 
+def _merged(branches: FoldBranches) -> tuple[Pass, ...]:
+    return (
+        *_ordered(branches),
+        MergeParallelLayers(),  # last: all others look for layers one by one
+    )
+
+
 PIPELINES: dict[str, Pipeline] = {
-    "default": Pipeline("default", _ordered(FoldBranches())),
-    "min-nodes": Pipeline("min-nodes", _ordered(FoldBranches(prefer="nodes"))),
+    "default": Pipeline("default", _merged(FoldBranches())),
+    "min-nodes": Pipeline("min-nodes", _merged(FoldBranches(prefer="nodes"))),
     "shift-add": Pipeline(
         "shift-add",
         (

@@ -48,6 +48,29 @@ class CostTable:
         return CostTable(**{f.name: float(data["rates"][f.name]) for f in fields(CostTable)})
 
 
+@dataclass(frozen=True)
+class LayerCosts:
+    """What calls of linears cost on one backend, in microseconds.
+
+    Attributes:
+        call: of a layer, beside its product.
+        bias: of adding its bias.
+        part: of a layer's result that is cut out of a larger one, beside copying it.
+    """
+
+    call: float
+    bias: float
+    part: float
+
+
+@cache
+def layer_costs(backend: str) -> LayerCosts | None:
+    """The measured costs of calls on a backend; ``None`` where nobody measured, or it loses."""
+    data = json.loads(Path(__file__).with_name("cost_table.json").read_text())
+    found = data["layers"].get(backend)
+    return None if found is None else LayerCosts(**found)
+
+
 def convolution(
     out_shape: Sequence[int], in_shape: Sequence[int], per_group: int, groups: int,
     taps: Sequence[int], width: int,

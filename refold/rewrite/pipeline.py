@@ -134,6 +134,10 @@ class Pipeline:
         """A pipeline for a target that computes no complex numbers: it stores constants of them."""
         return self._with_option("complex_calls", False)
 
+    def for_layers_on(self, backend: str) -> Pipeline:
+        """A pipeline whose passes reckon with what calls of layers cost on a backend."""
+        return self._with_option("layers_on", backend)
+
     def _with_option(self, option: str, value: Any) -> Pipeline:
         """A pipeline whose passes have an option, those that know it, at this value."""
         return replace(

@@ -1,0 +1,282 @@
+"""Merge linears that read one tensor: queries, keys and values; a gate and what it gates; heads.
+
+    [W_1; W_2] x + [b_1; b_2] = [W_1 x + b_1; W_2 x + b_2]
+
+The rows of one matrix are the rows of all, and its result is cut into theirs (horizontal fusion).
+Nothing is computed less: what goes is the calls. So it gains where a call takes about as long as
+its product (many narrow layers of few rows), and how much is a matter of the backend: what a call
+takes there, and a part of its result, is measured (``tools/measure_costs.py``). Layers are merged
+where that saves a tenth of their time. A layer whose own product outweighs its call stays out.
+
+Exact when the weights are constants of one dtype and nothing between the layers writes what they
+read. A weight that something else reads too would be stored twice, and stays. Parts are views of
+one tensor: what the caller gets keeps its memory and its strides, and whoever needs other strides
+than a part has (a ``view``) keeps its layer.
+
+Before::
+
+    %q = linear(%x, @wq, @bq)
+    %k = linear(%x, @wk)
+
+After::
+
+    %both = linear(%x, @folded_weight, @folded_bias)
+    %parts = split_with_sizes(%both, [Oq, Ok], -1)
+    %q = getitem(%parts, 0)
+    %k = getitem(%parts, 1)
+
+Where nothing is merged: in OpenVINO merged layers are slower (0.64 to 1.06 times, ``python -m
+bench.horizontal_merge``); TensorRT merges products of one input itself; a file for any ONNX runtime
+has no costs of its own; convolutions gain where they are smaller than networks have them, and lose
+in ONNX Runtime, which keeps their channels in blocks.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from refold.algebra.lazy import Lazy
+from refold.graph import aliasing, constants, nodes, provenance, records
+from refold.graph.nodes import aten, dtype, hints, shape
+from refold.rewrite import cost
+from refold.rewrite.push_affine.walk import constant_name
+from refold.rewrite.result import Applied, PassResult, applied, declined
+
+_MARGIN = 0.1  # of the layers' time; the rates' own error is no larger
+_SHOWN = 6  # names in a line for people; the record has all
+_UNMERGED = {
+    "openvino": "merged layers are slower in OpenVINO",
+    "trt": "TensorRT merges products of one input itself",
+    "onnx": "what a call takes depends on the runtime of the file; target 'ort' knows its own",
+}
+_MEASURED = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class MergeParallelLayers:
+    """Merges linears of one input where the backend gains; see the module docstring.
+
+    Attributes:
+        layers_on: the backend whose costs decide, as the cost table or a target names it.
+    """
+
+    layers_on: str = "torch"
+    name: str = "merge-parallel-layers"
+    exactness: str = "reassociates"
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        return _Merger(gm, self.name, self.layers_on).run()
+
+
+@dataclass
+class _Merger:
+    gm: fx.GraphModule
+    rule: str
+    backend: str
+    result: PassResult = field(default_factory=PassResult)
+
+    def run(self) -> PassResult:
+        groups = self._groups()
+        reason = self._no_costs(groups)
+        if reason is not None:
+            self._decline(groups[0][0], f"{_count(groups)} stay apart: {reason}")
+            return self.result
+        written = aliasing.mutated(self.gm.graph) if groups else set()
+        for group in groups:
+            if written & aliasing.roots(group[0].x):
+                self._decline(group[0], f"the graph writes {group[0].x.name}, which they read")
+                continue
+            self._merge(self._unshared(group))
+        self.result.modified = bool(self.result.applied)
+        return self.result
+
+    def _groups(self) -> list[list[records.Linear]]:
+        """The layers of each tensor that several read."""
+        readers: dict[fx.Node, list[records.Linear]] = {}
+        for node in self.gm.graph.nodes:
+            layer = None if nodes.pinned(node) else records.linear(node)
+            if layer is not None and dtype(layer.weight_node) == dtype(layer.x):
+                readers.setdefault(layer.x, []).append(layer)
+        return [group for group in readers.values() if len(group) > 1]
+
+    def _no_costs(self, groups: list[list[records.Linear]]) -> str | None:
+        """Why nothing is known of what merging gains, or ``None``."""
+        if not groups:
+            return None
+        if any(map(constants.is_transform, self.gm.graph.nodes)):
+            return "calls do not mean the same everywhere in the graph (torch.func)"
+        values = [group[0].node.meta["val"] for group in groups]
+        if any(v.device.type != "cpu" for v in values):
+            return "what a call takes is measured on the CPU alone"
+        if any(v.dtype not in _MEASURED for v in values):
+            return "what a call takes is not measured in half precision"
+        if cost.layer_costs(self.backend) is None:
+            return _UNMERGED.get(self.backend, f"what a call takes on {self.backend} is not known")
+        return None
+
+    def _unshared(self, group: list[records.Linear]) -> list[records.Linear]:
+        """Those whose constants nothing else reads."""
+        left = []
+        for layer in group:
+            shared = _shared_constant(layer)
+            if shared is None:
+                left.append(layer)
+            else:
+                self._decline(layer, f"{constant_name(shared)} is read elsewhere too")
+        return left
+
+    def _merge(self, group: list[records.Linear]) -> None:
+        chosen, before, saved = self._choose(group)
+        if len(chosen) < 2:
+            return
+        made = self._make(chosen)
+        parts = made[-len(chosen) :]
+        values = {layer.node: part.meta["val"] for layer, part in zip(chosen, parts, strict=True)}
+        refused = [
+            (layer, reason)
+            for layer, part in zip(chosen, parts, strict=True)
+            if (reason := _refusal(layer.node, part, values)) is not None
+        ]
+        if refused:
+            for node in reversed(made):
+                self.gm.graph.erase_node(node)
+                if node.op == "get_attr":
+                    delattr(self.gm, str(node.target))
+            for layer, reason in refused:
+                self._decline(layer, reason)
+            kept = {layer.node for layer, _ in refused}
+            self._merge([layer for layer in group if layer.node not in kept])
+            return
+        self.result.applied.append(self._record(chosen, parts, before, saved))
+        for layer, part in zip(chosen, parts, strict=True):
+            nodes.replace(layer.node, part)
+            self.gm.graph.erase_node(layer.node)
+
+    def _choose(self, group: list[records.Linear]) -> tuple[list[records.Linear], float, float]:
+        """The layers that gain by being one, what they take now, and what that saves."""
+        gains = [(layer, *self._gain(layer)) for layer in group]
+        chosen = [found for found in gains if found[2] >= _MARGIN * found[1]]
+        before, saved = self._total(chosen)
+        if len(chosen) > 1 and saved >= _MARGIN * before:
+            return [layer for layer, _, _ in chosen], before, saved
+        if len(group) > 1:
+            before, saved = self._total(gains)
+            reason = (
+                f"on {self.backend} one layer instead of {len(group)} would save "
+                f"{max(saved, 0.0):.1f} of {before:.1f} us: no tenth, of some of them neither"
+            )
+            self._decline(group[0], reason)
+        return [], 0.0, 0.0
+
+    def _gain(self, layer: records.Linear) -> tuple[float, float]:
+        """What a layer takes, and what that is less as a part of a larger one."""
+        costs = cost.layer_costs(self.backend)
+        assert costs is not None
+        call = costs.call + (costs.bias if layer.bias is not None else 0.0)
+        return call + _product(layer), call - costs.part - _copy(layer)
+
+    def _total(self, gains: list[tuple[records.Linear, float, float]]) -> tuple[float, float]:
+        """What layers take, and what one instead of them saves: its own call is not saved."""
+        costs = cost.layer_costs(self.backend)
+        assert costs is not None
+        biased = any(layer.bias is not None for layer, _, _ in gains)
+        own = costs.call + (costs.bias if biased else 0.0)
+        return sum(found[1] for found in gains), sum(found[2] for found in gains) - own
+
+    def _make(self, layers: Sequence[records.Linear]) -> list[fx.Node]:
+        """New nodes: constants, the merged layer, its cut, and a part for each layer."""
+        graph, old = self.gm.graph, [layer.node for layer in layers]
+        sizes = [layer.weight.shape[0] for layer in layers]
+        like = layers[0].weight_node.meta["val"]
+        made: list[fx.Node] = []
+        with graph.inserting_before(min(old)):
+            name = f"{layers[0].node.name}_to_{layers[-1].node.name}"
+            made.append(constants.add(self.gm, f"{name}.weight", _stacked_weights(layers), like))
+            if any(layer.bias is not None for layer in layers):
+                made.append(constants.add(self.gm, f"{name}.bias", _stacked_biases(layers), like))
+            operands = (layers[0].x, *made)
+            merged = nodes.call(graph, aten.linear.default, operands, rule=self.rule, sources=old)
+            cut = nodes.call(
+                graph, aten.split_with_sizes.default, (merged, sizes, -1),
+                rule=self.rule, sources=old,
+            )  # fmt: skip
+            for node in (merged, cut):
+                provenance.derive(node, old, self.rule, value=None)
+            made += [merged, cut]
+            made += [
+                nodes.call(graph, operator.getitem, (cut, i), rule=self.rule, sources=[node])
+                for i, node in enumerate(old)
+            ]
+        return made
+
+    def _record(
+        self, layers: Sequence[records.Linear], parts: list[fx.Node], before: float, saved: float
+    ) -> Applied:
+        old = [layer.node for layer in layers]
+        names = [provenance.module_path(node) or node.name for node in old]
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        shown = ", ".join(names[:_SHOWN]) + more
+        detail = f"{len(old)} layers of {layers[0].x.name} are one: {shown}"
+        record = applied(self.rule, old, parts, detail)
+        figures = {"predicted us before": before, "predicted us after": before - saved}
+        return Applied(**{**vars(record), "figures": figures})
+
+    def _decline(self, layer: records.Linear, reason: str) -> None:
+        self.result.declined.append(declined(self.rule, layer.node, reason))
+
+
+def _count(groups: list[list[records.Linear]]) -> str:
+    layers = sum(map(len, groups))
+    tensors = "one tensor" if len(groups) == 1 else f"{len(groups)} tensors"
+    return f"{layers} layers that read {tensors}"
+
+
+def _product(layer: records.Linear) -> float:
+    """Microseconds of the product alone."""
+    return cost.of(layer.node) - cost.CostTable.load().launch
+
+
+def _copy(layer: records.Linear) -> float:
+    """Microseconds of reading and writing a part: the backend cuts it out, or a reader packs it."""
+    value = layer.node.meta["val"]
+    copied = cost.elementwise(hints(layer.node), 1, value.element_size())
+    return copied - cost.CostTable.load().launch
+
+
+def _shared_constant(layer: records.Linear) -> fx.Node | None:
+    """A constant behind a layer that something else reads too."""
+    stack = [n for n in layer.node.all_input_nodes if n is not layer.x]
+    while stack:
+        node = stack.pop()
+        if len(node.users) > 1:
+            return node
+        stack.extend(node.all_input_nodes)
+    return None
+
+
+def _stacked_weights(layers: Sequence[records.Linear]) -> Lazy:
+    weights = [layer.weight for layer in layers]
+    size = (sum(w.shape[0] for w in weights), weights[0].shape[1])
+    return Lazy(size, lambda: torch.cat([w.get() for w in weights]), fresh=True, parents=weights)
+
+
+def _stacked_biases(layers: Sequence[records.Linear]) -> Lazy:
+    """The biases one behind the other; zeros for a layer without."""
+    biases = [
+        layer.bias or Lazy.of(torch.zeros(layer.weight.shape[0], dtype=torch.float64))
+        for layer in layers
+    ]
+    size = (sum(b.shape[0] for b in biases),)
+    return Lazy(size, lambda: torch.cat([b.get() for b in biases]), fresh=True, parents=biases)
+
+
+def _refusal(old: fx.Node, part: fx.Node, values: dict[fx.Node, torch.Tensor]) -> str | None:
+    """Why a part may not take the place of a layer's result, all parts being in place."""
+    if not nodes.same(shape(part), shape(old)) or dtype(part) != dtype(old):
+        return "its result is no part of the merged layer's"
+    return aliasing.new_sharing(old, part) or aliasing.unsettled_strides(old, part, values)
