@@ -108,8 +108,6 @@ class _Merger:
         """Why nothing is known of what merging gains, or ``None``."""
         if not groups:
             return None
-        if any(map(constants.is_transform, self.gm.graph.nodes)):
-            return "calls do not mean the same everywhere in the graph (torch.func)"
         values = [group[0].node.meta["val"] for group in groups]
         if any(v.device.type != "cpu" for v in values):
             return "what a call takes is measured on the CPU alone"
@@ -279,4 +277,6 @@ def _refusal(old: fx.Node, part: fx.Node, values: dict[fx.Node, torch.Tensor]) -
     """Why a part may not take the place of a layer's result, all parts being in place."""
     if not nodes.same(shape(part), shape(old)) or dtype(part) != dtype(old):
         return "its result is no part of the merged layer's"
-    return aliasing.new_sharing(old, part) or aliasing.unsettled_strides(old, part, values)
+    if aliasing.reached_outputs(old):
+        return "the caller gets its result, in memory of its own"
+    return aliasing.unsettled_strides(old, part, values)

@@ -38,3 +38,18 @@ def test_strides_settle_or_not(user, settled) -> None:
     ), torch.randn(2, 3, 4, 3))  # fmt: skip
     reason = aliasing.unsettled_strides(find(graph, "clone"), find(graph, "transpose"))
     assert (reason is None) is settled
+
+
+def test_strides_settle_with_what_else_is_replaced() -> None:
+    def forward(v):
+        turned = torch.abs(v).transpose(0, 1)
+        one, other = (turned.clone(memory_format=torch.contiguous_format) for _ in range(2))
+        return (one + other).view(-1) * 2
+
+    graph = trace(forward, torch.randn(3, 4))
+    turned = find(graph, "transpose")
+    one, other = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)
+    assert aliasing.unsettled_strides(other, turned) is None, "the first decides"
+    reason = aliasing.unsettled_strides(other, turned, {one: turned.meta["val"]})
+    assert reason is not None
+    assert "view" in reason
