@@ -26,9 +26,9 @@ After::
     %k = getitem(%parts, 1)
 
 Where nothing is merged: in OpenVINO merged layers are slower (0.64 to 1.06 times, ``python -m
-bench.horizontal_merge``); TensorRT merges products of one input itself; a file for any ONNX runtime
-has no costs of its own; convolutions gain where they are smaller than networks have them, and lose
-in ONNX Runtime, which keeps their channels in blocks.
+bench.horizontal_merge``); TensorRT merges products of one input itself (NVIDIA, developer forum,
+thread 238187); a file for any ONNX runtime has no costs of its own; convolutions gain where they
+are smaller than networks have them, and lose in ONNX Runtime, which keeps channels in blocks.
 """
 
 from __future__ import annotations
