@@ -100,7 +100,7 @@ class _Merger:
         readers: dict[fx.Node, list[records.Linear]] = {}
         for node in self.gm.graph.nodes:
             layer = None if nodes.pinned(node) else records.linear(node)
-            if layer is not None and dtype(layer.weight_node) == dtype(layer.x):
+            if layer is not None:
                 readers.setdefault(layer.x, []).append(layer)
         return [group for group in readers.values() if len(group) > 1]
 
@@ -190,7 +190,7 @@ class _Merger:
         """New nodes: constants, the merged layer, its cut, and a part for each layer."""
         graph, old = self.gm.graph, [layer.node for layer in layers]
         sizes = [layer.weight.shape[0] for layer in layers]
-        like = layers[0].weight_node.meta["val"]
+        like = layers[0].node.meta["val"]
         made: list[fx.Node] = []
         with graph.inserting_before(min(old)):
             name = f"{layers[0].node.name}_to_{layers[-1].node.name}"
