@@ -179,6 +179,26 @@ def test_a_bias_is_a_call_more(monkeypatch: pytest.MonkeyPatch) -> None:
     assert widths(gm) == [16, 8], "the layer without a bias gains nothing"
 
 
+def test_the_merged_layer_adds_a_bias_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = cost.LayerCosts(call=1.0, bias=10.0, part=4.6)
+    monkeypatch.setattr(cost, "layer_costs", lambda backend: costs)
+    gm, _ = merged(net(lambda s, x: s.q(x).tanh() * s.k(x).tanh()), tokens())
+    assert widths(gm) == [8, 8], "22 us, less two parts and a layer of 11"
+
+
+def test_parts_of_many_rows_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "of", lambda node: cost.CostTable.load().launch)
+    for rows, count in ((5, 1), (20000, 2)):
+        gm, _ = merged(net(gated), tokens(rows))
+        assert len(widths(gm)) == count
+
+
+def test_another_device_stays() -> None:
+    gm = trace(net(gated).to("meta"), tokens().to("meta"))
+    (record,) = MERGE.run(gm).declined
+    assert "measured on the CPU alone" in record.reason
+
+
 @pytest.mark.parametrize(
     ("backend", "words"),
     [
