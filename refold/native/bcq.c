@@ -12,6 +12,7 @@
  *
  * No libc beyond memory and threads, no global state but the pool; safe to call from many threads.
  */
+#define _GNU_SOURCE /* affinities of threads */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -103,6 +104,9 @@ INLINE void tabulate(const float *x, float *sums) {
         sums[i] = sign[0][i] * x[0] + sign[1][i] * x[1] + sign[2][i] * x[2] + sign[3][i] * x[3];
 }
 
+/* What makes the inverse of a small number finite. */
+static inline float lift_of(float largest) { return largest < 1e-30f ? 0x1p100f : 1; }
+
 /* Sums of a block as bytes around 128, in steps of the largest sum / 127. */
 INLINE float quantise(const float *sums, long count, uint8_t *codes) {
     int32_t bits = 0; /* positive floats are ordered like the integers of the same bits */
@@ -114,8 +118,7 @@ INLINE float quantise(const float *sums, long count, uint8_t *codes) {
     }
     float largest;
     memcpy(&largest, &bits, sizeof largest);
-    float lift = largest < 1e-30f ? 0x1p100f : 1; /* the inverse of a denormal is infinite */
-    float inverse = largest > 0 ? 127 / (largest * lift) : 0;
+    float lift = lift_of(largest), inverse = largest > 0 ? 127 / (largest * lift) : 0;
     for (long i = 0; i < count; i++) codes[i] = (uint8_t)(int)(sums[i] * lift * inverse + 128.5f);
     return largest / 127;
 }

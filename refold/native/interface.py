@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,8 +20,7 @@ class NativeError(BackendError):
     """The library is not there, does not load, or is of other sources; or a call failed."""
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):  # made in every call
     """A layer as the kernel reads it; see ``bcq.c``.
 
     Attributes:

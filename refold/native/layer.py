@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+
 import torch
 from torch.nn import functional as F
 
@@ -13,6 +16,7 @@ TILE = 64
 GEMV_ROWS = {"portable": (4, 4), "avx2": (8, 128), "avx512": (128, 256), "neon": (4, 32)}
 # Floats of weights that are formed at a time: they must stay in the cache.
 _FORMED = 1 << 20
+_LARGE_PAGE = 2 << 20
 
 
 def pack(planes: torch.Tensor, alpha: torch.Tensor, group_size: int) -> Packed:
@@ -26,11 +30,29 @@ def pack(planes: torch.Tensor, alpha: torch.Tensor, group_size: int) -> Packed:
     tiles = F.pad(planes, (0, 0, 0, missing)).unflatten(1, (-1, 4, 16))  # [q, tiles, 4, 16, bytes]
     scales = F.pad(scales, (0, 0, 0, missing)).unflatten(1, (-1, TILE))
     return Packed(
-        tiles.permute(1, 4, 0, 3, 2).flatten(3).contiguous(),
-        scales.permute(1, 3, 0, 2).contiguous(),
+        _in_large_pages(tiles.permute(1, 4, 0, 3, 2).flatten(3)),
+        _in_large_pages(scales.permute(1, 3, 0, 2)),
         rows,
         group_size,
     )
+
+
+def _in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in pages of 2 MiB, where the system has them to give.
+
+    A product reads every byte once: in pages of 4 KiB, to look up their addresses takes a quarter
+    of the time.
+    """
+    size = tensor.nbytes
+    if size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return tensor.contiguous()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, size + _LARGE_PAGE, flags=flags)  # what is not touched takes no memory
+    start = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % _LARGE_PAGE
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE, start, size // _LARGE_PAGE * _LARGE_PAGE)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+    return copy.view(tensor.shape).copy_(tensor)
 
 
 def unpack(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +81,8 @@ def multiply(
         exact: keep sums of activations in float32.
         isa: the instruction set, the best one unless given.
     """
-    wide = x.float().contiguous()
+    plain = x.dtype is torch.float32
+    wide = x if plain and x.is_contiguous() else x.float().contiguous()
     if bias is not None:
         bias = bias.float().contiguous()
     y = None
@@ -68,7 +91,7 @@ def multiply(
     if y is None:
         flat = _multiply_formed(kernel, wide.view(-1, x.shape[-1]), packed, bias, isa)
         y = flat.view(*x.shape[:-1], packed.rows)
-    return y.to(x.dtype)
+    return y if plain else y.to(x.dtype)
 
 
 def _multiply_formed(

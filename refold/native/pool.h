@@ -1,8 +1,9 @@
 /* A pool of threads that share out numbered pieces of work.
  *
- * Pieces are taken one by one from a counter, and the caller takes them too: on a machine that
- * has no core to spare the caller does the work alone instead of waiting for threads that are not
- * scheduled. That is why this is not OpenMP, whose static shares end in a barrier; a second OpenMP
+ * Each thread has a range of pieces and takes them one by one, in order, for memory is then read in
+ * long runs; a thread that is done takes from the others' ranges. The caller has a range too: on a
+ * machine that has no core to spare it does the work alone instead of waiting for threads that are
+ * not scheduled. That is why this is not OpenMP, whose static shares end in a barrier; a second OpenMP
  * runtime beside torch's would also keep its own spinning threads.
  *
  * A thread looks for more work for a moment before it sleeps: to wake it takes as long as a small
@@ -12,10 +13,11 @@
 #define REFOLD_POOL_H
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 
 #define MAX_WORKERS 64
-#define LOOKS 8000 /* 100 to 400 microseconds */
+#define LOOKS 8000 /* 200 to 500 microseconds */
 
 typedef void piece_fn(void *context, long piece);
 
@@ -23,13 +25,15 @@ static struct {
     pthread_mutex_t caller; /* held by the one call that uses the pool */
     pthread_mutex_t lock;   /* guards what follows, but for next; the counts are read without */
     pthread_cond_t wake, done;
-    int workers;       /* threads that exist */
+    int workers;       /* helpers that exist */
     atomic_int places; /* of helpers that may still join the present work */
     atomic_int busy;   /* helpers that have joined and not finished */
     piece_fn *work;
     void *context;
     long pieces;
-    atomic_long next;
+    int core;    /* the caller's, or -1 */
+    int threads; /* ranges of pieces: the caller's and one for each place */
+    atomic_long next[MAX_WORKERS + 1];
 } pool = {.caller = PTHREAD_MUTEX_INITIALIZER,
           .lock = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER,
@@ -43,18 +47,48 @@ static inline void rest(void) {
 #endif
 }
 
-/* Looks for a moment whether a count has become zero, or not zero. */
+/* Looks for a moment whether a count has become zero, or not zero. Who waits must not hold the core
+ * that the other needs: systems put both on one. */
 static void look(atomic_int *count, int zero) {
-    for (int i = 0; i < LOOKS; i++) {
+    for (int i = 1; i <= LOOKS; i++) {
         if ((atomic_load_explicit(count, memory_order_relaxed) == 0) == zero) return;
-        rest();
+        if (i % 16 == 0)
+            sched_yield();
+        else
+            rest();
     }
 }
 
-static void take_pieces(piece_fn *work, void *context, long pieces) {
-    for (long i; (i = atomic_fetch_add_explicit(&pool.next, 1, memory_order_relaxed)) < pieces;)
-        work(context, i);
+static long range_start(long pieces, int threads, int range) { return pieces * range / threads; }
+
+static void take_pieces(piece_fn *work, void *context, long pieces, int threads, int own) {
+    for (int t = 0; t < threads; t++) {
+        int range = (own + t) % threads;
+        atomic_long *next = pool.next + range;
+        long end = range_start(pieces, threads, range + 1);
+        for (long i; (i = atomic_fetch_add_explicit(next, 1, memory_order_relaxed)) < end;)
+            work(context, i);
+    }
 }
+
+#if defined(__linux__)
+static int present_core(void) { return sched_getcpu(); }
+
+/* Systems wake a thread on the core where it last ran, even if that is the caller's own and another
+ * is idle: there it would wait until the work is done. */
+static void leave_core(int core) {
+    cpu_set_t allowed, others;
+    if (core < 0 || core != sched_getcpu()) return;
+    if (pthread_getaffinity_np(pthread_self(), sizeof allowed, &allowed) != 0) return;
+    others = allowed;
+    CPU_CLR(core, &others);
+    if (pthread_setaffinity_np(pthread_self(), sizeof others, &others) == 0) /* there is another */
+        pthread_setaffinity_np(pthread_self(), sizeof allowed, &allowed);
+}
+#else
+static int present_core(void) { return -1; }
+static void leave_core(int core) { (void)core; }
+#endif
 
 static void *help(void *unused) {
     (void)unused;
@@ -62,13 +96,15 @@ static void *help(void *unused) {
         look(&pool.places, 0);
         pthread_mutex_lock(&pool.lock);
         while (pool.places == 0) pthread_cond_wait(&pool.wake, &pool.lock);
-        pool.places--;
+        int own = pool.places--, threads = pool.threads;
         pool.busy++;
         piece_fn *work = pool.work;
         void *context = pool.context;
         long pieces = pool.pieces;
+        int core = pool.core;
         pthread_mutex_unlock(&pool.lock);
-        take_pieces(work, context, pieces);
+        leave_core(core);
+        take_pieces(work, context, pieces, threads, own);
         pthread_mutex_lock(&pool.lock);
         if (--pool.busy == 0) pthread_cond_signal(&pool.done);
         pthread_mutex_unlock(&pool.lock);
@@ -106,11 +142,13 @@ static void share_out(piece_fn *work, void *context, long pieces, int threads) {
     pool.work = work;
     pool.context = context;
     pool.pieces = pieces;
+    pool.core = present_core();
     pool.places = helpers;
-    atomic_store(&pool.next, 0);
+    pool.threads = threads = helpers + 1;
+    for (int t = 0; t < threads; t++) atomic_store(pool.next + t, range_start(pieces, threads, t));
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
-    take_pieces(work, context, pieces);
+    take_pieces(work, context, pieces, threads, 0);
     pthread_mutex_lock(&pool.lock);
     pool.places = 0;
     if (pool.busy > 0) {

@@ -164,54 +164,63 @@ AVX2 static void exact_avx2(const layer_t *l, const row_t *x, long tile, float *
     }
 }
 
+/* A block of half a tile: the rows whose bytes are at 32 h. Bytes and lanes are widened by products
+ * with 1 and 0 rather than by shifts, which wait for the same units as the look-ups. */
+AVX2 INLINE void lookup_avx2_half(const uint8_t *byte, const __m128i *codes, long count,
+                                  const float *scale, float step, float *y, const int q,
+                                  const int h) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i odd_bytes = _mm256_set1_epi16(256), even_lanes = _mm256_set1_epi32(1);
+    __m256i whole[MAX_PLANES], upper[MAX_PLANES];
+    for (int p = 0; p < q; p++) whole[p] = upper[p] = _mm256_setzero_si256();
+    byte += 32 * h;
+    for (long b = 0; b < count; b++, codes += 2) {
+        __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128(codes));
+        __m256i high = _mm256_broadcastsi128_si256(_mm_loadu_si128(codes + 1));
+        for (int p = 0; p < q; p++, byte += TILE) {
+            if (h == 0) _mm_prefetch((const char *)byte + AHEAD, _MM_HINT_T0);
+            __m256i word = _mm256_loadu_si256((const __m256i *)byte);
+            __m256i first = _mm256_shuffle_epi8(low, _mm256_and_si256(word, nibble));
+            __m256i second =
+                _mm256_shuffle_epi8(high, _mm256_and_si256(_mm256_srli_epi16(word, 4), nibble));
+            whole[p] = _mm256_add_epi16(_mm256_add_epi16(whole[p], first), second);
+            upper[p] = _mm256_add_epi16(upper[p], _mm256_maddubs_epi16(first, odd_bytes));
+            upper[p] = _mm256_add_epi16(upper[p], _mm256_maddubs_epi16(second, odd_bytes));
+        }
+    }
+    const __m256i zero = _mm256_set1_epi16((short)(256 * count));
+    __m256 sum[4];
+    for (int c = 0; c < 4; c++) sum[c] = _mm256_setzero_ps();
+    for (int p = 0; p < q; p++) {
+        __m256i even = _mm256_sub_epi16(whole[p], _mm256_slli_epi16(upper[p], 8));
+        __m256i part[2] = {_mm256_sub_epi16(even, zero), _mm256_sub_epi16(upper[p], zero)};
+        for (int c = 0; c < 4; c++) {
+            __m256i lane = c < 2 ? _mm256_madd_epi16(part[c], even_lanes)
+                                 : _mm256_srai_epi32(part[c - 2], 16);
+            __m256 factor = _mm256_loadu_ps(scale + p * TILE + 16 * c + 8 * h);
+            sum[c] = _mm256_fmadd_ps(factor, _mm256_cvtepi32_ps(lane), sum[c]);
+        }
+    }
+    for (int c = 0; c < 4; c++) {
+        float *to = y + 16 * c + 8 * h;
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_set1_ps(step), sum[c], _mm256_loadu_ps(to)));
+    }
+}
+
 AVX2 INLINE void lookup_avx2_q(const layer_t *l, const row_t *x, long tile, float *y,
                                const int q) {
     const uint8_t *planes = tile_planes(l, tile);
     long columns = bytes_of(l), per_group = l->group / 8;
-    const __m256i nibble = _mm256_set1_epi8(15);
     float scale[MAX_PLANES * TILE];
     for (long start = 0, next; start < columns; start = next) {
         long group = start / per_group;
         next = smaller(smaller(start + x->block, (group + 1) * per_group), columns);
         if (start == group * per_group) load_scales_avx2(l, tile, group, scale);
-        const __m256i zero = _mm256_set1_epi16((short)(256 * (next - start)));
-        const __m256 step = _mm256_set1_ps(x->steps[start / x->block]);
-        for (int h = 0; h < 2; h++) {
-            __m256i whole[MAX_PLANES], upper[MAX_PLANES];
-            for (int p = 0; p < q; p++) whole[p] = upper[p] = _mm256_setzero_si256();
-            const uint8_t *byte = planes + start * q * TILE + 32 * h;
-            for (long b = start; b < next; b++) {
-                const __m128i *codes = (const __m128i *)(x->codes + b * 32);
-                __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128(codes));
-                __m256i high = _mm256_broadcastsi128_si256(_mm_loadu_si128(codes + 1));
-                for (int p = 0; p < q; p++, byte += TILE) {
-                    if (h == 0) _mm_prefetch((const char *)byte + AHEAD, _MM_HINT_T0);
-                    __m256i word = _mm256_loadu_si256((const __m256i *)byte);
-                    __m256i first = _mm256_shuffle_epi8(low, _mm256_and_si256(word, nibble));
-                    __m256i second = _mm256_shuffle_epi8(
-                        high, _mm256_and_si256(_mm256_srli_epi16(word, 4), nibble));
-                    whole[p] = _mm256_add_epi16(_mm256_add_epi16(whole[p], first), second);
-                    upper[p] = _mm256_add_epi16(upper[p], _mm256_srli_epi16(first, 8));
-                    upper[p] = _mm256_add_epi16(upper[p], _mm256_srli_epi16(second, 8));
-                }
-            }
-            __m256 sum[4];
-            for (int c = 0; c < 4; c++) sum[c] = _mm256_setzero_ps();
-            for (int p = 0; p < q; p++) {
-                __m256i even = _mm256_sub_epi16(whole[p], _mm256_slli_epi16(upper[p], 8));
-                __m256i part[2] = {_mm256_sub_epi16(even, zero), _mm256_sub_epi16(upper[p], zero)};
-                for (int c = 0; c < 4; c++) {
-                    __m256i lane = c < 2 ? _mm256_slli_epi32(part[c % 2], 16) : part[c % 2];
-                    __m256 value = _mm256_cvtepi32_ps(_mm256_srai_epi32(lane, 16));
-                    __m256 factor = _mm256_loadu_ps(scale + p * TILE + 16 * c + 8 * h);
-                    sum[c] = _mm256_fmadd_ps(factor, value, sum[c]);
-                }
-            }
-            for (int c = 0; c < 4; c++) {
-                float *to = y + 16 * c + 8 * h;
-                _mm256_storeu_ps(to, _mm256_fmadd_ps(step, sum[c], _mm256_loadu_ps(to)));
-            }
-        }
+        const uint8_t *byte = planes + start * q * TILE;
+        const __m128i *codes = (const __m128i *)(x->codes + start * 32);
+        float step = x->steps[start / x->block];
+        lookup_avx2_half(byte, codes, next - start, scale, step, y, q, 0);
+        lookup_avx2_half(byte, codes, next - start, scale, step, y, q, 1);
     }
 }
 
@@ -227,10 +236,66 @@ FOR_EACH_Q(AVX512, exact_avx512)
 FOR_EACH_Q(AVX512, lookup_avx512)
 FOR_EACH_Q(AVX2, lookup_avx2)
 
-AVX2 static void prepare_avx2(const float *x, long k, const row_t *row) { prepare_any(x, k, row); }
+/* The largest of a quad's sums is that of its magnitudes: codes need no table of floats. */
+AVX2 INLINE float quantise_avx2(const float *x, long count, uint8_t *codes) {
+    static const float sign[3][8] = {{-1, 1, -1, 1, -1, 1, -1, 1},
+                                     {-1, -1, 1, 1, -1, -1, 1, 1},
+                                     {-1, -1, -1, -1, 1, 1, 1, 1}};
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    __m256 most = _mm256_setzero_ps();
+    for (long i = 0; i < count; i += 8) {
+        __m256 sum = _mm256_and_ps(_mm256_loadu_ps(x + i), magnitude);
+        sum = _mm256_add_ps(sum, _mm256_permute_ps(sum, 0xb1));
+        most = _mm256_max_ps(most, _mm256_add_ps(sum, _mm256_permute_ps(sum, 0x4e)));
+    }
+    float largest = _mm_cvtss_f32(
+        _mm_max_ss(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1)));
+    float lift = lift_of(largest), inverse = largest > 0 ? 127 / (largest * lift) : 0;
+    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (long i = 0; i < count; i += 8) {
+        __m256i sums[2];
+        for (int j = 0; j < 2; j++) {
+            const float *quad = x + i + 4 * j;
+            __m256 below = _mm256_set1_ps(128.5f), last;
+            for (int c = 0; c < 3; c++)
+                below = _mm256_fmadd_ps(_mm256_loadu_ps(sign[c]),
+                                        _mm256_set1_ps(quad[c] * lift * inverse), below);
+            last = _mm256_set1_ps(quad[3] * lift * inverse);
+            sums[j] = _mm256_packs_epi32(_mm256_cvttps_epi32(_mm256_sub_ps(below, last)),
+                                         _mm256_cvttps_epi32(_mm256_add_ps(below, last)));
+        }
+        __m256i bytes = _mm256_packus_epi16(sums[0], sums[1]);
+        _mm256_storeu_si256((__m256i *)(codes + 4 * i),
+                            _mm256_permutevar8x32_epi32(bytes, in_order));
+    }
+    return largest / 127;
+}
+
+AVX2 static void prepare_codes_avx2(const float *x, long k, const row_t *row) {
+    for (long start = 0, count, block = 0; start < k; start += count, block++) {
+        float padded[64]; /* a block has 64 columns at most */
+        const float *from = x + start;
+        count = smaller(8 * row->block, (k - start + 7) / 8 * 8);
+        if (count > k - start) {
+            memset(padded, 0, sizeof padded);
+            from = memcpy(padded, from, (size_t)(k - start) * sizeof(float));
+        }
+        row->steps[block] = quantise_avx2(from, count, row->codes + 4 * start);
+    }
+}
+
+AVX2 static void prepare_avx2(const float *x, long k, const row_t *row) {
+    if (row->codes)
+        prepare_codes_avx2(x, k, row);
+    else
+        prepare_any(x, k, row);
+}
 
 AVX512 static void prepare_avx512(const float *x, long k, const row_t *row) {
-    prepare_any(x, k, row);
+    if (row->codes)
+        prepare_codes_avx2(x, k, row);
+    else
+        prepare_any(x, k, row);
 }
 
 AVX2 static void unpack_avx2(const layer_t *l, long tile, float *out, long stride) {

@@ -1,8 +1,8 @@
 /* The kernel against sums in double, on every instruction set of the processor; for sanitizers and
  * for processors that Python's tests do not reach. Buffers have their exact sizes. */
-#include <stdio.h>
-
 #include "bcq.c"
+
+#include <stdio.h>
 
 static _Thread_local uint32_t state = 1;
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import mmap
 import os
 import signal
 import sys
@@ -54,6 +56,16 @@ def test_packing_takes_no_more_bytes_than_the_planes() -> None:
     packed = of.packed
     assert packed.planes.nbytes == of.planes.nbytes == 3 * 128 * 256 // 8
     assert packed.scales.nbytes == of.alpha.nbytes == 3 * 128 * 2 * 2
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no large pages on this system")
+def test_what_a_large_layer_stores_starts_at_a_large_page() -> None:
+    of = layer(2, 4096, 2112, 64, dtype=torch.float16)
+    packed = of.packed
+    assert packed.planes.data_ptr() % (2 << 20) == 0
+    assert packed.planes.untyped_storage().nbytes() == of.planes.nbytes > 2 << 20
+    assert torch.equal(unpack(packed)[0], of.planes)
+    assert torch.equal(unpack(copy.deepcopy(packed))[0], of.planes)
 
 
 @EVERY_ISA
