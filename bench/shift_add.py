@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import refold
 from bench.common import interleaved, quiet, ratio, save
-from refold.backends.onnxruntime import open_session
+from refold.backends.onnxruntime import LOSSY
 from refold.ops.bcq_linear import pack
 
 SHAPES = ("4096x4096", "4096x11008")
@@ -93,8 +93,20 @@ def tensor_bytes(path: Path) -> int:
     return sum(len(t.raw_data) for t in onnx.load(path).graph.initializer)
 
 
+def open_session(path: Path, threads: int) -> Any:
+    """As refold opens it, but that its threads do not spin on while the others run."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(LOSSY)
+    )
+
+
 def timed(paths: dict[str, Path], features: int, threads: int) -> Iterator[dict[str, Any]]:
-    sessions = {name: open_session(path, threads=threads) for name, path in paths.items()}
+    sessions = {name: open_session(path, threads) for name, path in paths.items()}
     for batch, rounds in _ROUNDS.items():
         (given,) = next(iter(sessions.values())).get_inputs()
         x = {given.name: torch.randn(batch, features).numpy()}
