@@ -79,11 +79,11 @@ static int present_core(void) { return sched_getcpu(); }
 static void leave_core(int core) {
     cpu_set_t allowed, others;
     if (core < 0 || core != sched_getcpu()) return;
-    if (pthread_getaffinity_np(pthread_self(), sizeof allowed, &allowed) != 0) return;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return; /* 0: of this thread */
     others = allowed;
     CPU_CLR(core, &others);
-    if (pthread_setaffinity_np(pthread_self(), sizeof others, &others) == 0) /* there is another */
-        pthread_setaffinity_np(pthread_self(), sizeof allowed, &allowed);
+    if (sched_setaffinity(0, sizeof others, &others) == 0) /* there is another */
+        sched_setaffinity(0, sizeof allowed, &allowed);
 }
 #else
 static int present_core(void) { return -1; }
