@@ -36,6 +36,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -63,8 +64,11 @@ class MergeParallelLayers:
 
     Attributes:
         layers_on: the backend whose costs decide, as the cost table or a target names it.
+        closing: passes that are added to a pipeline run before this one, which leaves them no
+            layer that they would know.
     """
 
+    closing: ClassVar[bool] = True
     layers_on: str = "torch"
     name: str = "merge-parallel-layers"
     exactness: str = "reassociates"

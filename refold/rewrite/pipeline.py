@@ -101,12 +101,16 @@ class Pipeline:
     ) -> Pipeline:
         """A pipeline with one more pass: before the first pass so named, after the last, or last.
 
+        Behind the last place stays what closes a pipeline (an attribute ``closing`` of the pass).
+
         Raises:
             UsageError: no pass has that name, or both places are given.
         """
         if before is not None and after is not None:
             raise UsageError("give before= or after=, not both")
         at = len(self.passes)
+        while at > 0 and getattr(self.passes[at - 1], "closing", False):
+            at -= 1
         if before is not None:
             self._known(before)
             at = self.names.index(before)

@@ -368,16 +368,16 @@ def test_weights_that_parallel_branches_merge_may_grow(sign: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "model",
+    ("join", "wide"),
     [
-        Branches(lambda a, b: a * b),
-        Branches(lambda a, b: a + b.relu()),
-        Branches(lambda a, b: a + b, wide=False),
+        (lambda a, b: a * b, True),
+        (lambda a, b: a + b.relu(), True),
+        (lambda a, b: a + b, False),
     ],
     ids=["product", "activation", "smaller sibling"],
 )
-def test_weights_of_other_branches_stay_factored(model: nn.Module) -> None:
-    gm, result = folded(model, wide_image())
+def test_weights_of_other_branches_stay_factored(join, wide: bool) -> None:
+    gm, result = folded(Branches(join, wide=wide), wide_image())
     assert any("factored" in record.reason for record in result.declined)
     assert "expand" in calls(gm)
 

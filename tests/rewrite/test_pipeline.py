@@ -12,6 +12,7 @@ from refold.graph import nodes
 from refold.passes.clean_up import CleanUp
 from refold.passes.fold_branches import FoldBranches
 from refold.passes.fold_constants import FoldConstants
+from refold.passes.merge_parallel_layers import MergeParallelLayers
 from refold.rewrite.pipeline import Pipeline, load_pass
 from refold.rewrite.result import PassResult
 from refold.rewrite.rule import rule_from_functions
@@ -67,6 +68,13 @@ def test_pipelines_are_edited_by_name() -> None:
     assert pipeline.without("a").names == ("b", "c")
     assert pipeline.only("a", "c").names == ("a", "a", "c")
     assert pipeline.names == ("a", "b", "a", "c")
+
+
+def test_what_closes_a_pipeline_stays_behind_what_is_added() -> None:
+    closed = named("a").with_(MergeParallelLayers())
+    assert closed.with_(Nothing("new")).names == ("a", "new", "merge-parallel-layers")
+    assert closed.with_(Nothing("new"), after="merge-parallel-layers").names[-1] == "new"
+    assert closed.without("a").with_(Nothing("new")).names == ("new", "merge-parallel-layers")
 
 
 def test_growth_reaches_every_pass_that_bounds_it() -> None:
