@@ -188,13 +188,26 @@ def test_a_scale_that_passed_a_relu_must_stay_positive() -> None:
 
 
 def test_a_channel_that_was_dropped_must_stay_zero() -> None:
-    dead = conv_bn(0)
+    def wide(seed: int) -> nn.Sequential:  # an eighth of the channels must go
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(3, 17, 3), nn.ReLU(), nn.Conv2d(17, 2, 3)).eval()
+
+    dead = wide(0)
     with torch.no_grad():
-        for norm in (dead[1].weight, dead[1].bias):
-            norm[1] = 0.0
+        dead[0].weight[1:4], dead[0].bias[1:4] = 0.0, 0.0
     compiled = refold.fold(dead, (IMAGE,), recipe=True)
-    with pytest.raises(RefitError, match=r"1\.weight"):
-        compiled.refit(conv_bn(1))
+    assert any(run.name == "drop-zero-channels" and run.applied for run in compiled.report.passes)
+    with pytest.raises(RefitError, match=r"0\.weight"):
+        compiled.refit(wide(1))
+
+
+def test_weights_may_have_other_zeros_as_long_as_no_channel_goes() -> None:
+    compiled = refold.fold(conv_bn(0), (IMAGE,), recipe=True)
+    sparse = conv_bn(1)
+    with torch.no_grad():
+        sparse[0].weight[0, 0, :2] = 0.0
+        sparse[3].weight[1, 0] = 0.0
+    assert_equal_folds(compiled.refit(sparse), refold.fold(sparse, (IMAGE,)))
 
 
 def test_tied_weights_must_stay_tied() -> None:

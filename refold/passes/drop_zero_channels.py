@@ -307,9 +307,7 @@ def _starts(node: fx.Node) -> Iterator[tuple[fx.Node, int]]:
     layer = _layer(node)
     if layer is not None:
         weight = _in_own_dtype(layer)
-        if int(weight.count_nonzero()) == weight.numel():
-            return
-        flat = (weight != 0).reshape(*weight.shape[:2], -1).any(-1)
+        flat = weight.reshape(*weight.shape[:2], -1).any(-1)
         if _enough(~flat.any(1)):
             yield node, layer.axis
         if not layer.depthwise and _enough(~flat.any(0)):
@@ -324,7 +322,8 @@ def _starts(node: fx.Node) -> Iterator[tuple[fx.Node, int]]:
 def _enough(free: torch.Tensor) -> bool:
     """Whether so many channels are free that kernels would notice: a block, and an eighth."""
     count = free.numel()
-    return count > 1 and int(free.sum()) >= max((count - 1) % _BLOCK + 1, count / 8)
+    # A recipe holds for weights of which the same is true, not of which as many are zero.
+    return count > 1 and bool(free.sum() >= max((count - 1) % _BLOCK + 1, count / 8))
 
 
 def _in_own_dtype(layer: _Layer) -> torch.Tensor:
