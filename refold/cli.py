@@ -600,7 +600,8 @@ class _Parser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             options = [name for name in self._option_string_actions if name.startswith("--")]
-            nearest = did_you_mean(unknown[0].partition("=")[0], options)
+            name = unknown[0].partition("=")[0]
+            nearest = did_you_mean(name, options) if name.startswith("--") else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest}")
         return found, unknown
 
