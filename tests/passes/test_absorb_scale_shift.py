@@ -294,6 +294,13 @@ def test_einsums_that_take_no_scale(forward, reason) -> None:
     assert any(re.search(reason, d.reason) for d in declined), declined
 
 
+def test_a_scale_along_two_axes_is_turned_as_the_operand_of_the_einsum_is() -> None:
+    net = Net(lambda s, x: torch.einsum("bd,dij->bji", x.tanh(), s.c) * s.g,
+              c=mixed(4, 3, 3), g=mixed(3, 3))  # fmt: skip
+    gm, _ = run(AbsorbScaleShift(), net, torch.randn(2, 4, dtype=torch.float64))
+    assert "mul" not in left(gm)
+
+
 def test_a_constant_that_is_read_twice_takes_no_factor() -> None:
     """Each place would want its own."""
     net = Net(
