@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import itertools
 import logging
 import operator
 import threading
@@ -214,10 +215,7 @@ class _State:
 
     tensors: tuple[torch.Tensor, ...]
     ambiguous: bool
-    counting: list[torch.Tensor]
-    versions: list[int]
-    placed: list[torch.Tensor]
-    pointers: list[int]
+    unchanged: Callable[[], bool]
     held: list[torch.Tensor]
     statistics: list[tuple[Callable[[], bytes], bytes]]
     sums: list[int] | None
@@ -232,19 +230,14 @@ class _State:
                 alike.setdefault((t.dtype, t.device, t.dim()), []).append(i)
         reads = [_reader([tensors[i] for i in at]) for at in alike.values()]
         read = {i for at in alike.values() for i in at}
-        placed = [] if frozen else tensors
         counting = [
-            t
-            for i, t in enumerate(placed)
-            if i not in read and not t.is_inference()  # those count no versions
+            i not in read and not t.is_inference()  # those count no versions
+            for i, t in enumerate(tensors)
         ]
         return cls(
             tuple(tensors),
             any(t.numel() < 2 for t in tensors),
-            counting,
-            list(map(_version, counting)),
-            placed,
-            list(map(_pointer, placed)),
+            (lambda: True) if frozen else _watch(tensors, counting),
             [t.detach() for t in tensors],
             [(contents, contents()) for contents in reads],
             list(map(_checksum, tensors)) if checksum else None,
@@ -254,8 +247,7 @@ class _State:
     def matches(self, tensors: tuple[torch.Tensor, ...]) -> bool:
         return (
             self._same(tensors)
-            and self._versions() == self.versions
-            and list(map(_pointer, self.placed)) == self.pointers
+            and self.unchanged()
             and all(contents() == bits for contents, bits in self.statistics)  # at those addresses
             and self._unstepped(tensors)
             and (self.sums is None or list(map(_checksum, tensors)) == self.sums)
@@ -273,10 +265,6 @@ class _State:
             return tensors == self.tensors
         except RuntimeError:
             return False
-
-    def _versions(self) -> list[int]:
-        with torch._C.DisableTorchFunctionSubclass():  # a fifth of the time goes to asking for it
-            return list(map(_version, self.counting))
 
     def _unstepped(self, tensors: Sequence[torch.Tensor]) -> bool:
         observer = _observer()
@@ -316,8 +304,28 @@ def _joined(alike: list[torch.Tensor]) -> bytes:
         return joined.view(torch.uint8).cpu().numpy().tobytes()
 
 
+def _watch(tensors: Sequence[torch.Tensor], counting: Sequence[bool]) -> Callable[[], bool]:
+    """Whether tensors lie where they lie now, and those that count versions count no other."""
+    from refold.native.watch import watch
+
+    versions = [t._version if counts else -1 for t, counts in zip(tensors, counting, strict=True)]
+    return watch(tensors, versions) or _watch_in_python(tensors, counting)
+
+
+def _watch_in_python(
+    tensors: Sequence[torch.Tensor], counting: Sequence[bool]
+) -> Callable[[], bool]:
+    counted = list(itertools.compress(tensors, counting))
+
+    def read() -> tuple[list[int], list[int]]:
+        with torch._C.DisableTorchFunctionSubclass():  # a fifth of the time goes to asking for it
+            return list(map(_version, counted)), list(map(torch.Tensor.data_ptr, tensors))
+
+    before = read()
+    return lambda: read() == before
+
+
 _version = operator.attrgetter("_version")
-_pointer = torch.Tensor.data_ptr
 
 
 class _StepObserver:

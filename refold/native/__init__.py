@@ -1,7 +1,8 @@
 """The native CPU kernel of layers of binary planes: whether it is there, and why not.
 
 It is a C library that knows neither Python nor torch, built when refold is installed where there is
-a C compiler. ``REFOLD_NATIVE=0`` in the environment switches it off: the reference runs.
+a C compiler. ``REFOLD_NATIVE=0`` in the environment switches it off: the reference runs. The same
+library looks at tensors for changes (``watch.py``).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 LIBRARY = HERE / "_bcq.so"
-_SOURCES = ("bcq.c", "pool.h", "x86.h", "neon.h")
+_SOURCES = ("bcq.c", "watch.c", "pool.h", "x86.h", "neon.h")
 # The library chooses its instructions when it is loaded: nothing here may depend on the machine.
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread")
 
@@ -56,7 +56,8 @@ def build(output: Path = LIBRARY, extra: tuple[str, ...] = ()) -> Path:
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         made = Path(folder) / output.name
         source = f'-DBCQ_SOURCE="{fingerprint()}"'
-        arguments = [*command, *_FLAGS, source, *extra, str(HERE / _SOURCES[0]), "-o", str(made)]
+        files = [str(HERE / name) for name in _SOURCES if name.endswith(".c")]
+        arguments = [*command, *_FLAGS, source, *extra, *files, "-o", str(made)]
         try:
             done = subprocess.run(arguments, capture_output=True, text=True, check=False)
         except OSError as error:

@@ -266,8 +266,12 @@ CHANGES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("native", ["1", "0"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__.strip("_"))
-def test_changed_weights_are_noticed(change: Callable[[Conv], Conv]) -> None:
+def test_changed_weights_are_noticed(
+    change: Callable[[Conv], Conv], native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFOLD_NATIVE", native)
     inner = Inner()
     run = torch.compile(lambda m, x: m(x), backend=refold.backend(inner=inner))
     model = Conv()
