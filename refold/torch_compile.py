@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import itertools
 import logging
 import operator
 import threading
@@ -30,6 +29,7 @@ from refold.frontends.dynamo import Captured, NotFoldable, capture, hold
 from refold.graph import provenance
 from refold.passes import PIPELINES
 from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
+from refold.watch import watch
 
 log = logging.getLogger(__name__)
 
@@ -217,29 +217,20 @@ class _State:
     ambiguous: bool
     unchanged: Callable[[], bool]
     held: list[torch.Tensor]
-    statistics: list[tuple[Callable[[], bytes], bytes]]
     sums: list[int] | None
     steps: int
 
     @classmethod
     def of(cls, tensors: list[torch.Tensor], checksum: bool, frozen: bool = False) -> _State:
-        alike: dict[Any, list[int]] = {}
-        for i, t in enumerate(tensors):
-            is_statistic = t.dim() <= 1 and not isinstance(t, torch.nn.Parameter)
-            if is_statistic and t.dtype in _COMPARED and not frozen:
-                alike.setdefault((t.dtype, t.device, t.dim()), []).append(i)
-        reads = [_reader([tensors[i] for i in at]) for at in alike.values()]
-        read = {i for at in alike.values() for i in at}
-        counting = [
-            i not in read and not t.is_inference()  # those count no versions
-            for i, t in enumerate(tensors)
+        statistics = [
+            t.dim() <= 1 and t.dtype in _COMPARED and not isinstance(t, torch.nn.Parameter)
+            for t in tensors
         ]
         return cls(
             tuple(tensors),
             any(t.numel() < 2 for t in tensors),
-            (lambda: True) if frozen else _watch(tensors, counting),
+            (lambda: True) if frozen else watch(tensors, statistics),
             [t.detach() for t in tensors],
-            [(contents, contents()) for contents in reads],
             list(map(_checksum, tensors)) if checksum else None,
             _observer().steps,
         )
@@ -248,7 +239,6 @@ class _State:
         return (
             self._same(tensors)
             and self.unchanged()
-            and all(contents() == bits for contents, bits in self.statistics)  # at those addresses
             and self._unstepped(tensors)
             and (self.sums is None or list(map(_checksum, tensors)) == self.sums)
         )
@@ -288,44 +278,6 @@ class _State:
 
 
 _COMPARED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-
-
-def _reader(alike: list[torch.Tensor]) -> Callable[[], bytes]:
-    """Reads tensors of one dtype, device and rank, where they lie now: their bits, as NaN is."""
-    if all(t.device.type == "cpu" and t.is_contiguous() for t in alike):
-        views = [t.detach().reshape(-1).view(torch.uint8).numpy().data for t in alike]
-        return functools.partial(b"".join, views)
-    return functools.partial(_joined, alike)
-
-
-def _joined(alike: list[torch.Tensor]) -> bytes:
-    with torch.inference_mode():  # what autograd notes of each tensor takes as long as joining them
-        joined = torch.cat(alike) if alike[0].dim() else torch.stack(alike)
-        return joined.view(torch.uint8).cpu().numpy().tobytes()
-
-
-def _watch(tensors: Sequence[torch.Tensor], counting: Sequence[bool]) -> Callable[[], bool]:
-    """Whether tensors lie where they lie now, and those that count versions count no other."""
-    from refold.native.watch import watch
-
-    versions = [t._version if counts else -1 for t, counts in zip(tensors, counting, strict=True)]
-    return watch(tensors, versions) or _watch_in_python(tensors, counting)
-
-
-def _watch_in_python(
-    tensors: Sequence[torch.Tensor], counting: Sequence[bool]
-) -> Callable[[], bool]:
-    counted = list(itertools.compress(tensors, counting))
-
-    def read() -> tuple[list[int], list[int]]:
-        with torch._C.DisableTorchFunctionSubclass():  # a fifth of the time goes to asking for it
-            return list(map(_version, counted)), list(map(torch.Tensor.data_ptr, tensors))
-
-    before = read()
-    return lambda: read() == before
-
-
-_version = operator.attrgetter("_version")
 
 
 class _StepObserver:

@@ -47,7 +47,7 @@ class Library:
             self._multiply = self._library.bcq_multiply
             self._unpack = self._library.bcq_unpack
             # Nothing may write to tensors meanwhile: this one holds Python's lock.
-            self.unchanged = ctypes.PyDLL(str(path)).bcq_unchanged
+            self.unchanged = ctypes.PyDLL(str(path)).watch_unchanged
         except (OSError, AttributeError) as error:
             raise NativeError(f"{path} is no usable library ({error}): {REBUILD}") from error
         if source != build.fingerprint():
@@ -60,7 +60,7 @@ class Library:
         self._unpack.argtypes = [
             pointer, pointer, number, pointer, long, long, long, *layer, number, number,
         ]  # fmt: skip
-        self.unchanged.argtypes = [long, *[pointer] * 5]
+        self.unchanged.argtypes = [long, *[pointer] * 3]
         self.isas = tuple(name for name, isa in ISAS.items() if self._library.bcq_supports(isa))
         self._best = ISAS[self.isas[-1]]
 
