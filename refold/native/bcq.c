@@ -25,9 +25,10 @@
 #define MAX_PLANES 4
 #define CHUNK 16 /* bytes of columns that are summed before the scale is applied */
 #define SLAB 32  /* rows of x whose tables are kept at a time: they must stay in the cache */
+#define BATCH 256 /* rows of x that formed weights are multiplied with at a time */
 #define LARGEST 1e18f /* of x: sums of planes that cancel must not overflow before they do */
 
-enum { BCQ_OK = 0, BCQ_RANGE = 1, BCQ_MEMORY = 2, BCQ_ARGUMENT = 3 };
+enum { BCQ_OK = 0, BCQ_RANGE = 1, BCQ_MEMORY = 2, BCQ_ARGUMENT = 3, BCQ_ABSENT = 4 };
 enum { ISA_PORTABLE = 0, ISA_AVX2 = 1, ISA_AVX512 = 2, ISA_NEON = 3 };
 
 /* One layer. */
@@ -146,6 +147,7 @@ INLINE void prepare_any(const float *x, long k, const row_t *row) {
 typedef void prepare_fn(const float *x, long k, const row_t *row);
 typedef void gemv_fn(const layer_t *l, const row_t *x, long tile, float *y /* [64] */);
 typedef void unpack_fn(const layer_t *l, long tile, float *out, long stride);
+typedef void product_fn(const layer_t *l, const float *x, long m, long tile, float *y);
 
 /* ---- portable ---------------------------------------------------------------------------------*/
 
@@ -213,11 +215,13 @@ INLINE void unpack_any(const layer_t *l, long tile, float *out, long stride) {
 #elif defined(__aarch64__)
 #include "neon.h"
 #endif
+#include "product.h"
 
 typedef struct {
     prepare_fn *prepare;
     gemv_fn *exact, *lookup;
     unpack_fn *unpack;
+    product_fn *product; /* or NULL */
 } kernels_t;
 
 static void unpack_portable(const layer_t *l, long tile, float *out, long stride) {
@@ -230,7 +234,7 @@ static void prepare_portable(const float *x, long k, const row_t *row) { prepare
 static const kernels_t KERNELS[] = {
     [ISA_PORTABLE] = {prepare_portable, exact_portable, exact_portable, unpack_portable},
 #if defined(__x86_64__)
-    [ISA_AVX2] = {prepare_avx2, exact_avx2, lookup_avx2, unpack_avx2},
+    [ISA_AVX2] = {prepare_avx2, exact_avx2, lookup_avx2, unpack_avx2, product_avx2},
     [ISA_AVX512] = {prepare_avx512, exact_avx512, lookup_avx512, unpack_avx512},
 #elif defined(__aarch64__)
     [ISA_NEON] = {prepare_portable, exact_portable, lookup_neon, unpack_portable},
@@ -271,6 +275,7 @@ typedef struct {
     gemv_fn *gemv;
     const float *x;
     row_t *rows;
+    float *panels;
     long m;     /* rows of x at hand */
     long tiles; /* that a piece of work multiplies with all of them */
     float *out;
@@ -294,6 +299,25 @@ static void multiply_tiles(void *context, long piece) {
             w->gemv(l, w->rows + i, tile, y);
             memcpy(w->out + i * l->n + start, y, (size_t)count * sizeof(float));
         }
+}
+
+static void multiply_formed(void *context, long tile) {
+    const work_t *w = context;
+    const layer_t *l = &w->layer;
+    long start = tile * TILE, count = smaller(l->n - start, TILE);
+    float sums[BATCH * TILE];
+    memset(sums, 0, (size_t)w->m * TILE * sizeof(float));
+    w->kernels->product(l, w->panels, w->m, tile, sums);
+    for (long i = 0; i < w->m; i++)
+        for (long r = 0; r < count; r++) {
+            float sum = sums[(r / STRIP * w->m + i) * STRIP + r % STRIP];
+            w->out[i * l->n + start + r] = l->bias ? l->bias[start + r] + sum : sum;
+        }
+}
+
+static void pack_rows(void *context, long panel) {
+    const work_t *w = context;
+    pack_panel(w->x, w->m, w->layer.k, panel, w->panels);
 }
 
 static void unpack_tile(void *context, long piece) {
@@ -359,5 +383,26 @@ int bcq_unpack(const uint8_t *planes, const void *scales, int half, float *out, 
     if (!valid(&w.layer, isa)) return BCQ_ARGUMENT;
     w.kernels = KERNELS + isa;
     share_out(unpack_tile, &w, count, threads);
+    return BCQ_OK;
+}
+
+/* The same as bcq_multiply, exact and for any x, through weights formed in the cache: for many rows
+ * of x. BCQ_ABSENT: there is no such product in this instruction set, and y is not written. */
+int bcq_product(const float *x, long m, const uint8_t *planes, const void *scales, int half,
+                const float *bias, float *y, long n, long k, int q, int a, long group, int isa,
+                int threads) {
+    work_t w = {.layer = {planes, scales, bias, n, k, group, q, a, half}, .x = x, .out = y};
+    if (!valid(&w.layer, isa) || threads < 1) return BCQ_ARGUMENT;
+    w.kernels = KERNELS + isa;
+    if (!w.kernels->product) return BCQ_ABSENT;
+    if (m == 0) return BCQ_OK;
+    w.panels = aligned((size_t)smaller(m, BATCH) * k * sizeof(float));
+    if (!w.panels) return BCQ_MEMORY;
+    for (; m > 0; m -= w.m, w.x += w.m * k, w.out += w.m * n) {
+        w.m = m / ((m + BATCH - 1) / BATCH);
+        share_out(pack_rows, &w, panels_of(w.m), threads);
+        share_out(multiply_formed, &w, tiles_of(&w.layer), threads);
+    }
+    free(w.panels);
     return BCQ_OK;
 }

@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 LIBRARY = HERE / "_bcq.so"
-_SOURCES = ("bcq.c", "watch.c", "pool.h", "x86.h", "neon.h")
+_SOURCES = ("bcq.c", "watch.c", "pool.h", "x86.h", "product.h", "neon.h")
 # The library chooses its instructions when it is loaded: nothing here may depend on the machine.
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread")
 

@@ -12,7 +12,7 @@ from refold.errors import BackendError
 from refold.native import build
 
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
-_OK, _RANGE, _MEMORY = 0, 1, 2
+_OK, _RANGE, _MEMORY, _ABSENT = 0, 1, 2, 4
 REBUILD = "build it with `python -m refold.native`, which needs a C compiler"
 
 
@@ -45,6 +45,7 @@ class Library:
             self._library.bcq_source.restype = ctypes.c_char_p
             source = self._library.bcq_source().decode()
             self._multiply = self._library.bcq_multiply
+            self._product = self._library.bcq_product
             self._unpack = self._library.bcq_unpack
             # Nothing may write to tensors meanwhile: this one holds Python's lock.
             self.unchanged = ctypes.PyDLL(str(path)).watch_unchanged
@@ -56,6 +57,9 @@ class Library:
         layer = [long, long, number, number, long]
         self._multiply.argtypes = [
             pointer, long, pointer, pointer, number, pointer, pointer, *layer, *[number] * 3,
+        ]  # fmt: skip
+        self._product.argtypes = [
+            pointer, long, pointer, pointer, number, pointer, pointer, *layer, *[number] * 2,
         ]  # fmt: skip
         self._unpack.argtypes = [
             pointer, pointer, number, pointer, long, long, long, *layer, number, number,
@@ -86,6 +90,32 @@ class Library:
             exact, self._isa(isa), torch.get_num_threads(),
         )  # fmt: skip
         if status == _RANGE:
+            return None
+        if status != _OK:
+            raise _failure(status)
+        return y
+
+    def product(
+        self,
+        x: torch.Tensor,
+        packed: Packed,
+        bias: torch.Tensor | None,
+        *,
+        isa: str | None = None,
+    ) -> torch.Tensor | None:
+        """The same, exact, for any ``x``, through weights that are formed in the cache.
+
+        Returns:
+            ``None`` if the instruction set has no such product.
+        """
+        *leading, features = x.shape
+        y = x.new_empty((*leading, packed.rows))
+        status = self._product(
+            x.data_ptr(), x.numel() // features, *_pointers(packed),
+            None if bias is None else bias.data_ptr(), y.data_ptr(), *_layer(packed, features),
+            self._isa(isa), torch.get_num_threads(),
+        )  # fmt: skip
+        if status == _ABSENT:
             return None
         if status != _OK:
             raise _failure(status)
