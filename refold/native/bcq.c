@@ -25,7 +25,6 @@
 #define MAX_PLANES 4
 #define CHUNK 16 /* bytes of columns that are summed before the scale is applied */
 #define SLAB 32  /* rows of x whose tables are kept at a time: they must stay in the cache */
-#define BATCH 256 /* rows of x that formed weights are multiplied with at a time */
 #define LARGEST 1e18f /* of x: sums of planes that cancel must not overflow before they do */
 
 enum { BCQ_OK = 0, BCQ_RANGE = 1, BCQ_MEMORY = 2, BCQ_ARGUMENT = 3, BCQ_ABSENT = 4 };
@@ -275,7 +274,7 @@ typedef struct {
     gemv_fn *gemv;
     const float *x;
     row_t *rows;
-    float *panels;
+    float *panels; /* of x */
     long m;     /* rows of x at hand */
     long tiles; /* that a piece of work multiplies with all of them */
     float *out;
@@ -301,23 +300,25 @@ static void multiply_tiles(void *context, long piece) {
         }
 }
 
+static void pack_rows(void *context, long panel) {
+    const work_t *w = context;
+    pack_panel(w->x, w->m, w->layer.k, panel, w->panels);
+}
+
 static void multiply_formed(void *context, long tile) {
     const work_t *w = context;
     const layer_t *l = &w->layer;
     long start = tile * TILE, count = smaller(l->n - start, TILE);
-    float sums[BATCH * TILE];
-    memset(sums, 0, (size_t)w->m * TILE * sizeof(float));
-    w->kernels->product(l, w->panels, w->m, tile, sums);
-    for (long i = 0; i < w->m; i++)
-        for (long r = 0; r < count; r++) {
-            float sum = sums[(r / STRIP * w->m + i) * STRIP + r % STRIP];
-            w->out[i * l->n + start + r] = l->bias ? l->bias[start + r] + sum : sum;
-        }
-}
-
-static void pack_rows(void *context, long panel) {
-    const work_t *w = context;
-    pack_panel(w->x, w->m, w->layer.k, panel, w->panels);
+    float y[BATCH * TILE], bias[TILE] = {0};
+    if (l->bias) memcpy(bias, l->bias + start, (size_t)count * sizeof(float));
+    for (long s = 0; s < count; s += STRIP)
+        for (long i = 0; i < w->m; i++)
+            memcpy(y + s * w->m + i * STRIP, bias + s, STRIP * sizeof(float));
+    w->kernels->product(l, w->panels, w->m, tile, y);
+    for (long s = 0; s < count; s += STRIP)
+        for (long i = 0; i < w->m; i++)
+            memcpy(w->out + i * l->n + start + s, y + s * w->m + i * STRIP,
+                   (size_t)smaller(count - s, STRIP) * sizeof(float));
 }
 
 static void unpack_tile(void *context, long piece) {
@@ -386,8 +387,8 @@ int bcq_unpack(const uint8_t *planes, const void *scales, int half, float *out, 
     return BCQ_OK;
 }
 
-/* The same as bcq_multiply, exact and for any x, through weights formed in the cache: for many rows
- * of x. BCQ_ABSENT: there is no such product in this instruction set, and y is not written. */
+/* The same for many rows of any x, infinities and NaN among them, exactly, through formed weights.
+ * BCQ_ABSENT: the instruction set has no such product, and y is not written. */
 int bcq_product(const float *x, long m, const uint8_t *planes, const void *scales, int half,
                 const float *bias, float *y, long n, long k, int q, int a, long group, int isa,
                 int threads) {
@@ -399,7 +400,7 @@ int bcq_product(const float *x, long m, const uint8_t *planes, const void *scale
     w.panels = aligned((size_t)smaller(m, BATCH) * k * sizeof(float));
     if (!w.panels) return BCQ_MEMORY;
     for (; m > 0; m -= w.m, w.x += w.m * k, w.out += w.m * n) {
-        w.m = m / ((m + BATCH - 1) / BATCH);
+        w.m = m / ((m + BATCH - 1) / BATCH); /* all about as many */
         share_out(pack_rows, &w, panels_of(w.m), threads);
         share_out(multiply_formed, &w, tiles_of(&w.layer), threads);
     }

@@ -44,7 +44,7 @@ def lower(gm: fx.GraphModule, *, exact: bool) -> tuple[str, ...]:
         rows = GEMV_ROWS[isa][0 if exact else 1]
         notes.append(
             f"{lowered + before} layers of binary planes run on the native kernel ({isa}, {sums}); "
-            f"past {rows} rows their weights are formed tile by tile for torch's matrix product"
+            f"past {rows} rows their weights are formed tile by tile"
         )
     if left := len(layers) - lowered:
         notes.append(

@@ -1,8 +1,8 @@
-/* y = x W' for many rows of x, in AVX2: weights are formed where they are multiplied at once.
+/* y = x W' for many rows of x, through weights that never leave the innermost cache.
  *
- * A strip of 16 rows of W and DEPTH columns at a time fills half of L1, in the order in which the
- * product reads it; panels of up to six rows of x meet it there, with 12 sums in registers. The sums
- * of an output are added in one order, whatever the number of rows of x, panels or threads.
+ * DEPTH columns of a strip of 16 rows of W fill half of it, in the order in which the product reads
+ * them. Panels of up to six rows of x meet them there, with their sums in 12 registers. An output's
+ * terms are added in one order, however many rows of x, panels and threads there are.
  */
 #ifndef REFOLD_PRODUCT_H
 #define REFOLD_PRODUCT_H
@@ -10,6 +10,7 @@
 #define STRIP 16
 #define PANEL 6
 #define DEPTH 256 /* a multiple of 8 */
+#define BATCH 128 /* rows of x for which weights are formed once; twice as many save nothing */
 
 static inline long panels_of(long m) { return (m + PANEL - 1) / PANEL; }
 
@@ -98,7 +99,7 @@ AVX2 INLINE void multiply_panel_avx2(const float *x /* [count][rows] */,
     }
 }
 
-/* A tile's outputs, added to y[strips][m][STRIP]; x as pack_panel leaves it. */
+/* Adds a tile's products with x, as pack_panel leaves it, to y[strips][m][STRIP]. */
 AVX2 static void product_avx2(const layer_t *l, const float *x, long m, long tile, float *y) {
     int strips = (int)smaller(TILE / STRIP, (l->n - tile * TILE + STRIP - 1) / STRIP);
     _Alignas(64) float w[DEPTH * STRIP];

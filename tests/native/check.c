@@ -27,7 +27,9 @@ static double value_of(const void *from, long i, int half) {
     return bits ? ldexp(1024 + (bits & 1023), (bits >> 10) - 25) : 0;
 }
 
-static int check(int isa, int exact, long m, long n, long k, int q, int a, long group, int half) {
+enum { LOOKUP, EXACT, PRODUCT }; /* ways to multiply */
+
+static int check(int isa, int way, long m, long n, long k, int q, int a, long group, int half) {
     long tiles = (n + 63) / 64, columns = (k + 7) / 8, groups = (k + group - 1) / group;
     long scales = tiles * groups * a * 64;
     uint8_t *planes = malloc(tiles * columns * q * 64);
@@ -38,8 +40,11 @@ static int check(int isa, int exact, long m, long n, long k, int q, int a, long 
     for (long i = 0; i < scales; i++) scale_of(alpha, i, half);
     for (long i = 0; i < m * k; i++) x[i] = real();
     for (long i = 0; i < n; i++) bias[i] = real();
-    int failed = bcq_multiply(x, m, planes, alpha, half, bias, y, n, k, q, a, group, exact, isa, 3) ||
-                 bcq_unpack(planes, alpha, half, w, tiles * 64, 0, tiles, n, k, q, a, group, isa, 3);
+    int failed =
+        way == PRODUCT
+            ? bcq_product(x, m, planes, alpha, half, bias, y, n, k, q, a, group, isa, 3)
+            : bcq_multiply(x, m, planes, alpha, half, bias, y, n, k, q, a, group, way, isa, 3);
+    failed |= bcq_unpack(planes, alpha, half, w, tiles * 64, 0, tiles, n, k, q, a, group, isa, 3);
     double difference = 0, size = 0, weights = 0;
     for (long r = 0; r < n; r++)
         for (long i = 0; i < m; i++) {
@@ -60,24 +65,27 @@ static int check(int isa, int exact, long m, long n, long k, int q, int a, long 
             size += sum * sum;
         }
     double error = sqrt(difference / size);
-    failed |= !(error <= (exact ? 2e-6 : 2e-2)) || weights > 1e-5;
+    failed |= !(error <= (way == LOOKUP ? 2e-2 : 2e-6)) || weights > 1e-5;
     if (failed)
-        printf("isa %d exact %d m %ld n %ld k %ld q %d a %d group %ld half %d: %g, weights %g\n", isa,
-               exact, m, n, k, q, a, group, half, error, weights);
+        printf("isa %d way %d m %ld n %ld k %ld q %d a %d group %ld half %d: %g, weights %g\n", isa,
+               way, m, n, k, q, a, group, half, error, weights);
     free(planes), free(alpha), free(x), free(bias), free(y), free(w);
     return failed;
 }
 
 static void *check_all(void *ran) {
-    static const long shapes[][4] = {
-        {2, 40, 40, 8}, {2, 65, 77, 32}, {3, 64, 264, 24}, {9, 130, 200, 64}, {35, 70, 128, 128}};
+    static const long shapes[][4] = {{2, 40, 40, 8},     {2, 65, 77, 32},    {3, 64, 264, 24},
+                                     {9, 130, 200, 64},  {35, 70, 128, 128}, {130, 17, 300, 1024}};
     long failed = 0;
     for (int isa = 0; isa < 4; isa++)
-        for (int i = 0; bcq_supports(isa) && i < 5; i++)
+        for (int i = 0; bcq_supports(isa) && i < 6; i++)
             for (int q = 1; q <= 4; q++)
-                for (int other = 0; other < 8; other++, ++*(long *)ran)
-                    failed += check(isa, other & 1, shapes[i][0], shapes[i][1], shapes[i][2], q,
-                                    other & 2 ? 1 : q, shapes[i][3], other >> 2);
+                for (int other = 0; other < 4; other++)
+                    for (int way = 0; way <= (KERNELS[isa].product ? PRODUCT : EXACT); way++) {
+                        failed += check(isa, way, shapes[i][0], shapes[i][1], shapes[i][2], q,
+                                        other & 1 ? 1 : q, shapes[i][3], other >> 1);
+                        ++*(long *)ran;
+                    }
     return (void *)failed;
 }
 

@@ -16,6 +16,7 @@ library = ctypes.CDLL(sys.argv[1])
 libc = ctypes.CDLL(None, use_errno=True)
 PAGE = mmap.PAGESIZE
 LONG = ctypes.c_long
+AVX2, ABSENT = 1, 4
 keep = []
 
 def guarded(data):
@@ -42,19 +43,23 @@ for isa in range(4):
                 for half in (0, 1):
                     count = tiles * groups * a * 64
                     scales = guarded(bytes(2 * count) if half else floats(count))
-                    for m in (1, 3):
+                    for m in (1, 3, 9):
                         x, bias = guarded(floats(m * k)), guarded(floats(n))
                         y = guarded(bytes(4 * m * n))
                         for exact in (0, 1):
                             assert 0 == library.bcq_multiply(
                                 x, LONG(m), planes, scales, half, bias, y, *layer, exact, isa, 2)
+                        status = library.bcq_product(
+                            x, LONG(m), planes, scales, half, bias, y, *layer, isa, 2)
+                        assert status == (0 if isa == AVX2 else ABSENT)
                     out = guarded(bytes(4 * k * 64 * tiles))
                     assert 0 == library.bcq_unpack(
                         planes, scales, half, out, LONG(64 * tiles), LONG(0), LONG(tiles), *layer,
                         isa, 2)
 x = guarded(floats(8))
-assert 3 == library.bcq_multiply(  # five planes
-    x, LONG(1), x, x, 0, x, x, LONG(1), LONG(8), 5, 1, LONG(8), 1, 0, 1)
+five = (x, LONG(1), x, x, 0, x, x, LONG(1), LONG(8), 5, 1, LONG(8))  # planes
+assert 3 == library.bcq_multiply(*five, 1, 0, 1)
+assert 3 == library.bcq_product(*five, 0, 1)
 if len(sys.argv) > 2:  # the guard works
     ctypes.string_at(guarded(b"end").value, 4)
 print("done")

@@ -100,14 +100,14 @@ def test_weights_are_formed_some_tiles_at_a_time(
     monkeypatch.setattr("refold.native.layer._FORMED", tiles * 64 * 100)
     of = layer(3, 300, 100, 32)  # five tiles
     x = activations(300, 100)
-    assert relative(run(kernel, of, x), of.reference(x)) <= EXACT
+    assert relative(run(kernel, of, x, isa="portable"), of.reference(x)) <= EXACT
 
 
 @EITHER
 @pytest.mark.parametrize("group_size", [32, 64, 128, 8, 512, 1024])
 def test_group_sizes(kernel: Library, group_size: int, exact: bool) -> None:
     of = layer(2, 64, 512, group_size)
-    x = activations(4, 512)
+    x = activations(2, 512)
     assert relative(run(kernel, of, x, exact=exact), of.reference(x)) <= allowed(exact)
 
 
@@ -115,7 +115,8 @@ def test_group_sizes(kernel: Library, group_size: int, exact: bool) -> None:
 @EITHER
 def test_threads_do_not_change_a_bit(kernel: Library, batch: int, exact: bool) -> None:
     of, before = layer(3, 500, 256, 64), torch.get_num_threads()
-    formed = batch > GEMV_ROWS[kernel.isas[-1]][0 if exact else 1]  # torch's product may change
+    isa = kernel.isas[-1]
+    formed = isa != "avx2" and batch > GEMV_ROWS[isa][0 if exact else 1]  # torch's may change
     x = activations(batch, 256)
     results = []
     try:
@@ -189,12 +190,12 @@ def test_what_is_not_finite_goes_where_the_reference_sends_it(
     kernel: Library, value: float, exact: bool, isa: str
 ) -> None:
     of = layer(2, 70, 100, 32)
-    x = activations(3, 100)
+    x = activations(2, 100)
     x[1, 57] = value
     got = run(kernel, of, x, exact=exact, isa=isa)
     expected = of.reference(x).float()
     torch.testing.assert_close(got[1], expected[1], equal_nan=True, rtol=1e-5, atol=0)
-    assert relative(got[[0, 2]], expected[[0, 2]]) <= EXACT
+    assert relative(got[0], expected[0]) <= EXACT
 
 
 @EVERY_ISA
