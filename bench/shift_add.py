@@ -30,7 +30,7 @@ from refold.ops.bcq_linear import pack
 SHAPES = ("4096x4096", "4096x11008")
 GROUP = 128
 _CHAIN_BYTES = 36 * 2**20  # of the narrowest weights; more than the last cache of most machines
-_ROUNDS = {1: 21, 128: 7}  # by batch
+_ROUNDS = {1: 41, 128: 11}  # by batch
 _VARIANTS = {
     "2 bits": (2, "uniform"),
     "2 bits without a correction": (2, "ternary"),
