@@ -9,6 +9,7 @@ Each line is an identity that holds bit for bit, written as a rule:
     leaky_relu(x, 1) = prelu(x, 1) = x
     reshape(reshape(x)) = reshape(x)      permute(permute(x)) = permute(x), or x
     x[:] = x, and every reshape, expand, repeat, pad that leaves the shape as it is
+    expand(g) * x = g * x, likewise +, - and /, for an x of the result's shape
     slice_scatter(x, y, d, a, b) = cat([x[:a], y, x[b:]], d), for a computed y
 
 0 and 1 are Python numbers or constant tensors of that value, and only where the result has the
@@ -60,6 +61,10 @@ _RESHAPES = (
     aten.squeeze, aten.unsqueeze, aten.view_as, aten.reshape_as,
 )  # fmt: skip
 _SIZED = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+_EXPANDS = (aten.expand, aten.expand_as, aten.broadcast_to)
+_BROADCASTING = (
+    aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor,
+)  # fmt: skip
 _PERMUTES = (aten.permute, aten.transpose.int, aten.t, aten.swapaxes, aten.swapdims)
 _COPIES = (aten.clone, aten.contiguous)
 _ROUNDS = 8
@@ -140,6 +145,37 @@ class MergePermutes(RewriteRule):
         return build(aten.permute.default, match["x"], dims)
 
 
+class DropExpand(RewriteRule):
+    """An expansion that its reader makes by itself: it broadcasts."""
+
+    name = "clean-up/expand"
+    pattern = Call(_BROADCASTING, ...).where(lambda node: _spare_expand(node) is not None)
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        root, spare = match.root, _spare_expand(match.root)
+        args = tuple(spare.args[0] if a is spare else a for a in root.args)  # type: ignore[union-attr]
+        target: Any = root.target
+        return nodes.call(
+            build.graph, target, args, dict(root.kwargs),
+            rule=build.rule, sources=build.sources, like=root,
+        )  # fmt: skip
+
+
+def _spare_expand(reader: fx.Node) -> fx.Node | None:
+    """An expanded operand of an elementwise call whose other operand has the result's shape."""
+    operands = list(reader.args[:2])
+    for expanded, other in (operands, operands[::-1]):
+        if not (nodes.is_call(expanded, *_EXPANDS) and nodes.is_tensor(other)):
+            continue
+        assert isinstance(expanded, fx.Node)
+        assert isinstance(other, fx.Node)
+        # a scalar tensor promotes less than one with axes
+        alike = nodes.dtype(other) == nodes.dtype(expanded) and nodes.shape(expanded.args[0])  # type: ignore[arg-type]
+        if alike and other is not expanded and nodes.same(nodes.shape(other), nodes.shape(reader)):
+            return expanded
+    return None
+
+
 class MergeRelus(RewriteRule):
     """``relu(relu(x))`` is ``relu(x)``."""
 
@@ -214,6 +250,7 @@ def _rules(*, strides_matter: bool) -> tuple[RewriteRule, ...]:
         Drop("expand", _unchanged(
             Call((aten.expand, aten.expand_as, aten.broadcast_to, aten.repeat, aten.tile), x, ...)
         )),
+        DropExpand(),
         Drop("pad", Call((aten.pad, aten.constant_pad_nd), x, Attr("pad").where(_all_zero), ...)),
         Drop("cat", Call(aten.cat, [x], ...)),
         MergeReshapes(),

@@ -197,6 +197,36 @@ def test_no_ops_that_change_shape_or_dtype_are_declined(function, constant, reas
     assert reason in result.declined[0].reason
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda v: v * v.mean((2, 3), keepdim=True).expand_as(v),
+        lambda v: v.mean((2, 3), keepdim=True).expand(-1, -1, 6, 6) / v,
+        lambda v: torch.sub(v, v.mean(1, keepdim=True).broadcast_to(2, 4, 6, 6), alpha=2),
+        lambda v: torch.add(v.mean((0, 1)).expand(2, 4, 6, 6), v, alpha=-3),
+    ],
+)
+def test_expansions_that_the_reader_makes_go(function) -> None:
+    found = after(function)
+    assert found["mean"] == 1
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda v: v.mean((2, 3), keepdim=True).expand_as(v) * v.mean(1, keepdim=True),
+        lambda v: torch.relu(v.mean((2, 3), keepdim=True).expand_as(v)),
+        lambda v: v * v.mean().expand(2, 4, 6, 6).to(torch.float64),
+        lambda v: v * v.double().mean().expand(2, 4, 6, 6),  # alone it would not promote
+        lambda v: v.mean(1, keepdim=True).expand_as(v) * v.new_ones(1),
+    ],
+)
+def test_other_expansions_stay(function) -> None:
+    found = after(function)
+    assert found.get("expand", 0) + found.get("expand_as", 0) == 1
+
+
 def test_integers_plus_a_float_zero_change_their_dtype() -> None:
     integers = torch.arange(6).view(2, 3)
     graph, result = clean(lambda v: torch.abs(torch.abs(v) + 0.0), integers)
