@@ -6,9 +6,10 @@ in every spelling (``g*x``, ``x*g``, ``x/g``, ``x+h``, ``x-h``, ``h-x``, ``-x``,
 numbers): into a convolution, transposed convolution, linear, embedding or the affine part of a
 norm; through layouts (the axis is tracked by execution: the broadcast axis decides, never the
 length of the vector), concatenation, sums, averages and resizing; through ReLU, LeakyReLU, PReLU
-and max pooling only where the scale is positive; or into every consumer. LayerScale and SSF are
-this rule, and so is what a network does to its input: ``(x / 255 - mean) / std`` goes into the
-stem, and what is left of it is the cast of the integers.
+and max pooling only where the scale is positive; or into every consumer, where the scale of a
+factor is that of the product and the shift of a term that of the sum. LayerScale and SSF are this
+rule, and so is what a network does to its input: ``(x / 255 - mean) / std`` goes into the stem, and
+what is left of it is the cast of the integers.
 
 A zero padding stands in the way of a shift alone:
 

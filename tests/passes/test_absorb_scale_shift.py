@@ -209,6 +209,65 @@ def test_through_class_token_and_position_embedding() -> None:
 
 
 @pytest.mark.parametrize(
+    ("forward", "found"),
+    [
+        (lambda s, x: x * (F.relu6(x) / 6), {"relu6": 1, "mul": 1}),
+        (lambda s, x: (F.relu6(x) * s.g) * x, {"relu6": 1, "mul": 1}),
+        (lambda s, x: F.relu6(x[:, :, :1]) * s.g * x, {"relu6": 1, "mul": 1}),
+        (lambda s, x: (F.relu6(x.mean(0)) * s.g) * x, {"mean": 1, "relu6": 1, "mul": 1}),
+        (lambda s, x: F.relu6(x) * s.g / x.cosh(), {"relu6": 1, "cosh": 1, "div": 1}),
+        (lambda s, x: F.relu6(x) * s.g * x.tanh() * s.g, {"relu6": 1, "tanh": 1, "mul": 1}),
+    ],
+)
+def test_the_scale_of_a_factor_is_that_of_the_product(forward, found) -> None:
+    net = Net(lambda s, x: s.c(forward(s, x)), c=conv(padding=1), g=mixed(4, 1, 1))
+    gm, _ = run(AbsorbScaleShift(), net, image())
+    assert left(gm) == found | {"conv": 1}
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: (x.tanh() + s.g) + x,
+        lambda s, x: x - (x.tanh() + s.g),
+        lambda s, x: torch.sub(x, s.g + x.tanh(), alpha=-0.3),
+    ],
+)
+def test_the_shift_of_a_term_is_that_of_the_sum(forward) -> None:
+    net = Net(lambda s, x: s.c(forward(s, x)), c=conv(k=1), g=mixed(4, 1, 1))
+    gm, _ = run(AbsorbScaleShift(), net, image())
+    found = left(gm)
+    assert found.pop("add", 0) + found.pop("sub", 0) == 1
+    assert found == {"tanh": 1, "conv": 1}
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: s.c(x.cosh() / (x.exp() * s.g)),
+        lambda s, x: s.c((F.relu6(x) + s.g) * x),
+        lambda s, x: s.c((F.relu6(x) * s.g) + x),
+        lambda s, x: (lambda y: s.c(y * y))(F.relu6(x) * s.g),
+        lambda s, x: (lambda y: s.c(y * F.relu(y)))(F.relu6(x) * 2.0),
+        lambda s, x: F.silu((F.relu6(x) * s.g) * x),
+    ],
+)
+def test_what_does_not_distribute_keeps_its_scale_and_shift(forward) -> None:
+    net = Net(forward, c=conv(k=1), g=positive(4, 1, 1))
+    before = left(trace(net, image(), dynamic=True))
+    gm, _ = run(AbsorbScaleShift(), net, image())
+    assert left(gm) == before
+
+
+def test_a_product_in_half_precision_does_not_grow() -> None:
+    net = Net(lambda s, x: s.c(x * (F.relu6(x) / 6)), c=conv(k=1)).half()
+    graph = trace(net, image().half(), dynamic=True)
+    before, result = left(graph), AbsorbScaleShift().run(graph)
+    assert left(graph) == before
+    assert any("overflow float16" in d.reason for d in result.declined)
+
+
+@pytest.mark.parametrize(
     ("forward", "parts", "reason"),
     [
         (lambda s, x: F.relu(s.c(x)) * s.g, {"c": conv(), "g": mixed(4, 1, 1)}, "negative or zero"),

@@ -195,6 +195,11 @@ class Downward(Walk):
             return self._down_cat(c, n, factor, plan)
         if (record := records.affine(c)) is not None and record.x is n:
             return self._down_affine(record, factor, plan)
+        if (total := records.add(c)) is not None and bool((factor.scale == 1).all()):
+            alpha = 1.0 if total.left is n else total.alpha
+            return self._down(c, Factor(factor.scale, alpha * factor.shift), plan)
+        if is_call(c, aten.mul.Tensor, aten.div.Tensor) and not factor.shifts:
+            return self._down_product(c, n, factor, plan)
         if (pad := records.pad(c)) is not None and pad.x is n and pad.mode == "constant":
             self._down_pad(pad, factor, plan)
             return self._down(c, factor, plan)
@@ -277,6 +282,18 @@ class Downward(Walk):
         self._down(c, moved, plan)
         ones, shift = torch.ones_like(both.scale), both.shift / both.scale
         plan.edits.append(lambda: self._emit_affine(c, n, ones, shift))
+
+    def _down_product(self, c: fx.Node, n: fx.Node, factor: Factor, plan: Plan) -> None:
+        """``(s * x) * y = s * (x * y)``, and ``(s * x) / y``; ``y`` may broadcast ``x``."""
+        if is_call(c, aten.div.Tensor) and c.args[0] is not n:
+            raise Refused(f"{c.name} divides by it")
+        if nodes.dtype(c) != nodes.dtype(n):
+            raise Refused(f"{c.name} promotes its dtype")
+        if nodes.dtype(c) == torch.float16 and bool((factor.scale.abs() < 1).any()):
+            raise Refused(f"{c.name} could overflow float16 before the scale")
+        lead = (1,) * (len(nodes.shape(c)) - factor.scale.dim())
+        wide = [t.reshape(*lead, *t.shape) for t in (factor.scale, factor.shift)]
+        self._down(c, Factor(*wide), plan)
 
     def _down_pad(self, pad: records.Pad, factor: Factor, plan: Plan) -> None:
         """Pads with the value that the scale and shift take to the pad's own."""
