@@ -6,7 +6,9 @@ raw arguments. Constants come as float64 lazies (:func:`refold.graph.constants.e
 
 from __future__ import annotations
 
+import math
 import operator
+import string
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,9 @@ from refold.graph import constants
 from refold.graph.nodes import arguments, aten, dtype, is_call, is_tensor, same, shape
 
 Ints = tuple[int, ...]
+
+_MAX_MATRIX = 1 << 24  # elements of a matrix that an einsum is written out as
+_DOTS = [f".{i}" for i in range(8)]
 
 
 @dataclass(frozen=True)
@@ -361,6 +366,71 @@ def _einsum_product(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     if outer in left or result != left[:-1] + outer:
         return None
     return x, w, right == inner + outer  # type: ignore[return-value]
+
+
+def einsum_axes(node: fx.Node) -> tuple[list[list[str]], list[str]] | None:
+    """The letter of every axis of each operand and of the result; ``.7`` is the last of ``...``."""
+    inputs, arrow, result = str(node.args[0]).replace(" ", "").partition("->")
+    operands: Any = node.args[1]
+    terms: list[list[str]] = []
+    spread = 0
+    for term, x in zip(inputs.split(","), operands, strict=True):
+        before, dots, after = term.partition("...")
+        count = len(shape(x)) - len(before) - len(after)
+        if count < 0 or not arrow or (count and not dots):
+            return None
+        terms.append([*before, *_DOTS[len(_DOTS) - count :], *after])
+        spread = max(spread, count)
+    before, dots, after = result.partition("...")
+    out = [*before, *(_DOTS[len(_DOTS) - spread :] if dots else ()), *after]
+    return None if any(len(set(t)) != len(t) for t in (*terms, out)) else (terms, out)
+
+
+def trailing_product(node: object) -> Linear | None:
+    """Reads an einsum of one tensor with constants as a matrix over the last axes of both.
+
+    The axes that come first in the tensor and in the result, and in no constant, are rows:
+    ``btgi,gio->btgo`` is a block-diagonal matrix, ``btd,edh->bteh`` a stack of matrices.
+    """
+    if not is_call(node, aten.einsum.default):
+        return None
+    assert isinstance(node, fx.Node)
+    operands: Any = node.args[1]
+    axes, factors = einsum_axes(node), [constants.exact(x) for x in operands]
+    data = [i for i, f in enumerate(factors) if f is None]
+    if axes is None or len(data) != 1 or not _fixed_float(node):
+        return None
+    terms, result = axes
+    x, term = operands[data[0]], terms[data[0]]
+    fixed = {i: f for i, f in enumerate(factors) if f is not None}
+    mixed = {a for i in fixed for a in terms[i]}
+    rows = 0
+    while rows < min(len(term), len(result)) and term[rows] == result[rows] not in mixed:
+        rows += 1
+    tail, out = term[rows:], result[rows:]
+    sizes: dict[str, Any] = dict(zip(tail, shape(x)[rows:], strict=True))
+    for i, f in fixed.items():
+        for axis, size in zip(terms[i], f.shape, strict=True):
+            if sizes.setdefault(axis, size) != size:
+                return None  # an axis of one broadcasts
+    if dtype(x) != dtype(node) or rows == 0:
+        return None
+    if any(len(a) != 1 or not isinstance(sizes.get(a), int) for a in (*tail, *out)):
+        return None
+    inputs, outputs = (math.prod(sizes[a] for a in part) for part in (tail, out))
+    probe = next(c for c in string.ascii_letters if c not in {*sizes, *term, *result})
+    equation = ",".join("".join(t) for t in ([probe, *tail], *(terms[i] for i in fixed)))
+
+    def compute() -> torch.Tensor:
+        eye = torch.eye(inputs, dtype=torch.float64).reshape(-1, *(sizes[a] for a in tail))
+        columns = torch.einsum(
+            f"{equation}->{probe}{''.join(out)}", eye, *(f.get() for f in fixed.values())
+        )
+        return columns.reshape(inputs, outputs).t().contiguous()
+
+    if inputs * outputs > _MAX_MATRIX:
+        return None
+    return Linear(node, x, node, Lazy((outputs, inputs), compute), None)
 
 
 def _constant(value: Any, rank: int) -> Lazy | None:

@@ -15,8 +15,9 @@ product must die. Terms of a sum on other roots stay as addends.
 Branches that look one way (causal convolutions) become one pad and one convolution.
 
 A constant matrix on the left, ``W @ x`` over tokens, is a pointwise convolution with them as its
-channels. Transposed convolutions of one stride merge in sums likewise, and with pointwise layers
-after them, or before them if those have no bias; one of stride 1 is a convolution.
+channels. An einsum of a tensor with constants (``btd,edh,e->bth``, ``btgi,gio->btgo``) is a matrix
+over the last axes. Transposed convolutions of one stride merge in sums likewise, and with pointwise
+layers after them, or before them if those have no bias; one of stride 1 is a convolution.
 
 Exact when: strides agree; a padded outer map meets only padding and no bias of the inner one (see
 :mod:`refold.rewrite.maps`). Otherwise it declines.

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
@@ -124,6 +125,22 @@ def _time(flops: float, rate: float, moved: float) -> float:
     return table.launch + max(flops / rate, moved / table.bytes) * 1e-3
 
 
+def _einsum(node: fx.Node, width: int) -> float:
+    """Microseconds of an einsum, contracted from the left to the right."""
+    operands: Any = node.args[1]
+    moved = width * (math.prod(hints(node)) + sum(math.prod(hints(x)) for x in operands))
+    terms, result = records.einsum_axes(node) or ([], [])
+    sizes: dict[str, int] = {}
+    open_axes: set[str] = set()
+    flops = 0.0
+    for at, term in enumerate(terms):
+        sizes |= zip(term, hints(operands[at]), strict=True)
+        open_axes |= set(term)
+        flops += 2.0 * math.prod(sizes[a] for a in open_axes) if at else 0.0
+        open_axes &= set(result).union(*terms[at + 1 :])
+    return _time(flops, CostTable.load().linear, moved)
+
+
 def of(node: fx.Node) -> float:
     """Microseconds of a node of the graph at the trace's sizes."""
     value = node.meta.get("val")
@@ -144,6 +161,8 @@ def of(node: fx.Node) -> float:
     if (linear := records.linear(node)) is not None:
         rows = math.prod(shape[:-1])
         return matrix(rows, shape[-1], linear.weight.shape[1], width)
+    if op_name(node) == "einsum":
+        return _einsum(node, width)
     if kind(node) in ("conv", "conv-transpose", "linear", "matmul"):
         inner = hint(node.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
         return matrix(math.prod(shape[:-1]), shape[-1], inner, width)

@@ -100,6 +100,8 @@ class MapReader:
             return self._linear(linear)
         if (product := records.left_product(node)) is not None:
             return self._left_product(product)
+        if (product := records.trailing_product(node)) is not None:
+            return self._trailing_product(product)
         if (affine := records.affine(node)) is not None:
             return self._affine(affine)
         if (total := records.add(node)) is not None:
@@ -203,6 +205,18 @@ class MapReader:
         outer = am.convolution(weight, _bias(None, rows), 1, (1,), (0,), (1,))
         return self._after(outer, product.x, product.node, "conv")
 
+    def _trailing_product(self, product: records.Linear) -> Maps:
+        """The rows of the matrix span several axes of ``x``, and so do those of its maps."""
+        outer = am.matrix(product.weight, _bias(None, product.weight.shape[0]))
+        out: Maps = {}
+        for key, inner in self.of(product.x).items():
+            have, want = inner.out_channels, outer.in_channels
+            wider = max(have, want)
+            if key[0] != "feature" or wider % min(have, want):
+                continue
+            out[key] = am.compose(_repeated(outer, wider // want), _repeated(inner, wider // have))
+        return out
+
     def _embedding(self, node: fx.Node) -> Maps:
         args = nodes.arguments(node)
         table, picked = constants.exact(args["weight"]), args["indices"]
@@ -220,6 +234,15 @@ class MapReader:
                 continue
             outer = am.diagonal(scale, shift, _spatial(kind, affine.node))
             out.update(self._after(outer, affine.x, affine.node, kind))
+        for key, inner in self.of(affine.x).items():
+            if key[0] != "feature" or key in out:
+                continue  # rows that span several axes
+            wide = [
+                _over(f, shape(affine.node), inner.out_channels)
+                for f in (affine.scale, affine.shift)
+            ]
+            if wide[0] is not None and wide[1] is not None:
+                out[key] = am.compose(am.diagonal(wide[0], wide[1], 0), inner)
         return out
 
     def _sum(self, total: records.Sum) -> Maps:
@@ -599,6 +622,22 @@ def _along(factor: Lazy, axis: int, size: nodes.Size) -> torch.Tensor | None:
     if not isinstance(size, int) or any(s != 1 for a, s in enumerate(factor.shape) if a != axis):
         return None
     values = factor.get().reshape(-1).expand(size)
+    return values if bool(values.isfinite().all()) else None
+
+
+def _repeated(base: AffineMap, times: int) -> AffineMap:
+    return base if times == 1 else am.repeat_features(base, times)
+
+
+def _over(factor: Lazy, sizes: Sequence[nodes.Size], count: int) -> torch.Tensor | None:
+    """A constant as one finite value for each of ``count`` features in the last axes."""
+    axis, found = len(sizes), 1
+    while found < count and axis > 1 and isinstance(sizes[axis - 1], int):
+        axis -= 1
+        found *= int(sizes[axis])
+    if found != count or any(s != 1 for s in factor.shape[:axis]):
+        return None
+    values = factor.get().expand(*(1,) * axis, *(int(s) for s in sizes[axis:])).reshape(-1)
     return values if bool(values.isfinite().all()) else None
 
 
