@@ -12,6 +12,7 @@ is known here: RepVGG, ACNet, DBB, MobileOne, ECBSR and LoRA are one rule.
 The choice is forward and greedy: in topological order, at each node, the root with the largest
 gain (cost of the nodes that die minus cost of the merged one). At least one convolution or matrix
 product must die. Terms of a sum on other roots stay as addends.
+Terms that a sum adds and subtracts go: a straight-through ``x + (q - x)`` is ``q``.
 Branches that look one way (causal convolutions) become one pad and one convolution.
 
 A constant matrix on the left, ``W @ x`` over tokens, is a pointwise convolution with them as its
@@ -51,7 +52,7 @@ from torch import fx
 from refold.algebra import affine_map as am
 from refold.algebra.affine_map import AffineMap
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes, provenance, records
+from refold.graph import aliasing, constants, nodes, provenance, records
 from refold.graph.kinds import kind, op_name
 from refold.graph.nodes import aten, hint, hints, same, shape
 from refold.rewrite import cost, layout, maps
@@ -124,7 +125,7 @@ class _Folder:
             self.reader.visit(node)
             if self._inside_a_sum(node):
                 continue  # the whole sum is merged at once, where it ends
-            node = self._settle(node, result)
+            node = self._settle(self._cancelled(node, result), result)
             if records.add(node) is not None:
                 inner = self._leaves(node)[1]
                 for part in sorted(inner):
@@ -141,6 +142,55 @@ class _Folder:
         while node.users and (choice := self._choose(node)) is not None:
             node = self._apply(node, choice, result)
         return node
+
+    def _cancelled(self, node: fx.Node, result: PassResult) -> fx.Node:
+        """A sum without the terms that it adds and subtracts: ``x + (q - x)`` is ``q``.
+
+        A single term takes the sum's place only where nobody sees other strides or storage.
+        """
+        if records.add(node) is None or nodes.pinned(node):
+            return node
+        leaves, inner = self._leaves(node)
+        totals: dict[fx.Node, float] = {}
+        cancels = False
+        for factor, leaf in leaves:
+            cancels = cancels or factor * totals.get(leaf, 0.0) < 0
+            totals[leaf] = totals.get(leaf, 0.0) + factor
+        rest = sorted(((f, leaf) for leaf, f in totals.items() if f), key=lambda t: t[0] != 1.0)
+        if not cancels or not rest or rest[0][0] != 1.0:
+            return node
+        new = rest[0][1]
+        if len(rest) == 1 and (
+            aliasing.new_sharing(node, new) is not None
+            or not same(node.meta["val"].stride(), new.meta["val"].stride())
+            or aliasing.mutated(self.gm.graph) & aliasing.roots(new)
+        ):
+            return node
+        with self.gm.graph.inserting_before(node):
+            for term in rest[1:]:
+                new = self._plus(new, [term], node)
+                self.reader.visit(new)
+        gone = [*sorted(inner), node]
+        result.applied.append(
+            applied(self.options.name, gone, [], f"terms of {node.name} that cancel")
+        )
+        nodes.replace(node, new)
+        for part in reversed(gone):
+            self.reader.maps.pop(part, None)
+            self.gm.graph.erase_node(part)
+        return new
+
+    def _plus(self, new: fx.Node, rest: list[tuple[float, fx.Node]], node: fx.Node) -> fx.Node:
+        """Adds what is left of a sum."""
+        for factor, leaf in rest:
+            target, alpha = aten.add.Tensor, factor
+            if factor == -1.0:
+                target, alpha = aten.sub.Tensor, 1.0
+            kwargs = {} if alpha == 1.0 else {"alpha": alpha}
+            new = nodes.call(
+                self.gm.graph, target, (new, leaf), kwargs, rule=self.options.name, sources=[node]
+            )
+        return new
 
     def _inside_a_sum(self, node: fx.Node) -> bool:
         users = list(node.users)
@@ -462,15 +512,7 @@ class _Folder:
         with self.gm.graph.inserting_before(node):
             new = choice.emit()
             self.reader.maps[new] = {choice.key: choice.merged}
-            for factor, leaf in choice.rest:
-                target, alpha = aten.add.Tensor, factor
-                if factor == -1.0:
-                    target, alpha = aten.sub.Tensor, 1.0
-                kwargs = {} if alpha == 1.0 else {"alpha": alpha}
-                new = nodes.call(
-                    self.gm.graph, target, (new, leaf), kwargs,
-                    rule=self.options.name, sources=[node],
-                )  # fmt: skip
+            new = self._plus(new, choice.rest, node)
         provenance.derive(new, sources, self.options.name)
         result.applied.append(
             applied(

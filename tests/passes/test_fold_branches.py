@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from refold.passes.fold_constants import FoldConstants
 from refold.rewrite.pipeline import Pipeline
 from tests import golden
 from tests.folding import Net, image, left, run
-from tests.tracing import trace
+from tests.tracing import find, trace
 
 FOLD = FoldBranches(prefer="nodes")
 
@@ -496,3 +497,69 @@ def test_a_tied_table_is_not_copied() -> None:
         gm = trace(model, torch.randint(0, 4096, (2, 5)))
         PIPELINES["default"].run(gm)
         assert left(gm)["embedding"] == 2
+
+
+STRAIGHT = {
+    "x + (q - x)": lambda s, x: x + (F.silu(x) - x),
+    "(q - x) + x": lambda s, x: (F.silu(x) - x).detach() + x,
+    "x - (x - q)": lambda s, x: x - (x - F.silu(x)),
+    "scaled": lambda s, x: torch.add(torch.sub(F.silu(x), x, alpha=3), x, alpha=3),
+    "a tensor that others read": lambda s, x: (lambda y: y + (F.silu(y) - y))(x.tanh()),
+}
+
+
+@pytest.mark.parametrize("name", STRAIGHT)
+def test_terms_that_cancel_go(name) -> None:
+    gm, _ = run((CleanUp(), FOLD, CleanUp()), Net(lambda s, x: STRAIGHT[name](s, x) * 2), image())
+    found = left(gm)
+    found.pop("tanh", 0)
+    assert found == {"silu": 1, "mul": 1}
+
+
+def test_what_is_left_of_a_sum_goes_on_merging() -> None:
+    net = Net(
+        lambda s, x: s.a(x) + (x.tanh() + (s.c(x) - x.tanh())) + s.n(x) - x.tanh(),
+        a=conv(padding=1), c=conv(k=1), n=bn(),
+    )  # fmt: skip
+    gm, _ = run((CleanUp(), FOLD, CleanUp()), net, image())
+    assert left(gm) == {"conv": 1, "tanh": 1, "sub": 1}
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: x + (F.silu(x) - 2 * x),
+        lambda s, x: x.tanh() - x.tanh(),
+        lambda s, x: (lambda y: (y, x + y))(F.silu(x) - x),
+        lambda s, x: x + (s.g - x),
+        lambda s, x: (lambda q: (q, x + (q - x)))(F.silu(x)),
+        lambda s, x: x + (F.silu(x).permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2) - x),
+    ],
+)
+def test_sums_whose_term_cannot_stand_for_them_stay(forward) -> None:
+    net = Net(forward, g=torch.randn(4, 7, 6))
+    before = left(trace(net, image(), dynamic=True))
+    gm, _ = run(FOLD, net, image())
+    assert left(gm) == before
+
+
+def test_a_term_that_is_written_later_is_no_sum() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("last", torch.randn(2, 4, 7, 6, dtype=torch.float64))
+
+        def forward(self, x):
+            y = x + (self.last - x)
+            self.last.copy_(x)
+            return y * 2
+
+    x = image()
+    gm = trace(Counting(), x)
+    write = next(n for n in gm.graph.nodes if "copy" in n.name)
+    write.append(find(gm, "mul"))  # its operand was computed before the write
+    gm.recompile()
+    twin = deepcopy(gm)
+    FOLD.run(gm)
+    gm.recompile()
+    torch.testing.assert_close(gm(x), twin(x), rtol=1e-12, atol=1e-12)
