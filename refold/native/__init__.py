@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -45,7 +46,10 @@ def _open(path: Path) -> Library | str:
         return f"it was not built when refold was installed: {REBUILD}"
     try:
         kernel = Library(path)
-        _try_out(kernel)
+        # Whoever asks first may do so under autocast, or under a mode that makes no real tensors;
+        # a new thread has none of these.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(_try_out, kernel).result()
     except NativeError as error:
         return str(error)
     return kernel
@@ -55,9 +59,9 @@ def _try_out(kernel: Library) -> None:
     """A small layer, against the reference: a compiler that fails silently must not be trusted."""
     generator = torch.Generator().manual_seed(0)
     planes = torch.randint(0, 256, (3, 70, 20), dtype=torch.uint8, generator=generator)
-    alpha = torch.rand(3, 70, 3, generator=generator)
+    alpha = torch.rand(3, 70, 3, generator=generator, dtype=torch.float32)
     for rows in (2, 300):  # as they are, and with the weights formed
-        x = torch.randn(rows, 160, generator=generator)
+        x = torch.randn(rows, 160, generator=generator, dtype=torch.float32)
         expected = bcq_linear.reference(x, planes, alpha, None, 64)
         for exact, allowed in ((True, 1e-5), (False, 3e-2)):
             got = multiply(kernel, x, pack(planes, alpha, 64), exact=exact)

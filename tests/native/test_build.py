@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from refold import native
 from refold.native import build, op
@@ -64,6 +67,35 @@ def test_a_library_of_wrong_numbers_is_not_used(
 
     monkeypatch.setattr(Library, "multiply", wrong)
     assert "computes wrong numbers on this machine" in str(native.status())
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("meta"),
+        lambda: FakeTensorMode(),
+        lambda: torch.inference_mode(),
+        lambda: default_dtype(torch.float64),
+    ],
+    ids=["autocast", "default device", "fake tensors", "inference mode", "default dtype"],
+)
+def test_it_is_tried_out_whatever_state_the_caller_is_in(
+    kernel: Library, state: Callable[[], AbstractContextManager[object]]
+) -> None:
+    native._open.cache_clear()
+    with state():
+        assert native.status() is None
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_it_can_be_switched_off(kernel: Library, monkeypatch: pytest.MonkeyPatch) -> None:
