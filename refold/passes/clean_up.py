@@ -169,8 +169,7 @@ def _spare_expand(reader: fx.Node) -> fx.Node | None:
             continue
         assert isinstance(expanded, fx.Node)
         assert isinstance(other, fx.Node)
-        # a scalar tensor promotes less than one with axes
-        alike = nodes.dtype(other) == nodes.dtype(expanded) and nodes.shape(expanded.args[0])  # type: ignore[arg-type]
+        alike = nodes.dtype(other) == nodes.dtype(expanded)  # a scalar would promote less
         if alike and other is not expanded and nodes.same(nodes.shape(other), nodes.shape(reader)):
             return expanded
     return None

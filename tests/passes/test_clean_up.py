@@ -204,6 +204,7 @@ def test_no_ops_that_change_shape_or_dtype_are_declined(function, constant, reas
         lambda v: v.mean((2, 3), keepdim=True).expand(-1, -1, 6, 6) / v,
         lambda v: torch.sub(v, v.mean(1, keepdim=True).broadcast_to(2, 4, 6, 6), alpha=2),
         lambda v: torch.add(v.mean((0, 1)).expand(2, 4, 6, 6), v, alpha=-3),
+        lambda v: v * v.mean().expand(2, 4, 6, 6),
     ],
 )
 def test_expansions_that_the_reader_makes_go(function) -> None:
@@ -218,7 +219,8 @@ def test_expansions_that_the_reader_makes_go(function) -> None:
         lambda v: v.mean((2, 3), keepdim=True).expand_as(v) * v.mean(1, keepdim=True),
         lambda v: torch.relu(v.mean((2, 3), keepdim=True).expand_as(v)),
         lambda v: v * v.mean().expand(2, 4, 6, 6).to(torch.float64),
-        lambda v: v * v.double().mean().expand(2, 4, 6, 6),  # alone it would not promote
+        lambda v: v.float() * v.double().mean().expand(2, 4, 6, 6),  # alone it would not promote
+        lambda v: (lambda e: e * e)(v.mean((2, 3), keepdim=True).expand_as(v)),
         lambda v: v.mean(1, keepdim=True).expand_as(v) * v.new_ones(1),
     ],
 )
