@@ -18,12 +18,13 @@ import torch
 from torch import fx
 
 from bench.common import interleaved, quiet, ratio, save
-from refold import numerics
 from refold.backends.base import Target, find_target, is_static, make_options
 from refold.compiler import copy_sharing_tensors
 from refold.errors import MissingDependencyError, RefoldError
 from refold.frontends.export import Program, trace
 from refold.passes import PIPELINES
+from refold.verify.compare import verify_widely
+from refold.verify.references import references
 from tests.models.timm_networks import NETWORKS, network
 
 TARGETS = ("ort-format", "openvino", "executorch", "litert", "ncnn", "coreml")
@@ -38,7 +39,7 @@ class Traced:
         model, images = network(name, _SIZES.get(name))
         self.program: Program = trace(model, (images[:1],), {}, dynamic_batch=dynamic)
         self.unfolded = copy_sharing_tensors(self.program.graph_module)
-        self.known = numerics.references(self.unfolded, self.program)
+        self.known = references(self.unfolded, self.program)
         PIPELINES["default"].run(self.program.graph_module)
         self.folded = self.program.graph_module
 
@@ -65,9 +66,7 @@ def measure(target: Target, traced: Traced, rounds: int) -> dict[str, Any]:
             record, runner = lowered(target, traced, copy_sharing_tensors(gm))
             if runner is not None:
                 runs[form] = lambda run=runner: run(image)
-                found, _ = numerics.verify_widely(
-                    traced.unfolded, runner, traced.program, traced.known
-                )
+                found, _ = verify_widely(traced.unfolded, runner, traced.program, traced.known)
                 record["numbers"] = {
                     k: getattr(found, k) for k in ("error", "own_error", "tolerance")
                 }

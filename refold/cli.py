@@ -192,9 +192,10 @@ def _explain(arguments: argparse.Namespace, progress: _Progress) -> int:
 def _verify(arguments: argparse.Namespace, progress: _Progress) -> int:
     if arguments.artifact is None:
         return _verify_directory(arguments, progress)
-    from refold import numerics
     from refold.backends.base import is_static
     from refold.frontends.export import trace
+    from refold.verify.compare import verify_widely
+    from refold.verify.references import references
 
     path = Path(arguments.artifact)
     loader = _loader(path)
@@ -215,8 +216,8 @@ def _verify(arguments: argparse.Namespace, progress: _Progress) -> int:
     progress("load")
     candidate = _load_artifact(path, loader, program, trust=arguments.trust)
     progress("verify")
-    known = numerics.references(program.graph_module, program)
-    result, _ = numerics.verify_widely(program.graph_module, candidate, program, known)
+    known = references(program.graph_module, program)
+    result, _ = verify_widely(program.graph_module, candidate, program, known)
     progress.close()
     if arguments.json:
         print(json.dumps({"artifact": arguments.artifact, **result.to_dict()}, indent=2))

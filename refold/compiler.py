@@ -17,7 +17,6 @@ import torch
 from torch import fx
 
 from refold import bind as binding
-from refold import numerics
 from refold.backends.base import (
     Artifact,
     ChecksLowering,
@@ -51,6 +50,8 @@ from refold.rewrite.calibration import divergence, logits
 from refold.rewrite.join_experts import state_expectation
 from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
 from refold.rewrite.result import Substitution
+from refold.verify.compare import verify_widely
+from refold.verify.references import References, draws, outputs, references
 
 Progress = Callable[[str], None]
 
@@ -257,14 +258,14 @@ def _compile(
             "the traced program unverified with verify=False"
         )
     check = InputCheck.of(program, model, settings.bind)
-    known = numerics.References()
+    known = References()
     original = copy_sharing_tensors(program.graph_module)
-    traced = copy_sharing_tensors(original) if numerics.draws(original) else original
+    traced = copy_sharing_tensors(original) if draws(original) else original
     stated: list[str] = []
     if settings.verify:
         with clock("reference"):
             stated = state_expectation(original)
-            known = numerics.references(original, program)
+            known = references(original, program)
     owner = model if settings.consume else None
     folded = _fold(
         program, settings.pipeline, settings.exclude, clock, owner, recorded=settings.recipe
@@ -273,8 +274,8 @@ def _compile(
     report = _report(model, program, folded, settings.pipeline, target.name, clock)
     _expect(settings.expect, report)
     known.allowed = folded.allowed
-    if stated and numerics.draws(gm):
-        known = numerics.References(
+    if stated and draws(gm):
+        known = References(
             notes=["the folded model still draws random numbers: two runs cannot be compared"]
         )
         stated = []
@@ -284,7 +285,7 @@ def _compile(
             whole = None if settings.consume else original
             for substitution in folded.substitutions:
                 whole, known = _rebased(substitution, whole, known, program, report)
-            result, known = numerics.verify_widely(whole, gm, program, known)
+            result, known = verify_widely(whole, gm, program, known)
         report.numerics = result.to_dict()
         if folded.allowed and not settings.consume:
             with clock("time"):
@@ -305,7 +306,7 @@ def _compile(
                 checked = target.check(artifact, gm, known, settings.options)
                 report.notes = (*report.notes, *checked.notes)
                 known.allowed += checked.apart
-            result, known = numerics.verify_widely(whole, runner, program, known)
+            result, known = verify_widely(whole, runner, program, known)
         report.artifact_numerics = result.to_dict()
     kept = None if folded.recipe is None else Kept(folded.recipe, program, original)
     return Compilation(gm, check, target, artifact, runner, report, weights, settings.options, kept)
@@ -314,10 +315,10 @@ def _compile(
 def _rebased(
     substitution: Substitution,
     whole: fx.GraphModule | None,
-    known: numerics.References,
+    known: References,
     program: Program,
     report: Report,
-) -> tuple[fx.GraphModule, numerics.References]:
+) -> tuple[fx.GraphModule, References]:
     """Judges what came before a substitution, measures it, and makes it the reference."""
     before, after = substitution.before, substitution.after
     calls, expected = known.calls, known.own
@@ -325,21 +326,21 @@ def _rebased(
     if whole is None:  # the weights that it replaced were released
         note = "what was folded before the substitution is not verified: consume released it"
     else:
-        result, known = numerics.verify_widely(whole, before, program, known)
+        result, known = verify_widely(whole, before, program, known)
         note = f"before the substitution: {result.summary}"
     report.notes = (*report.notes, note)
     if held_out:
         calls = list(substitution.held_out)
-        expected = numerics.outputs(before, calls)
+        expected = outputs(before, calls)
     if calls:
-        got = numerics.outputs(after, calls)
+        got = outputs(after, calls)
         found = divergence(expected, got, logits(before))
         report.divergence = {
             **dataclasses.asdict(found),
             "inputs": len(calls),
             "held_out": held_out,
         }
-    return after, numerics.references(after, program)
+    return after, references(after, program)
 
 
 def _time_ratio(original: fx.GraphModule, gm: fx.GraphModule, program: Program) -> str:

@@ -16,11 +16,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from refold import numerics
 from refold.backends.base import Refits
 from refold.errors import RefitError, UsageError, did_you_mean
 from refold.graph import constants
 from refold.graph.tape import Recorder, Tape
+from refold.verify.compare import verify_widely
+from refold.verify.references import references
 
 if TYPE_CHECKING:
     from refold.compiled import Compilation
@@ -320,8 +321,8 @@ def refit(
                      artifact_numerics=None)  # fmt: skip
     if verify:
         original = with_tensors(kept.original, recipe.values)
-        known = numerics.references(original, kept.program, most=_INPUTS)
-        result, known = numerics.verify_widely(original, runner, kept.program, known)
+        known = references(original, kept.program, most=_INPUTS)
+        result, known = verify_widely(original, runner, kept.program, known)
         report.numerics = result.to_dict()  # of what runs, which is the graph or was made from it
     return replace(
         done,

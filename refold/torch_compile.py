@@ -22,13 +22,14 @@ from torch._inductor.exc import InductorError
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from refold import numerics
 from refold.backends import inductor
 from refold.errors import RefoldError, UsageError, did_you_mean
 from refold.frontends.dynamo import Captured, NotFoldable, capture, hold
 from refold.graph import provenance
 from refold.passes import PIPELINES
 from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
+from refold.verify.compare import verify_widely
+from refold.verify.references import references
 from refold.watch import watch
 
 log = logging.getLogger(__name__)
@@ -432,9 +433,9 @@ class _Guarded:
             result = settings.passes.run(gm, exclude=_present(gm, settings.exclude))
             if settings.verify and result.modified:
                 program = captured.program(original, args)
-                known = numerics.references(original, program)
+                known = references(original, program)
                 known.allowed = result.allowed
-                numerics.verify_widely(original, gm, program, known)
+                verify_widely(original, gm, program, known)
             captured.restore(gm)
         except NotFoldable:
             raise

@@ -20,7 +20,7 @@ from refold.errors import BackendError, MissingDependencyError, UsageError, did_
 
 if TYPE_CHECKING:
     from refold.frontends.export import Program
-    from refold.numerics import References
+    from refold.verify.references import References
 
 Runner = Callable[..., Any]
 

@@ -26,7 +26,7 @@ from refold.graph.constants import stored
 
 if TYPE_CHECKING:
     from refold.frontends.export import Program
-    from refold.numerics import References
+    from refold.verify.references import References
 
 # The exporter turns a request below 18 into 18 without a word.
 _OPSETS = range(18, 24)

@@ -18,7 +18,7 @@ from refold.errors import BackendError, MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
     from refold.frontends.export import Program
-    from refold.numerics import References
+    from refold.verify.references import References
 
 # Optimizations that change numbers: float weights and biases between quantised activations would be
 # rounded to 8 and 32 bits.

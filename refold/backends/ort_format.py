@@ -15,7 +15,7 @@ from refold.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
     from refold.frontends.export import Program
-    from refold.numerics import References
+    from refold.verify.references import References
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from refold.native.lower import is_packed, lower, with_sums
 
 if TYPE_CHECKING:
     from refold.frontends.export import Program
-    from refold.numerics import References
+    from refold.verify.references import References
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,11 @@ def check_sums(rounded: fx.GraphModule, known: References) -> Checked:
     Raises:
         VerificationError: the exact form is wrong, or rounding does not explain a difference.
     """
-    from refold import numerics
     from refold.native.check import Judge
+    from refold.verify import compare
 
     exact = with_sums(rounded, exact=True)
-    result = numerics.verify(None, exact, known)
+    result = compare.verify(None, exact, known)
     judge, furthest = Judge(rounded), 0.0
     for call in known.calls:
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, call)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import refold
-from refold import numerics
 from refold.errors import UsageError, VerificationError
 from refold.ewa import EWAMoE
 from refold.frontends.export import trace
@@ -23,6 +22,8 @@ from refold.passes.clean_up import CleanUp
 from refold.passes.fold_constants import FoldConstants
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import PassResult
+from refold.verify import compare
+from refold.verify.references import references
 from tests import golden
 from tests import tracing as tracer
 from tests.compare import EXACT, relative_error
@@ -407,17 +408,17 @@ def test_other_random_numbers_still_forbid_a_comparison() -> None:
 def test_the_outputs_are_held_to_the_tolerance_too() -> None:
     model, x = nn.Linear(WIDTH, 3), tokens(dtype=torch.float32)
     program = trace(model, (x,), {})
-    known = numerics.references(program.graph_module, program)
+    known = references(program.graph_module, program)
 
     def off(by: float):
         return lambda v: model(v) * (1 + by)
 
     with pytest.raises(VerificationError):
-        numerics.verify(None, off(0.05), known)
+        compare.verify(None, off(0.05), known)
     known.allowed = 0.06
-    numerics.verify(None, off(0.05), known)
+    compare.verify(None, off(0.05), known)
     with pytest.raises(VerificationError):
-        numerics.verify(None, off(0.07), known)
+        compare.verify(None, off(0.07), known)
 
 
 @pytest.mark.parametrize("mode", ["average", "concat"])

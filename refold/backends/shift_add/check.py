@@ -27,7 +27,8 @@ from refold.ops.bcq_linear import dequantise
 
 if TYPE_CHECKING:
     from refold.backends.onnx import OnnxContent
-    from refold.numerics import Call, References
+    from refold.verify.references import References
+    from refold.verify.samples import Call
 
 INT8_BOUND = 1e-2  # relative L2 of one layer; 4e-3 to 9e-3 were measured on normal activations
 _NOISE_FACTOR = 2.0
@@ -48,8 +49,8 @@ def check(
     Raises:
         VerificationError: the file or a kernel computes something else.
     """
-    from refold import numerics
     from refold.backends import onnxruntime
+    from refold.verify import compare
 
     if not content.shift_add or not known.calls:
         return Checked()
@@ -59,7 +60,7 @@ def check(
     same = written is gm and not known.allowed
     expected = known if same else rebase(written, known)
     dense = onnxruntime.load(content, dense=True)
-    result = numerics.verify(None, dense, expected)
+    result = compare.verify(None, dense, expected)
     told = [f"shift-add file against the substituted graph, weights dense: {result.summary}"]
     apart = 0.0
     if written is not gm:
@@ -72,7 +73,7 @@ def check(
         )
     fused = [w for w in content.shift_add if w.layer.choice.bits]
     if fused and accuracy_level == 0:
-        result = numerics.verify(None, onnxruntime.load(content, accuracy_level=0), expected)
+        result = compare.verify(None, onnxruntime.load(content, accuracy_level=0), expected)
         told.append(f"its kernels in float32: {result.summary}")
     elif fused:
         worst, name, past = _judge_kernels(content, fused, known)

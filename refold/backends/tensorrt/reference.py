@@ -18,7 +18,7 @@ from refold.errors import BackendError
 
 if TYPE_CHECKING:
     from refold.backends.flat import Signature
-    from refold.numerics import References
+    from refold.verify.references import References
 
 _FILE = "cases.npz"
 _MOST_BYTES = 64 * 2**20  # of stored inputs and results; the first case is stored always
@@ -79,12 +79,12 @@ def make(signature: Signature, known: References, dtype: torch.dtype | None) -> 
 
 
 def _allowed(own_error: float, output: torch.dtype, computed: torch.dtype | None) -> float:
-    from refold import numerics
+    from refold.verify.tolerance import OWN_ERROR_FACTOR, tolerance
 
     if not (output.is_floating_point or output.is_complex):
-        return numerics.OWN_ERROR_FACTOR * own_error
-    allowed = numerics.tolerance(own_error, output)
-    return allowed if computed is None else max(allowed, numerics.tolerance(own_error, computed))
+        return OWN_ERROR_FACTOR * own_error
+    allowed = tolerance(own_error, output)
+    return allowed if computed is None else max(allowed, tolerance(own_error, computed))
 
 
 def distance(

@@ -22,7 +22,7 @@ from refold.errors import BackendError, MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
     from refold.frontends.export import Program
-    from refold.numerics import References
+    from refold.verify.references import References
 
 Profile = tuple[int, int, int]
 

@@ -8,16 +8,19 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from refold import numerics
 from refold.errors import VerificationError
 from refold.frontends.export import Program, trace
 from refold.graph import provenance
-from refold.numerics import Numerics, tolerance
+from refold.verify import compare
+from refold.verify.compare import MORE_RUNS, verify_widely
+from refold.verify.references import References, add_nearby, references
+from refold.verify.result import Numerics
+from refold.verify.tolerance import tolerance
 
 
 def verify(original, candidate, program, **options) -> Numerics:
     """Compares a candidate with the references of its original."""
-    return numerics.verify(original, candidate, numerics.references(original, program), **options)
+    return compare.verify(original, candidate, references(original, program), **options)
 
 
 class Does(nn.Module):
@@ -371,7 +374,7 @@ def _lucky() -> tuple[fx.GraphModule, Program]:
 
 def test_the_original_s_conditioning_decides_where_its_own_run_was_lucky() -> None:
     original, program = _lucky()
-    known = numerics.References()
+    known = References()
     whole = program.example
     known.calls, known.exact = [whole], [original(*whole[0]).double()]
     known.own, known.nearby = [original(*whole[0])], [[]]
@@ -381,11 +384,11 @@ def test_the_original_s_conditioning_decides_where_its_own_run_was_lucky() -> No
         return (x * (1 + 2**-23) * 4096 + 1) - x * 4096
 
     with pytest.raises(VerificationError):
-        numerics.verify(original, rounds_otherwise, known)
-    numerics._add_nearby(original, known)
-    assert numerics.verify(original, rounds_otherwise, known).passed
+        compare.verify(original, rounds_otherwise, known)
+    add_nearby(original, known)
+    assert compare.verify(original, rounds_otherwise, known).passed
     with pytest.raises(VerificationError):
-        numerics.verify(original, lambda x: rounds_otherwise(x) + 0.5, known)
+        compare.verify(original, lambda x: rounds_otherwise(x) + 0.5, known)
 
 
 def test_a_wrong_fold_is_refused_on_more_inputs_too() -> None:
@@ -393,9 +396,9 @@ def test_a_wrong_fold_is_refused_on_more_inputs_too() -> None:
     gm = program.graph_module
     with torch.no_grad():
         gm.get_parameter("head.bias").add_(0.01)
-    known = numerics.references(original, program)
+    known = references(original, program)
     with pytest.raises(VerificationError):
-        numerics.verify_widely(original, gm, program, known)
+        verify_widely(original, gm, program, known)
 
 
 def test_other_sizes_than_the_batch_are_compared() -> None:
@@ -406,15 +409,15 @@ def test_other_sizes_than_the_batch_are_compared() -> None:
     dims = {"x": {0: torch.export.Dim("n"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")}}
     program = trace(Pooled(), (torch.randn(2, 3, 8, 12),), {}, dynamic_shapes=dims)
     original = program.graph_module
-    known = numerics.references(original, program)
+    known = references(original, program)
     assert {tuple(call[0][0].shape[2:]) for call in known.calls} == {(8, 12), (4, 6)}
     with pytest.raises(VerificationError, match="4, 6"):  # right at the example's size alone
-        numerics.verify(original, lambda x: x.exp().sum((2, 3)) / 96, known)
+        compare.verify(original, lambda x: x.exp().sum((2, 3)) / 96, known)
 
 
 def test_an_artifact_too_is_judged_on_more_inputs() -> None:
     original, program = two(Net(), torch.randn(2, 3, 6, 6))
-    known = numerics.references(original, program)
+    known = references(original, program)
     seen = []
 
     def candidate(x: Tensor) -> object:
@@ -423,6 +426,6 @@ def test_an_artifact_too_is_judged_on_more_inputs() -> None:
         first = len(seen) == 1
         return torch.utils._pytree.tree_map(lambda t: t + 1 if first else t, out)
 
-    result, _ = numerics.verify_widely(original, candidate, program, known)
+    result, _ = verify_widely(original, candidate, program, known)
     assert result.passed
-    assert result.inputs == numerics._MORE_RUNS
+    assert result.inputs == MORE_RUNS
