@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -12,12 +14,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from refold.backends.base import Artifact, Runner, Target, marker_of, write_atomically
+from refold.backends.base import (
+    Artifact,
+    Runner,
+    Target,
+    marker_of,
+    shares_weights,
+    write_atomically,
+)
 from refold.errors import UsageError
 from refold.graph import constants, provenance
 from refold.inputs import InputCheck
 from refold.recipes import Kept, refit
 from refold.report import Report
+from refold.rewrite.pipeline import copy_sharing_tensors
+from refold.shared_weights import SharedWeights
 
 
 @dataclass(frozen=True)
@@ -31,8 +42,36 @@ class Compilation:
     runner: Runner
     report: Report
     weights: dict[str, dict[str, Any]]
+    shared: SharedWeights
     options: Any = None
     kept: Kept | None = None
+    copies_weights: bool = False
+
+    @property
+    def state(self) -> list[str]:
+        """Names of the tensors that calls write."""
+        written = constants.written(self.graph_module.graph)
+        return [str(n.target) for n in written if n.op == "get_attr"]
+
+    def copied(self) -> Compilation:
+        """The same with state of its own; what no call writes is shared."""
+        if not self.state:
+            return self
+        content = self.artifact.content
+        runs = _with_own_state(content.graph_module)
+        same = content.graph_module is self.graph_module
+        gm = runs if same else _with_own_state(self.graph_module)
+        artifact = dataclasses.replace(
+            self.artifact, content=dataclasses.replace(content, graph_module=runs)
+        )
+        runner = self.target.load(artifact, self.options)
+        return dataclasses.replace(self, graph_module=gm, artifact=artifact, runner=runner)
+
+
+def _with_own_state(gm: fx.GraphModule) -> fx.GraphModule:
+    copy = copy_sharing_tensors(gm)
+    constants.own_written(copy)
+    return copy
 
 
 class CompiledModel:
@@ -44,19 +83,26 @@ class CompiledModel:
     def __init__(self, compile_with: Callable[[tuple[Any, ...], dict[str, Any]], Compilation]):
         self._compile_with: Callable[..., Compilation] | None = compile_with
         self._compilation: Compilation | None = None
+        self._shared: SharedWeights | None = None  # if calls read them
         self._lock = threading.Lock()
 
     def compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compiles with these inputs unless it has been compiled already."""
         with self._lock:
             if self._compile_with is not None:
-                self._compilation = self._compile_with(args, kwargs)
+                self._take(self._compile_with(args, kwargs))
                 self._compile_with = None  # it holds the caller's model
+
+    def _take(self, done: Compilation) -> None:
+        self._shared = done.shared if "calls" in shares_weights(done.target) else None
+        self._compilation = done
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._compilation is None:
             self.compile(args, kwargs)
         done = self._done
+        if self._shared is not None:
+            self._shared.check()
         args, kwargs = done.check.normalise(args, kwargs)
         done.check.check(args, kwargs)
         with torch.no_grad():
@@ -95,10 +141,13 @@ class CompiledModel:
             force: overwrite an existing file, or an existing artifact of the same kind.
 
         Raises:
-            UsageError: the file exists and ``force`` is false.
+            UsageError: the file exists and ``force`` is false, or weights that the compiled model
+                shares with the original were changed.
             BackendError: the directory is missing or not writable, or the disk is full.
         """
         done = self._done
+        if "files" in shares_weights(done.target):
+            done.shared.check()
         return write_atomically(
             path,
             lambda folder, name: self._write(folder, name),
@@ -156,6 +205,42 @@ class CompiledModel:
             name: {"tensor": tensors[name], "shape": tuple(tensors[name].shape), **origin}
             for name, origin in self._done.weights.items()
         }
+
+    def eval(self) -> CompiledModel:
+        """The model itself: it has eval semantics, always."""
+        return self
+
+    def train(self, mode: bool = True) -> CompiledModel:
+        """The model itself for ``train(False)``.
+
+        Raises:
+            UsageError: it cannot be trained.
+        """
+        if mode:
+            raise UsageError(
+                "a compiled model cannot be trained: its weights are folded, and calls record no "
+                "gradient. Train the original, then compile it again"
+            )
+        return self
+
+    def __copy__(self) -> CompiledModel:
+        new = CompiledModel(self._compile_with or (lambda args, kwargs: self._done))
+        if self._compilation is not None:
+            new.compile((), {})
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        """A model with state of its own; weights, which no call writes, are shared."""
+        new = copy.copy(self)
+        if new._compilation is not None:
+            new._take(new._compilation.copied())
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UsageError(
+            "a compiled model cannot be pickled: its runtime has no picklable form. Write it with "
+            "save(path), or pickle the original and compile it again"
+        )
 
     def __repr__(self) -> str:
         if self._compilation is None:

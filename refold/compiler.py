@@ -50,6 +50,7 @@ from refold.rewrite.calibration import divergence, logits
 from refold.rewrite.join_experts import state_expectation
 from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
 from refold.rewrite.result import Substitution
+from refold.shared_weights import SharedWeights, copy_shared, tensors
 from refold.verify.compare import verify_widely
 from refold.verify.references import References, draws, outputs, references
 
@@ -67,6 +68,7 @@ class _Settings:
     bind: Mapping[str, Any] = field(default_factory=dict)
     verify: bool = True
     consume: bool = False
+    copy_weights: bool = False
     recipe: bool = False
     expect: Mapping[str, int] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
@@ -85,6 +87,7 @@ def compile_for_inference(
     max_growth: float | None = None,
     verify: bool = True,
     consume: bool = False,
+    copy_weights: bool = False,
     recipe: bool = False,
     expect: Mapping[str, int] | None = None,
     exclude: Sequence[str] = (),
@@ -94,7 +97,9 @@ def compile_for_inference(
 ) -> CompiledModel:
     """Folds a trained model into the smallest equal one and lowers it to a target.
 
-    The model is compiled with eval semantics and is never changed.
+    The model is compiled with eval semantics and is never changed. The compiled model is one of the
+    weights as they are now. It shares those that are not folded: when they are changed later, its
+    calls, and ``save``, raise :class:`UsageError`.
 
     Args:
         model: an ``nn.Module``, ``ExportedProgram``, FX ``GraphModule``, or a path to a ``.pt2``.
@@ -112,6 +117,8 @@ def compile_for_inference(
         consume: release the weights of ``model`` that were folded away, one by one as they are
             replaced, so that the two copies never exist at once. Destructive: the model cannot be
             used, or compiled, again.
+        copy_weights: copy the weights that are not folded, instead of sharing them: whatever
+            happens to ``model`` later, the compiled model stays what it is.
         recipe: record how each constant is made, so that :meth:`CompiledModel.refit` takes new
             weights. Folding takes about three times as long, and the weights of ``model`` live as
             long as the compiled model.
@@ -133,6 +140,8 @@ def compile_for_inference(
     """
     if recipe and consume:
         raise UsageError("recipe=True needs the weights that consume=True releases: drop one")
+    if copy_weights and consume:
+        raise UsageError("consume=True leaves no model to change: drop it, or copy_weights=True")
     found = find_target(target)
     chosen = _pipeline(pipeline, max_growth).for_layers_on(layers_on(found))
     settings = _Settings(
@@ -143,6 +152,7 @@ def compile_for_inference(
         bind=dict(bind or {}),
         verify=verify,
         consume=consume,
+        copy_weights=copy_weights,
         recipe=recipe,
         expect=dict(expect or {}),
         exclude=_globs(exclude),
@@ -290,6 +300,9 @@ def _compile(
         if folded.allowed and not settings.consume:
             with clock("time"):
                 report.notes = (*report.notes, _time_ratio(traced, gm, program))
+    theirs = () if isinstance(model, (str, os.PathLike)) else tensors(original)
+    if settings.copy_weights:
+        copy_shared(gm, theirs)
     with clock("lower"), torch.no_grad():
         artifact = target.lower(program, gm, settings.options)
         weights = weight_origins(gm, original)
@@ -309,7 +322,19 @@ def _compile(
             result, known = verify_widely(whole, runner, program, known)
         report.artifact_numerics = result.to_dict()
     kept = None if folded.recipe is None else Kept(folded.recipe, program, original)
-    return Compilation(gm, check, target, artifact, runner, report, weights, settings.options, kept)
+    return Compilation(
+        gm,
+        check,
+        target,
+        artifact,
+        runner,
+        report,
+        weights,
+        SharedWeights(gm, theirs),
+        settings.options,
+        kept,
+        settings.copy_weights,
+    )
 
 
 def _rebased(

@@ -20,6 +20,7 @@ from refold.backends.base import Refits
 from refold.errors import RefitError, UsageError, did_you_mean
 from refold.graph import constants
 from refold.graph.tape import Recorder, Tape
+from refold.shared_weights import SharedWeights, copy_shared
 from refold.verify.compare import verify_widely
 from refold.verify.references import references
 
@@ -314,6 +315,8 @@ def refit(
     if missing:
         raise RefitError(f"how {_listed(missing)} was computed is not known: compile again")
     gm = with_tensors(done.graph_module, tensors)
+    if done.copies_weights:
+        copy_shared(gm, recipe.values.values())
     artifact = target.refit(done.artifact, gm, tensors)
     runner = target.load(artifact, done.options)
     note = "refitted: these are new weights in the graph that was folded from others"
@@ -331,4 +334,5 @@ def refit(
         runner=runner,
         report=report,
         kept=Kept(recipe, kept.program, kept.original),
+        shared=SharedWeights(gm, recipe.values.values()),
     )

@@ -27,25 +27,31 @@ from refold.native.interface import Library
 _FUNCTIONS = ("aoti_torch_get_data_ptr", "_ZNK2at10TensorBase8_versionEv")
 
 
-def watch(tensors: Sequence[torch.Tensor], statistics: Sequence[bool]) -> Callable[[], bool]:
+def watch(
+    tensors: Sequence[torch.Tensor], statistics: Sequence[bool], *, sample: int = 0
+) -> Callable[[], bool]:
     """A call that says whether the tensors are as they are now.
 
     Args:
         tensors: with memory of their own, on any device. They are held.
         statistics: which ones are written without a version being counted: they are compared by
             content, bit by bit, the others by version. All are compared by address.
+        sample: how many bytes of the others in the memory of the CPU are compared as well.
     """
     versions = [
         -1 if by_content or t.is_inference() else t._version  # those count none
         for t, by_content in zip(tensors, statistics, strict=True)
     ]
-    plain = [
-        by_content and t.device.type == "cpu" and t.is_contiguous()
-        for t, by_content in zip(tensors, statistics, strict=True)
+    plain = [t.device.type == "cpu" and t.is_contiguous() for t in tensors]
+    sizes = [
+        (t.nbytes if by_content else min(sample, t.nbytes)) if readable else 0
+        for t, by_content, readable in zip(tensors, statistics, plain, strict=True)
     ]
-    native_watch = _native(tensors, versions, plain)
+    native_watch = _native(tensors, versions, sizes)
     if native_watch is None:
         looks, left = [_in_python(tensors, versions)], statistics
+        if sample:
+            looks.append(_as_now(functools.partial(b"".join, _samples(tensors, sizes))))
     else:
         looks = [native_watch]
         left = [s and not seen for s, seen in zip(statistics, plain, strict=True)]
@@ -86,6 +92,10 @@ def _reader(alike: list[torch.Tensor]) -> Callable[[], bytes]:
     return functools.partial(_joined, alike)
 
 
+def _samples(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[memoryview]:
+    return [_bytes(t)[:size] for t, size in zip(tensors, sizes, strict=True) if size]
+
+
 def _bytes(tensor: torch.Tensor) -> memoryview:
     flat: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
     return flat
@@ -98,32 +108,32 @@ def _joined(alike: list[torch.Tensor]) -> bytes:
 
 
 def _native(
-    tensors: Sequence[torch.Tensor], versions: Sequence[int], contents: Sequence[bool]
+    tensors: Sequence[torch.Tensor], versions: Sequence[int], sizes: Sequence[int]
 ) -> Callable[[], bool] | None:
     library, functions = native.library(), _functions_of_torch()
     if library is None or functions is None:
         return None
-    made = _Watch(library, functions, tensors, versions, contents)
+    made = _Watch(library, functions, tensors, versions, sizes)
     return made if made() else None  # what it reads is not what Python reads
 
 
 class _Watch:
-    """Compares by the native library; ``versions`` and ``contents`` as in :func:`watch`."""
+    """Compares by the native library; ``sizes`` are those of the contents that are compared."""
 
     def __init__(
         self, library: Library, functions: Sequence[int], tensors: Sequence[torch.Tensor],
-        versions: Sequence[int], contents: Sequence[bool],
+        versions: Sequence[int], sizes: Sequence[int],
     ) -> None:  # fmt: skip
         capsules = _aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
         weakref.finalize(self, _aoti.alloc_tensors_by_stealing_from_void_ptrs, capsules)
         seen = (_Seen * len(tensors))()
-        for one, capsule, tensor, version, by_content in zip(
-            seen, capsules, tensors, versions, contents, strict=True
+        for one, capsule, tensor, version, size in zip(
+            seen, capsules, tensors, versions, sizes, strict=True
         ):
             one.tensor = _capsule_pointer(capsule, None)
             one.address, one.version = tensor.data_ptr(), version
-            if by_content:
-                one.content, one.size = _bytes(tensor).tobytes(), tensor.nbytes
+            if size:
+                one.content, one.size = _bytes(tensor)[:size].tobytes(), size
         self._call = functools.partial(library.unchanged, len(seen), seen, *functions)
 
     def __call__(self) -> bool:

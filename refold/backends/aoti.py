@@ -70,6 +70,7 @@ class AotiTarget:
 
     name = "aoti"
     suffix = ".pt2"
+    shares_weights = ()
     options = AotiOptions
 
     def available(self) -> str | None:

@@ -77,6 +77,15 @@ def is_static(target: Target) -> bool:
     return bool(getattr(target, "static", False))
 
 
+def shares_weights(target: Target) -> tuple[str, ...]:
+    """What of a target reads the folded graph's own tensors: ``calls``, ``files``.
+
+    A target whose runtime, or whose artifact, has a copy of the weights says less in an attribute
+    ``shares_weights``.
+    """
+    return tuple(getattr(target, "shares_weights", ("calls", "files")))
+
+
 def computes_complex(target: Target) -> bool:
     """Whether a target has complex tensors; one without says ``complex_calls = False``."""
     return bool(getattr(target, "complex_calls", True))

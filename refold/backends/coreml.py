@@ -28,6 +28,7 @@ class CoreMlTarget:
 
     name = "coreml"
     suffix = ".mlpackage"
+    shares_weights = ()
     complex_calls = False
     dtypes = ("float32", "float16")
     marker = "Manifest.json"

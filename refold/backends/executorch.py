@@ -41,6 +41,7 @@ class ExecuTorchTarget:
 
     name = "executorch"
     suffix = ".pte"
+    shares_weights = ()
     complex_calls = False
     dtypes = ("float32", "float16", "bfloat16")
     options = ExecuTorchOptions

@@ -32,6 +32,7 @@ class LiteRtTarget:
 
     name = "litert"
     suffix = ".tflite"
+    shares_weights = ()
     complex_calls = False
     dtypes = ("float32",)
     options = ThreadOptions

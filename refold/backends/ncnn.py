@@ -50,6 +50,7 @@ class NcnnTarget:
 
     name = "ncnn"
     suffix = ".param"
+    shares_weights = ()
     complex_calls = False
     dtypes = ("float32",)
     options = ThreadOptions

@@ -78,6 +78,7 @@ class OnnxTarget:
 
     name = "onnx"
     suffix = ".onnx"
+    shares_weights = ("files",)
     complex_calls = False
     options = OnnxOptions
 

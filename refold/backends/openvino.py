@@ -53,6 +53,7 @@ class OpenVinoTarget:
 
     name = "openvino"
     suffix = ".xml"
+    shares_weights = ()
     complex_calls = False
     dtypes = ("float32", "float16")
     options = OpenVinoOptions

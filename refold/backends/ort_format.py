@@ -32,6 +32,7 @@ class OrtFormatTarget(onnxruntime.OnnxRuntimeTarget):
 
     name = "ort-format"
     suffix = ".ort"
+    shares_weights = ()
     verified = "run and compared on the CPU"
 
     def lower(

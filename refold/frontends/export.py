@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from refold import bind as binding
 from refold.errors import FrontendError, UsageError
-from refold.frontends import archive
+from refold.frontends import archive, state
 from refold.graph import constants, provenance
 from refold.graph.functionalise import functional_module
 from refold.graph.kinds import op_name
@@ -265,7 +265,10 @@ def _from_module(
         notes.append("in-place writes were resolved by run_decompositions({})")
     notes += _graph_notes(gm)
     notes += binding.warnings_of(bind)
+    written = {str(n.target) for n in constants.written(gm.graph) if n.op == "get_attr"}
     finished = _finish(program, gm, fresh(traced), example, tuple(specialised), notes, names)
+    if apart is None:
+        tracer.refuse_lost_state(finished, traced, written)
     finished.bound = tracer.bound
     finished.apart = apart or ""
     return finished
@@ -319,9 +322,7 @@ def _apart(tracer: _Tracer, gm: fx.GraphModule, inputs: Any) -> str | None:
     if constants.written(gm.graph) or any(_draws_random(n) for n in gm.graph.nodes):
         return None
     try:
-        with torch.no_grad():
-            args, kwargs = fresh(inputs)
-            expected = tracer.fresh_module()(*args, **kwargs)
+        expected = tracer.call(inputs)
     except Exception:  # the model itself refuses these inputs: nothing to compare
         return None
     try:
@@ -415,6 +416,8 @@ class _Tracer:
         self.bound: dict[str, str] = {}
         self.used_original = False
         self._module: nn.Module = model
+        self._parted: frozenset[str] = frozenset()
+        self._calls: dict[int, state.Calls] = {}
 
     def fresh_module(self) -> nn.Module:
         """A copy that no trace has run through: forward may have left fake tensors on the last."""
@@ -432,8 +435,7 @@ class _Tracer:
         """Runs the module once: a trace does not see every wrong dtype."""
         args, kwargs = fresh(inputs)
         try:
-            with torch.no_grad():
-                self.fresh_module()(*args, **kwargs)
+            self._call(args, kwargs)
         except UsageError:
             raise
         except Exception as error:
@@ -442,16 +444,20 @@ class _Tracer:
     def export(self, inputs: Any, dynamic_shapes: Any, *, copies: bool = True) -> ExportedProgram:
         args, kwargs = fresh(inputs) if copies else inputs
         try:
-            with torch.no_grad(), _quiet():
+            module = self.fresh_module()
+            with torch.no_grad(), _quiet(), state.recorded(module, self._parted):
                 return torch.export.export(
-                    self.fresh_module(),
+                    module,
                     args,
                     kwargs,
                     dynamic_shapes=dynamic_shapes,
                     strict=False,
                 )
-        except UsageError:
+        except (UsageError, FrontendError):
             raise
+        except state.SharedBuffers as shared:
+            self._parted |= shared.names
+            return self.export(inputs, dynamic_shapes, copies=copies)
         except Exception as error:
             if self._may_trace_original(error):
                 self.used_original = True
@@ -467,6 +473,10 @@ class _Tracer:
             with torch.no_grad():
                 return functional_module(program)
         except Exception as error:
+            lost = state.written_constants(program)
+            if lost:
+                message = state.lost_in(type(self.original).__name__, lost)
+                raise FrontendError(message) from error
             raise FrontendError(
                 f"{type(self.original).__name__} was traced, but torch could not make the trace "
                 f"functional ({type(error).__name__}: {_first_lines(error)})\n  fix: keep "
@@ -528,11 +538,41 @@ class _Tracer:
 
     def _runs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         try:
-            with torch.no_grad():
-                self.fresh_module()(*args, **kwargs)
+            self._call(args, kwargs)
         except Exception:  # what it raises is explained already
             return False
         return True
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the model returns, which is left as it is."""
+        module = self.fresh_module()
+        parameters = {id(p) for p in module.parameters()}
+        with torch.no_grad(), state.kept(module, lambda t: id(t) not in parameters):
+            return module(*args, **kwargs)
+
+    def call(self, inputs: Any) -> Any:
+        """What a model returns that writes none of its tensors, as its trace says."""
+        with torch.no_grad():
+            calls = self._calls_of(inputs, set())
+        self._calls[id(inputs)] = calls
+        return calls.outputs[0]
+
+    def refuse_lost_state(self, program: Program, inputs: Any, written: set[str]) -> None:
+        """Refuses a model that keeps state which its trace has lost."""
+        gm = program.graph_module
+        if any(_draws_random(n) for n in gm.graph.nodes):
+            return
+        with torch.no_grad():
+            try:
+                calls = self._calls.get(id(inputs)) or self._calls_of(inputs, written)
+            except Exception:  # the model itself refuses these inputs: nothing to compare
+                return
+            name = type(self.original).__name__
+            state.refuse_lost(name, calls, gm, lambda given: self._call(*fresh(given)))
+
+    def _calls_of(self, inputs: Any, written: set[str]) -> state.Calls:
+        module = self.fresh_module()
+        return state.Calls.of(module, inputs, state.named(module, written))
 
 
 @contextlib.contextmanager
@@ -736,7 +776,7 @@ def _finish(
         if constants.is_mutation(node) and "val" not in node.meta:
             node.meta["val"] = node.args[0].meta["val"]  # a copy-back that unlifting added
     constants.canonicalise(gm)
-    _own_state(gm)
+    constants.own_written(gm)  # the caller's stay as they are
     gm.recompile()
     placeholders = gm.graph.find_nodes(op="placeholder")
     inputs = tuple(
@@ -771,19 +811,6 @@ def _input_spec(node: fx.Node, leaf: Any) -> InputSpec:
 def _bounds(values: Any) -> tuple[int, int | None]:
     low = int(values.lower) if values.lower.is_Integer else 0
     return low, (int(values.upper) if values.upper.is_Integer else None)
-
-
-def _own_state(gm: fx.GraphModule) -> None:
-    """Gives the graph copies of the buffers that it writes: the caller's stay as they are."""
-    for node in constants.written(gm.graph):
-        if node.op != "get_attr":
-            continue
-        path, _, name = str(node.target).rpartition(".")
-        owner = gm.get_submodule(path)
-        copy = getattr(owner, name).detach().clone()
-        if name in owner._parameters:
-            copy = nn.Parameter(copy, requires_grad=False)
-        setattr(owner, name, copy)
 
 
 def _graph_notes(gm: fx.GraphModule) -> list[str]:

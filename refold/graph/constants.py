@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from refold.algebra.lazy import Lazy
 from refold.graph import nodes
@@ -183,13 +184,55 @@ def _numel(node: fx.Node) -> int:
     return int(value.numel()) if isinstance(value, torch.Tensor) else 0
 
 
+def copied(value: torch.Tensor, memory: dict[int, torch.UntypedStorage]) -> torch.Tensor:
+    """A copy of a tensor; copies made with one ``memory`` share it where the originals do."""
+    value = value.detach()
+    if type(value) is not torch.Tensor or value.layout is not torch.strided or value.is_conj():
+        return value.clone()
+    storage = value.untyped_storage()
+    copy = memory.get(storage._cdata)
+    if copy is None:
+        copy = memory[storage._cdata] = storage.clone()
+    new = torch.empty(0, dtype=value.dtype, device=value.device)
+    return new.set_(copy, value.storage_offset(), value.size(), value.stride())
+
+
 def written(graph: fx.Graph) -> set[fx.Node]:
     """``get_attr`` and placeholder nodes that the graph writes (state, copy-backs)."""
     out: set[fx.Node] = set()
     for node in graph.nodes:
         if is_mutation(node):
-            out.update(a for a in node.all_input_nodes if a.op in ("get_attr", "placeholder"))
+            out.update(targets_of(node))
     return out
+
+
+def targets_of(mutation: fx.Node) -> list[fx.Node]:
+    """The constants and inputs that a call writes; what it copies from is only read."""
+    assert isinstance(mutation.target, torch._ops.OpOverload)
+    given = nodes.arguments(mutation)
+    writes = [
+        given.get(a.name)
+        for a in mutation.target._schema.arguments
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
+    return [
+        leaf
+        for leaf in pytree.tree_leaves(writes)
+        if isinstance(leaf, fx.Node) and leaf.op in ("get_attr", "placeholder")
+    ]
+
+
+def own_written(gm: fx.GraphModule) -> None:
+    """Gives a graph copies of the tensors that it writes."""
+    for node in written(gm.graph):
+        if node.op != "get_attr":
+            continue
+        path, _, name = str(node.target).rpartition(".")
+        owner = gm.get_submodule(path)
+        copy = getattr(owner, name).detach().clone()
+        if name in owner._parameters:
+            copy = nn.Parameter(copy, requires_grad=False)
+        setattr(owner, name, copy)
 
 
 def is_mutation(node: fx.Node) -> bool:

@@ -261,6 +261,8 @@ def _functional(
         _redirect(node, written, -1, order, last_use)
         gm.graph.erase_node(node)
         return []
+    if written.op != "call_function" and written not in fresh:  # a constant's alias may not show
+        raise _NotLocal
     if not name.endswith("_") or torch.Tag.inplace_view in target.tags:
         raise _NotLocal
     now = order[node]

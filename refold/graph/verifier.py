@@ -237,8 +237,7 @@ def _mutations(graph: fx.Graph) -> tuple[tuple[str, ...], ...]:
     found = []
     for node in graph.nodes:
         if constants.is_mutation(node):
-            targets = [n for n in node.all_input_nodes if n.op in ("get_attr", "placeholder")]
-            found.append((str(node.target), *(str(n.target) for n in targets)))
+            found.append((str(node.target), *(str(n.target) for n in constants.targets_of(node))))
     return tuple(found)
 
 

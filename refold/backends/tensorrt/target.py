@@ -105,6 +105,7 @@ class TensorRTTarget:
 
     name = "trt"
     suffix = ".trt"
+    shares_weights = ("files",)
     complex_calls = False
     dtypes = ("float32", "float16", "bfloat16")
     marker = directory.MARKER
