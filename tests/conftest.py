@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,32 @@ import pytest
 import torch
 
 from refold import cli
+from refold.rewrite.result import Declined, watch_failures
+
+_FAILURES: list[Declined] = []
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def watched() -> Iterator[None]:
+    with watch_failures(_FAILURES.append):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def failures(watched: None) -> Iterator[list[Declined]]:
+    """Errors inside of refold that cost a rewrite: a test that makes none fails with them.
+
+    A test that makes some clears the list.
+    """
+    yield _FAILURES
+    left = [f"{f.rule} at {f.node} ({f.source}): {f.reason}" for f in _FAILURES]
+    _FAILURES.clear()
+    assert not left, left
 
 
 @pytest.fixture(autouse=True)

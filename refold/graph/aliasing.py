@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import heapq
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -134,13 +134,25 @@ def new_sharing(old: fx.Node, new: fx.Node) -> str | None:
 
     ``new`` is an existing node, or was just made; ``old`` still has its users.
     """
-    reached = reached_outputs(old)
+    own = _storages(old)
+    return shares_more(old, {r for r in roots(old) if own & _storages(r)}, lambda: roots(new))
+
+
+def shares_more(
+    node: fx.Node, before: set[fx.Node], after: Callable[[], set[fx.Node]]
+) -> str | None:
+    """Why the value of ``node`` may not come to lie in other storage, or ``None``.
+
+    Args:
+        node: a node with its users.
+        before: the owners of the storage in which its value lies.
+        after: finds the owners of the storage in which it would lie.
+    """
+    reached = reached_outputs(node)
     if not reached:
         return None
-    own = _storages(old)
-    before = {r for r in roots(old) if own & _storages(r)}
-    others = set(outputs(old.graph)) - reached
-    for root in roots(new) - before:
+    others = set(outputs(node.graph)) - reached
+    for root in after() - before:
         if root.op == "placeholder":
             return f"an output would share the storage of the input {root.name}"
         if root.op == "get_attr":
@@ -181,10 +193,17 @@ def unsettled_strides(
     what it was. An output whose strides would change, a call that reads strides, and a view that
     does not work any more are reasons to decline.
     """
-    if _same_strides(old.meta.get("val"), new.meta.get("val")):
+    return unsettled(old, old.meta.get("val"), new.meta.get("val"), also)
+
+
+def unsettled(
+    node: fx.Node, before: Any, after: Any, also: Mapping[fx.Node, Any] | None = None
+) -> str | None:
+    """Why a node's value may not have the strides of ``after``; see :func:`unsettled_strides`."""
+    if _same_strides(before, after):
         return None
-    shadow: dict[fx.Node, Any] = {**(also or {}), old: new.meta["val"]}
-    heap = list(old.users)
+    shadow: dict[fx.Node, Any] = {**(also or {}), node: after}
+    heap = list(node.users)
     heapq.heapify(heap)
     seen = set(heap)
     visited = 0
@@ -211,6 +230,8 @@ def unsettled_strides(
 
 
 def _same_strides(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
     left, right = pytree.tree_leaves(a), pytree.tree_leaves(b)
     if len(left) != len(right):
         return False

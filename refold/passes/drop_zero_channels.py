@@ -43,10 +43,10 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes, provenance, records
+from refold.graph import constants, nodes, records
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, is_call, is_tensor, same, shape
-from refold.rewrite.push_affine.walk import set_arguments
+from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import PassResult, applied, declined
 
 _BLOCK = 4  # channels that kernels compute together
@@ -151,6 +151,9 @@ class _Dropper:
     result: PassResult = field(default_factory=PassResult)
     touched: set[fx.Node] = field(default_factory=set)  # layers whose weights have changed
 
+    def __post_init__(self) -> None:
+        self.editor = Editor(self.gm, self.rule, self.result)
+
     def run(self) -> PassResult:
         self._round(list(self.gm.graph.nodes))
         while self.touched:  # a layer that lost rows may leave columns of others unread
@@ -168,12 +171,13 @@ class _Dropper:
                 if tensor in seen:
                     continue
                 region = _Region()
-                try:
-                    _explore(region, tensor, axis, refused)
-                    self._shrink(region)
-                except _Refused as refusal:
-                    self._decline(start, refusal)
-                    refused.update(dict.fromkeys(region.axes, refusal))
+                with self.editor.candidate(start):
+                    try:
+                        _explore(region, tensor, axis, refused)
+                        self._shrink(region)
+                    except _Refused as refusal:
+                        self._decline(start, refusal)
+                        refused.update(dict.fromkeys(region.axes, refusal))
                 seen.update(region.axes)
 
     def _decline(self, start: fx.Node, refusal: _Refused) -> None:
@@ -209,51 +213,55 @@ class _Dropper:
 
     def _apply(self, region: _Region, known_: dict[fx.Node, _Channels], keep: torch.Tensor) -> None:
         index = keep.nonzero().reshape(-1)
-        for node in region.readers:
-            layer = _layer(node)
-            assert layer is not None
-            moved = _moved(layer, known_[layer.x].only(~keep))
-            self._set(layer, _columns(layer.weight, index), moved)
-        for node in region.makers:
-            layer = _layer(node)
-            assert layer is not None
-            bias = None if layer.bias is None else _rows(layer.bias, index)
-            self._set(layer, _rows(layer.weight, index), bias)
-        for node in sorted(region.axes):
-            if node not in region.makers:
-                self._narrow(node, region, index, keep.numel())
-            node.meta["val"] = _of_size(node.meta["val"], region.axes[node], index.numel())
-            provenance.derive(node, [node], self.rule, value=None)
-        for node in region.readers:  # their values stay, but for what region they make
-            provenance.derive(node, [node], self.rule, value=None if node in region.axes else node)
+        with self.editor.edit() as edit:
+            for node in region.readers:
+                layer = _layer(node)
+                assert layer is not None
+                moved = _moved(layer, known_[layer.x].only(~keep))
+                self._set(edit, layer, _columns(layer.weight, index), moved)
+            for node in region.makers:
+                layer = _layer(node)
+                assert layer is not None
+                bias = None if layer.bias is None else _rows(layer.bias, index)
+                self._set(edit, layer, _rows(layer.weight, index), bias)
+            for node in sorted(region.axes):
+                if node not in region.makers:
+                    self._narrow(edit, node, region, index, keep.numel())
+                value = _of_size(node.meta["val"], region.axes[node], index.numel())
+                edit.set(node, value=value)
+                edit.stamp(node, [node], value=None)
+            for node in region.readers:  # their values stay, but for what region they make
+                edit.stamp(node, [node], value=None if node in region.axes else node)
         gone = int((~keep).sum())
         layers = [*region.makers, *region.readers]
+        self.touched.update(layers, (n for n in region.axes if _layer(n) is not None))
         detail = f"{gone} of {keep.numel()} channels of {', '.join(n.name for n in region.makers)}"
         self.result.applied.append(applied(self.rule, [], layers, detail))
 
-    def _set(self, layer: _Layer, weight: Lazy, bias: Lazy | None) -> None:
+    def _set(self, edit: Edit, layer: _Layer, weight: Lazy, bias: Lazy | None) -> None:
         node = layer.node
-        self.touched.add(node)
         like = node.meta["val"]
-        with self.gm.graph.inserting_before(node):
-            values = {1: constants.add(self.gm, f"{node.name}.weight", weight, like)}
+        with edit.before(node):
+            values = {1: edit.constant(f"{node.name}.weight", weight, like)}
             if bias is not None:
-                values[2] = constants.add(self.gm, f"{node.name}.bias", bias, like)
-        set_arguments(node, values)
+                values[2] = edit.constant(f"{node.name}.bias", bias, like)
+        edit.set_arguments(node, values)
 
-    def _narrow(self, node: fx.Node, region: _Region, index: torch.Tensor, count: int) -> None:
+    def _narrow(
+        self, edit: Edit, node: fx.Node, region: _Region, index: torch.Tensor, count: int
+    ) -> None:
         """Gives an operation inside a region the constants of the channels that stay."""
         axis = region.axes[node]
         layer = _layer(node)
         if layer is not None:
             bias = None if layer.bias is None else _rows(layer.bias, index)
-            self._set(layer, _rows(layer.weight, index), bias)
-            set_arguments(node, {6: int(index.numel())})
+            self._set(edit, layer, _rows(layer.weight, index), bias)
+            edit.set_arguments(node, {6: int(index.numel())})
             return
         if is_call(node, aten.view, aten.reshape):
             sizes = list(node.args[1])  # type: ignore[arg-type]
             sizes[axis] = -1 if sizes[axis] == -1 else int(index.numel())
-            node.args = (node.args[0], sizes)
+            edit.set(node, args=(node.args[0], sizes))
             return
         rank = len(shape(node))
         norm = is_call(node, aten.batch_norm.default)
@@ -266,11 +274,10 @@ class _Dropper:
                 continue
             sizes_ = (*value.shape[:at], int(index.numel()), *value.shape[at + 1 :])
             selected = value.map(sizes_, partial(torch.index_select, dim=at, index=index))
-            with self.gm.graph.inserting_before(node):
-                new = constants.add(
-                    self.gm, f"{node.name}.{operand.name}", selected, operand.meta["val"]
-                )
-            node.replace_input_with(operand, new)
+            with edit.before(node):
+                name = f"{node.name}.{operand.name}"
+                new = edit.constant(name, selected, operand.meta["val"])
+            edit.set_operand(node, operand, new)
 
 
 def _of_size(value: torch.Tensor, axis: int, size: int) -> torch.Tensor:

@@ -52,10 +52,11 @@ from torch import fx
 from refold.algebra import affine_map as am
 from refold.algebra.affine_map import AffineMap
 from refold.algebra.lazy import Lazy
-from refold.graph import aliasing, constants, nodes, provenance, records
+from refold.graph import constants, nodes, records
 from refold.graph.kinds import kind, op_name
 from refold.graph.nodes import aten, hint, hints, same, shape
 from refold.rewrite import cost, layout, maps
+from refold.rewrite.edit import Editor, Refused
 from refold.rewrite.maps import Key, MapReader
 from refold.rewrite.push_affine.walk import overflows
 from refold.rewrite.result import Declined, PassResult, applied, declined
@@ -116,31 +117,44 @@ class _Folder:
     options: FoldBranches
     reader: MapReader = field(default_factory=MapReader)
     dearer: dict[fx.Node, str] = field(default_factory=dict)
+    barred: set[tuple[fx.Node, Key]] = field(default_factory=set)  # what the door refused
+
+    def __post_init__(self) -> None:
+        self.editor = Editor(self.gm, self.options.name)
 
     def run(self) -> PassResult:
-        result = PassResult()
+        result = self.editor.result
         for node in list(self.gm.graph.nodes):
             if node.op != "call_function" or not node.users:
                 continue
-            self.reader.visit(node)
-            if self._inside_a_sum(node):
-                continue  # the whole sum is merged at once, where it ends
-            node = self._settle(self._cancelled(node, result), result)
-            if records.add(node) is not None:
-                inner = self._leaves(node)[1]
-                for part in sorted(inner):
-                    self._settle(part, result)
-                if inner:
-                    self._settle(node, result)
-        self.reader.forget_proposals()
+            with self.editor.candidate(node):
+                self._visit(node, result)
+        with self.editor.edit() as edit:
+            edit.remove(n for n in self.reader.proposed if not n._erased)
         result.modified = bool(result.applied)
-        result.declined = list(self._declined())
+        result.declined += self._declined()
         return result
+
+    def _visit(self, node: fx.Node, result: PassResult) -> None:
+        self.reader.visit(node)
+        if self._inside_a_sum(node):
+            return  # the whole sum is merged at once, where it ends
+        node = self._settle(self._cancelled(node, result), result)
+        if records.add(node) is not None:
+            inner = self._leaves(node)[1]
+            for part in sorted(inner):
+                self._settle(part, result)
+            if inner:
+                self._settle(node, result)
 
     def _settle(self, node: fx.Node, result: PassResult) -> fx.Node:
         """Merges at a node for as long as that gains; returns what stands in its place."""
         while node.users and (choice := self._choose(node)) is not None:
-            node = self._apply(node, choice, result)
+            try:
+                node = self._apply(node, choice, result)
+            except Refused as refusal:
+                self.barred.add((node, choice.key))
+                self.reader.refusals.setdefault(node, str(refusal))
         return node
 
     def _cancelled(self, node: fx.Node, result: PassResult) -> fx.Node:
@@ -160,24 +174,23 @@ class _Folder:
         if not cancels or not rest or rest[0][0] != 1.0:
             return node
         new = rest[0][1]
-        if len(rest) == 1 and (
-            aliasing.new_sharing(node, new) is not None
-            or not same(node.meta["val"].stride(), new.meta["val"].stride())
-            or aliasing.mutated(self.gm.graph) & aliasing.roots(new)
-        ):
-            return node
-        with self.gm.graph.inserting_before(node):
-            for term in rest[1:]:
-                new = self._plus(new, [term], node)
-                self.reader.visit(new)
         gone = [*sorted(inner), node]
-        result.applied.append(
-            applied(self.options.name, gone, [], f"terms of {node.name} that cancel")
-        )
-        nodes.replace(node, new)
-        for part in reversed(gone):
+        done = applied(self.options.name, gone, [], f"terms of {node.name} that cancel")
+        try:
+            with self.editor.edit() as edit:
+                with edit.before(node):
+                    for term in rest[1:]:
+                        new = self._plus(new, [term], node)
+                edit.replace(node, new)
+                edit.remove(gone)
+        except Refused as refusal:
+            self.reader.refusals.setdefault(node, f"its terms that cancel stay: {refusal}")
+            return node
+        for made in edit.made:
+            self.reader.visit(made)
+        for part in gone:
             self.reader.maps.pop(part, None)
-            self.gm.graph.erase_node(part)
+        result.applied.append(done)
         return new
 
     def _plus(self, new: fx.Node, rest: list[tuple[float, fx.Node]], node: fx.Node) -> fx.Node:
@@ -232,6 +245,8 @@ class _Folder:
         if layout.is_layout(node) and layout.escapes(node):
             return  # a view of its own strides: a merged tensor's reshape would share storage
         for key, merged in self.reader.of(node).items():
+            if (node, key) in self.barred:
+                continue
             if key[1] is not node and (choice := self._weigh(node, key, merged, [], {node})):
                 yield choice
         if records.add(node) is not None and not self._inside_a_sum(node):
@@ -245,6 +260,8 @@ class _Folder:
         views = [self.reader.of(leaf) for _, leaf in leaves]
         keys = {k for v in views for k in v}
         for key in sorted(keys, key=lambda k: (k[0], k[1].name)):
+            if (node, key) in self.barred:
+                continue
             group = [i for i, v in enumerate(views) if key in v]
             if len(group) == len(leaves):  # a leaf that others read too may better stay an addend
                 group = [i for i in group if leaves[i][1] is key[1] or len(leaves[i][1].users) == 1]
@@ -263,20 +280,19 @@ class _Folder:
     def _leaves(self, node: fx.Node) -> tuple[list[tuple[float, fx.Node]], set[fx.Node]]:
         leaves: list[tuple[float, fx.Node]] = []
         inner: set[fx.Node] = set()
-
-        def walk(current: fx.Node, factor: float) -> None:
+        stack = [(1.0, node)]
+        while stack:
+            factor, current = stack.pop()
             total = records.add(current)
             if total is None or (
                 current is not node and (len(current.users) != 1 or nodes.pinned(current))
             ):
                 leaves.append((factor, current))
-                return
+                continue
             if current is not node:
                 inner.add(current)
-            walk(total.left, factor)
-            walk(total.right, factor * total.alpha)
-
-        walk(node, 1.0)
+            stack.append((factor * total.alpha, total.right))
+            stack.append((factor, total.left))
         return leaves, inner
 
     def _weigh(
@@ -509,26 +525,24 @@ class _Folder:
 
     def _apply(self, node: fx.Node, choice: _Choice, result: PassResult) -> fx.Node:
         sources = [n for n in choice.dead if n is not node] + [node]
-        with self.gm.graph.inserting_before(node):
-            new = choice.emit()
-            self.reader.maps[new] = {choice.key: choice.merged}
-            new = self._plus(new, choice.rest, node)
-        provenance.derive(new, sources, self.options.name)
-        result.applied.append(
-            applied(
+        with self.editor.edit() as edit:
+            with edit.before(node):
+                merged = choice.emit()
+                new = self._plus(merged, choice.rest, node)
+            edit.stamp(new, sources)
+            edit.replace(node, new)
+            done = applied(
                 self.options.name,
                 choice.dead,
                 [new],
                 f"{_summary(choice.dead)} over {choice.key[1].name} into one {kind(new)}",
             )
-        )
-        nodes.replace(node, new)
-        dead = set(choice.dead)
-        self.reader.inherit(new, node, dead)
-        for gone in choice.dead:
-            if not gone.users:
-                self.reader.maps.pop(gone, None)
-                self.gm.graph.erase_node(gone)
+            edit.remove(choice.dead)
+        result.applied.append(done)
+        self.reader.maps[merged] = {choice.key: choice.merged}
+        self.reader.inherit(new, node, set(choice.dead))
+        for gone in edit.gone:
+            self.reader.maps.pop(gone, None)
         return new
 
 

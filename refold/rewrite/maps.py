@@ -359,12 +359,6 @@ class MapReader:
             out[("conv", root)] = inner
         return out
 
-    def forget_proposals(self) -> None:
-        """Removes the proposed roots that nothing came to read."""
-        for node in self.proposed:
-            if not node.users and not node._erased:
-                node.graph.erase_node(node)
-
     def _settle(self, node: fx.Node, key: Key, border: _Border, out: Maps) -> None:
         """A bordered map is a map once every side equals the bias."""
         eps = torch.finfo(nodes.dtype(node)).eps

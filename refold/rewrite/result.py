@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -47,6 +49,7 @@ class Declined:
         module: module path of the node.
         source: the user's own ``file.py:line``.
         hint: what the user can do about it, or ``""``.
+        failed: true for an error inside of refold, which cost this rewrite and nothing else.
     """
 
     rule: str
@@ -55,6 +58,7 @@ class Declined:
     module: str = ""
     source: str = ""
     hint: str = ""
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,33 @@ def applied(
         tuple(paths),
         detail,
     )
+
+
+_watchers: list[Callable[[Declined], None]] = []
+
+
+@contextmanager
+def watch_failures(watcher: Callable[[Declined], None]) -> Iterator[None]:
+    """Shows each failure to ``watcher`` while the block runs: tests and tools must not miss one."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
+def failed(rule: str, node: fx.Node | None, error: Exception) -> Declined:
+    """Makes the record of an error that cost a rewrite: ``node`` is where, if that is known."""
+    lines = str(error).splitlines()
+    reason = f"internal error: {type(error).__name__}" + (f": {lines[0]}" if lines else "")
+    hint = "it is kept as it is and right; please report this line"
+    if node is None:
+        record = Declined(rule, "", reason, hint=hint, failed=True)
+    else:
+        record = dataclasses.replace(declined(rule, node, reason, hint), failed=True)
+    for watcher in _watchers:
+        watcher(record)
+    return record
 
 
 def declined(rule: str, node: fx.Node, reason: str, hint: str = "") -> Declined:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from refold.errors import UsageError, VerifierError
+from refold.errors import UsageError
 from refold.graph import nodes, provenance
 from refold.rewrite.pattern import Call, Const, Decline, Var
 from refold.rewrite.result import Declined, Pass
@@ -123,7 +123,7 @@ def test_a_rewrite_may_decline_late() -> None:
     assert result.declined[0].reason == "on second thoughts, no"
 
 
-def test_an_error_in_a_rule_names_rule_and_place() -> None:
+def test_an_error_in_a_rule_costs_its_rewrite_and_names_the_place(failures) -> None:
     class Broken(RewriteRule):
         name = "broken"
         pattern = Call(aten.relu, x)
@@ -131,8 +131,14 @@ def test_an_error_in_a_rule_names_rule_and_place() -> None:
         def rewrite(self, match, build):
             return match["missing"]
 
-    with pytest.raises(VerifierError, match=r"rule 'broken' failed at %relu .*KeyError"):
-        Broken().run(trace(lambda v: torch.relu(v) + 1, T))
+    graph = trace(lambda v: torch.relu(v) + 1, T)
+    (record,) = Broken().run(graph).declined
+    assert (record.rule, record.node, record.failed) == ("broken", "relu", True)
+    assert "KeyError" in record.reason
+    assert ".py:" in record.source
+    assert ops(graph) == {"relu": 1, "add": 1}
+    assert failures == [record]
+    failures.clear()
 
 
 def test_a_rewrite_that_reads_what_it_replaces_is_declined() -> None:

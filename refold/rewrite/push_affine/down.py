@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes, provenance, records
+from refold.graph import aliasing, nodes, records
 from refold.graph.nodes import aten, is_call, is_tensor
 from refold.rewrite import cost, layout
 from refold.rewrite.push_affine import thresholds
@@ -19,7 +19,6 @@ from refold.rewrite.push_affine.walk import (
     not_linear,
     operand,
     reads,
-    set_arguments,
     uneven,
     widens,
 )
@@ -120,16 +119,14 @@ class Downward(Walk):
 
         def edit() -> None:
             amounts = [p for p in reversed(conv.padding) for _ in (0, 1)]
-            with self.graph.inserting_before(cast):
-                padded = nodes.call(
-                    self.graph, aten.pad.default, (source, amounts, "constant", value),
-                    rule=self.rule, sources=[conv.x],
-                )  # fmt: skip
+            with self.door.before(cast):
+                args = (source, amounts, "constant", value)
+                padded = self.door.call(aten.pad.default, args, sources=[conv.x])
             for node in (padded, cast):  # neither has the value of a node of the original
-                provenance.derive(node, [node], self.rule, value=None)
-            cast.replace_input_with(source, padded)
-            cast.meta["val"] = nodes.fake_result(cast)
-            set_arguments(c, {4: [0] * conv.spatial})
+                self.door.stamp(node, [node], value=None)
+            wider = aliasing.run_fake(cast, {source: padded.meta["val"]})
+            self.door.set(cast, args=(padded, *cast.args[1:]), value=wider)
+            self.door.set_arguments(c, {4: [0] * conv.spatial})
 
         plan.edits.append(edit)
         return True
@@ -168,13 +165,11 @@ class Downward(Walk):
         self._check_range(c, added)
 
         def edit() -> None:
-            with self.graph.inserting_before(c.next):
-                data = constants.add(self.gm, f"{c.name}.map", added, c.meta["val"])
-                total = nodes.call(
-                    self.graph, aten.add.Tensor, (c, data), rule=self.rule, sources=[c], like=c
-                )
-            provenance.derive(c, [c], self.rule, value=None)
-            c.replace_all_uses_with(total, lambda user: user is not total, propagate_meta=False)
+            with self.door.before(c.next):
+                data = self.door.constant(f"{c.name}.map", added, c.meta["val"])
+                total = self.door.call(aten.add.Tensor, (c, data), sources=[c], like=c)
+            self.door.stamp(c, [c], value=None)
+            self.door.replace(c, total)
 
         plan.edits.append(edit)
 
@@ -231,14 +226,13 @@ class Downward(Walk):
         def edit() -> None:
             assert self.record is not None
             x = current()
-            with self.graph.inserting_before(c):
-                data = constants.add(self.gm, f"{c.name}.threshold", Lazy.of(added), n.meta["val"])
-                moved = nodes.call(
-                    self.graph, aten.add.Tensor, (x, data), rule=self.rule,
-                    sources=[self.record.node], like=n,
-                )  # fmt: skip
-            provenance.derive(moved, [self.record.node], self.rule, value=None)
-            c.replace_input_with(x, moved)
+            with self.door.before(c):
+                data = self.door.constant(f"{c.name}.threshold", Lazy.of(added), n.meta["val"])
+                moved = self.door.call(
+                    aten.add.Tensor, (x, data), sources=[self.record.node], like=n
+                )
+            self.door.stamp(moved, [self.record.node], value=None)
+            self.door.set_operand(c, x, moved)
 
         plan.edits.append(edit)
 
@@ -251,10 +245,10 @@ class Downward(Walk):
         current = operand(c, n)
 
         def edit() -> None:
-            with self.graph.inserting_before(c):
-                data = constants.add(self.gm, f"{c.name}.threshold", Lazy.of(value), n.meta["val"])
-            c.target = getattr(aten, operation).Tensor
-            c.args, c.kwargs = (current(), data), {}
+            with self.door.before(c):
+                data = self.door.constant(f"{c.name}.threshold", Lazy.of(value), n.meta["val"])
+            target = getattr(aten, operation).Tensor
+            self.door.set(c, target=target, args=(current(), data), kwargs={})
 
         plan.kept.add(c)
         plan.edits.append(edit)
@@ -308,7 +302,7 @@ class Downward(Walk):
         if abs(value) > torch.finfo(nodes.dtype(pad.node)).max:
             raise Refused(f"the value that {pad.node.name} would pad with overflows its dtype")
         index = 2 if is_call(pad.node, aten.constant_pad_nd.default) else 3
-        plan.edits.append(lambda: set_arguments(pad.node, {index: value}))
+        plan.edits.append(lambda: self.door.set_arguments(pad.node, {index: value}))
 
     def _gathered(self, c: fx.Node, n: fx.Node, factor: Factor) -> Factor:
         return Factor(*layout.push(c, n, (factor.scale, factor.shift), self.graph))

@@ -15,10 +15,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from refold.graph import constants, nodes, provenance, records
+from refold.graph import constants, nodes, records
 from refold.graph.kinds import kind
 from refold.graph.nodes import aten
-from refold.rewrite import layout
+from refold.rewrite import edit, layout
 from refold.rewrite.push_affine.down import Downward
 from refold.rewrite.push_affine.factor import Factor, Plan, Refused
 from refold.rewrite.push_affine.up import Upward
@@ -42,31 +42,37 @@ class Pusher(Upward, Downward):
     """
 
     def run(self) -> PassResult:
-        result = PassResult()
+        result = self.editor.result
         changed = True
         while changed:
             changed = False
             for node in list(self.graph.nodes):
                 if node.op != "call_function" or not node.users or nodes.pinned(node):
                     continue  # erased nodes have no users
-                record = records.affine(node) or records.widening_affine(node)
-                if record is None or not self.wants(record):
-                    continue
-                done = self.push(record)
-                if done is not None:
-                    result.applied.append(done)
-                    self.refusals.pop(node, None)
-                    changed = True
+                with self.editor.candidate(node):
+                    changed |= self.push_at(node)
             if changed:
                 constants.drop_dead_code(self.graph)
         result.modified = bool(result.applied)
         alive = set(self.graph.nodes)
-        result.declined = [
+        result.declined += [
             declined(self.rule, node, reason, hint)
             for node, (reason, hint) in self.refusals.items()
             if node in alive
         ]
         return result
+
+    def push_at(self, node: fx.Node) -> bool:
+        """Pushes the affine operation at a node, if it is one that is wanted."""
+        record = records.affine(node) or records.widening_affine(node)
+        if record is None or not self.wants(record):
+            return False
+        done = self.push(record)
+        if done is None:
+            return False
+        self.editor.result.applied.append(done)
+        self.refusals.pop(node, None)
+        return True
 
     def push(self, record: records.Affine) -> Applied | None:
         """Tries up, then down; records why when neither works."""
@@ -89,13 +95,13 @@ class Pusher(Upward, Downward):
             try:
                 self._plan_up(record, factor, plan)
                 return self._commit(record, plan)
-            except Refused as refusal:
+            except (Refused, edit.Refused) as refusal:
                 upward = str(refusal)
         plan = Plan()
         try:
             self._down(record.node, factor, plan)
             return self._commit(record, plan)
-        except Refused as refusal:
+        except (Refused, edit.Refused) as refusal:
             downward = str(refusal)
         self.refusals[record.node] = (f"into its input: {upward}; into its users: {downward}", "")
         return None
@@ -113,32 +119,30 @@ class Pusher(Upward, Downward):
                 self._up_joint(source, plan)
 
     def _commit(self, record: records.Affine, plan: Plan) -> Applied:
+        """Carries a plan out, as one step."""
         done = applied(
             self.rule,
             [record.node, *plan.removed],
             plan.touched,
             f"{kind(record.node)} into {', '.join(sorted({kind(t) for t in plan.touched}))}",
         )
-        for node in plan.touched:
-            value: fx.Node | None = None  # upward, what lies between has a value of its own
-            if node is record.x:
-                value = record.node
-            elif plan.keeps_value(node):
-                value = node
-            provenance.derive(node, [record.node, node], self.rule, value=value)
-        current = operand(record.reader, record.x)
-        for edit in plan.edits:
-            edit()
-        new = current()
-        if widens(record):
-            with self.graph.inserting_before(record.node):
-                new = nodes.call(
-                    self.graph, aten.to.dtype, (new, nodes.dtype(record.node)),
-                    rule=self.rule, sources=[record.node],
-                )  # fmt: skip
-            provenance.derive(new, [record.node], self.rule, value=None)
-        nodes.replace(record.node, new)
-        for node in dict.fromkeys((record.node, record.reader)):
-            if not node.users:
-                self.graph.erase_node(node)
+        with self.editor.edit() as self.edit:
+            for node in plan.touched:
+                value: fx.Node | None = None  # upward, what lies between has a value of its own
+                if node is record.x:
+                    value = record.node
+                elif plan.keeps_value(node):
+                    value = node
+                self.edit.stamp(node, [record.node, node], value=value)
+            current = operand(record.reader, record.x)
+            for make in plan.edits:
+                make()
+            new = current()
+            if widens(record):
+                with self.edit.before(record.node):
+                    args = (new, nodes.dtype(record.node))
+                    new = self.edit.call(aten.to.dtype, args, sources=[record.node])
+                self.edit.stamp(new, [record.node], value=None)
+            self.edit.replace(record.node, new)
+            self.edit.remove((record.node, record.reader))
         return done

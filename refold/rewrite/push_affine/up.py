@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes, provenance, records
+from refold.graph import constants, nodes, records
 from refold.graph.kinds import kind, op_name
 from refold.graph.nodes import aten, is_call, is_tensor
 from refold.rewrite import layout
@@ -22,7 +22,6 @@ from refold.rewrite.push_affine.walk import (
     operand,
     reads,
     scale_outputs,
-    set_arguments,
     shifted,
 )
 
@@ -95,7 +94,7 @@ class Upward(Walk):
         def edit() -> None:
             new = base.map(base.shape, lambda b: b * factor.scale + factor.shift)
             node = self._constant(consumer, constant_name(u), new, u)
-            consumer.replace_input_with(u, node)
+            self.door.set_operand(consumer, u, node)
 
         plan.edits.append(edit)
 
@@ -192,22 +191,21 @@ class Upward(Walk):
         def edit() -> None:
             name = constant_name(layer.integers)
             kind_of = layer.integers.meta["val"]
-            with self.graph.inserting_before(u):
+            with self.door.before(u):
                 q = layer.integers
                 if integers is not None:
-                    q = constants.add(self.gm, name, integers)
-                scales = constants.add(self.gm, f"{name}.scales", new_scales, u.meta["val"])
-                stored_zeros = constants.add(self.gm, f"{name}.zeros", zeros.to(kind_of.device))
-                weight = nodes.call(
-                    self.graph, torch.ops.quantized_decomposed.dequantize_per_channel.default,
-                    (q, scales, stored_zeros, 0, *layer.limits, layer.dtype),
-                    rule=self.rule, sources=[u],
+                    q = self.door.constant(name, integers)
+                scales = self.door.constant(f"{name}.scales", new_scales, u.meta["val"])
+                stored_zeros = self.door.constant(f"{name}.zeros", zeros.to(kind_of.device))
+                weight = self.door.call(
+                    torch.ops.quantized_decomposed.dequantize_per_channel.default,
+                    (q, scales, stored_zeros, 0, *layer.limits, layer.dtype), sources=[u],
                 )  # fmt: skip
-                provenance.derive(weight, [u], self.rule, value=None)
+                self.door.stamp(weight, [u], value=None)
                 values: dict[int, Any] = {1: weight}
                 if bias is not None:
-                    values[2] = constants.add(self.gm, f"{name}.bias", bias, u.meta["val"])
-            set_arguments(u, values)
+                    values[2] = self.door.constant(f"{name}.bias", bias, u.meta["val"])
+            self.door.set_arguments(u, values)
 
         plan.edits.append(edit)
 
@@ -221,7 +219,7 @@ class Upward(Walk):
         mark = plan.mark()
         try:
             self._up(record.x, record.reader, both, plan)
-            plan.edits.append(lambda: nodes.replace(u, current()))
+            plan.edits.append(lambda: self.door.replace(u, current()))
             plan.removed.append(u)
             return True
         except Refused:

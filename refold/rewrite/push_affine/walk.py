@@ -13,6 +13,7 @@ from refold.graph import constants, nodes, records
 from refold.graph.evaluate import discontinuous
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, is_call
+from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.push_affine.factor import Factor, Refused
 
 SMALL = 1 << 13  # bytes below which un-sharing a weight is never refused
@@ -45,6 +46,8 @@ class Walk:
     ) -> None:
         self.border_maps = border_maps
         self.gm, self.graph, self.rule, self.wants = gm, gm.graph, rule, wants
+        self.editor = Editor(gm, rule)
+        self.edit: Edit | None = None  # what a plan that is carried out goes through
         self.budget = (max_growth - 1.0) * constants.stored_bytes(gm)
         self.refusals: dict[fx.Node, tuple[str, str]] = {}
         self.escapes = False
@@ -109,9 +112,15 @@ class Walk:
 
         return Factor(spread(factor.scale), spread(factor.shift))
 
+    @property
+    def door(self) -> Edit:
+        """The transaction that the plan's edits are part of."""
+        assert self.edit is not None
+        return self.edit
+
     def _constant(self, before: fx.Node, name: str, data: Lazy, like: fx.Node) -> fx.Node:
-        with self.graph.inserting_before(before):
-            return constants.add(self.gm, name, data, like.meta["val"])
+        with self.door.before(before):
+            return self.door.constant(name, data, like.meta["val"])
 
     def _set_weights(
         self, node: fx.Node, weight_index: int, weight_node: Any, weight: Lazy,
@@ -124,7 +133,7 @@ class Walk:
         if bias is not None and bias_index >= 0:
             stem = base.removesuffix("weight").rstrip("._")
             values[bias_index] = self._constant(node, f"{stem}.bias", bias, like)
-        set_arguments(node, values)
+        self.door.set_arguments(node, values)
 
     def _set_linear(self, linear: records.Linear, weight: Lazy, bias: Lazy | None) -> None:
         node = linear.node
@@ -136,42 +145,38 @@ class Walk:
         if bias is not None:
             stem = base.removesuffix("weight").rstrip("._")
             bias_node = self._constant(node, f"{stem}.bias", bias, linear.weight_node)
-        node.target = aten.linear.default
-        node.args, node.kwargs = (linear.x, new, bias_node), {}
+        args = (linear.x, new, bias_node)
+        self.door.set(node, target=aten.linear.default, args=args, kwargs={})
 
     def _emit_norm(self, node: fx.Node, x: fx.Node, factor: Factor) -> None:
         channels = nodes.shape(node)[1]
         scale, shift = factor.vectors(1, int(channels))
-        with self.graph.inserting_before(node):
+        with self.door.before(node):
             parts = [
-                constants.add(self.gm, f"{node.name}.{label}", Lazy.of(value), node.meta["val"])
+                self.door.constant(f"{node.name}.{label}", Lazy.of(value), node.meta["val"])
                 for label, value in (
                     ("weight", scale), ("bias", shift),
                     ("mean", torch.zeros_like(scale)), ("var", torch.ones_like(scale)),
                 )
             ]  # fmt: skip
-            new = nodes.call(
-                self.graph, aten.batch_norm.default,
-                (x, *parts, False, 0.0, 0.0, False), rule=self.rule, sources=[node], like=node,
-            )  # fmt: skip
-        nodes.replace(node, new)
+            args = (x, *parts, False, 0.0, 0.0, False)
+            new = self.door.call(aten.batch_norm.default, args, sources=[node], like=node)
+        self.door.replace(node, new)
 
     def _emit_affine(
         self, node: fx.Node, x: fx.Node, scale: torch.Tensor, shift: torch.Tensor
     ) -> None:
         out = x
-        with self.graph.inserting_before(node):
+        with self.door.before(node):
             for target, value, neutral in (
                 (aten.mul.Tensor, scale, 1.0), (aten.add.Tensor, shift, 0.0),
             ):  # fmt: skip
                 if bool((value == neutral).all()):
                     continue
-                data = constants.add(
-                    self.gm, f"{node.name}.{target._schema.name[6:]}", Lazy.of(value),
-                    node.meta["val"],
-                )  # fmt: skip
-                out = nodes.call(self.graph, target, (out, data), rule=self.rule, sources=[node])
-        nodes.replace(node, out)
+                name = f"{node.name}.{target._schema.name[6:]}"
+                data = self.door.constant(name, Lazy.of(value), node.meta["val"])
+                out = self.door.call(target, (out, data), sources=[node])
+        self.door.replace(node, out)
 
     def _check_range(self, node: fx.Node, value: Lazy | None) -> None:
         """fp16 overflows where its parts did not; wider dtypes do not come near their limits."""
@@ -203,16 +208,6 @@ def widens(record: records.Affine) -> bool:
 def embedding_table(node: fx.Node) -> Lazy | None:
     table = node.args[0]
     return constants.exact(table) if isinstance(table, fx.Node) else None
-
-
-def set_arguments(node: fx.Node, values: dict[int, Any]) -> None:
-    """Sets positional arguments by schema index, filling the ones between with defaults."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    bound = nodes.arguments(node)
-    last = max(max(values), len(node.args) - 1)
-    node.args = tuple(values[i] if i in values else bound[schema[i].name] for i in range(last + 1))
-    names = {schema[i].name for i in range(last + 1)}
-    node.kwargs = {k: v for k, v in node.kwargs.items() if k not in names}
 
 
 def not_linear(node: fx.Node) -> str:
