@@ -16,7 +16,7 @@ from pathlib import PurePath
 from torch import fx
 
 from refold.graph import constants, provenance, records
-from refold.graph.nodes import aten, is_call, is_tensor, shape
+from refold.graph.nodes import aten, is_call, is_tensor, same, shape
 
 _ARITHMETIC = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
 
@@ -31,9 +31,9 @@ def axis_collisions(graph: fx.Graph) -> list[str]:
             if not constants.is_get_attr(vector) or not is_tensor(data):
                 continue
             size = shape(data)
-            if len(size) < 3 or shape(vector) != (size[-1],) or size[-1] != size[1]:
+            if len(size) < 3 or not same(shape(vector), size[-1:]) or not same(size[-1], size[1]):
                 continue
-            if size[1] == 1 or not _has_channels(data):
+            if same(size[1], 1) or not _has_channels(data):
                 continue
             source = PurePath(provenance.source_line(node)).name
             found.append(

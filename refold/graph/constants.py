@@ -82,7 +82,7 @@ def _exact_layout(node: object) -> Lazy | None:
     if len(node.all_input_nodes) != 1:
         return None
     base = exact(source)
-    if base is None or base.shape != tuple(source.meta["val"].shape):  # type: ignore[union-attr]
+    if base is None or not nodes.same(base.shape, source.meta["val"].shape):  # type: ignore[union-attr]
         return None
     target = node.target
     return base.map(tuple(node.meta["val"].shape), lambda t: target(t, *rest, **node.kwargs))
@@ -319,9 +319,9 @@ def canonicalise(gm: fx.GraphModule) -> int:
         if node.op != "get_attr" or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
         t = tensor(node)
-        key = (
-            (t.data_ptr(), t.dtype, tuple(t.shape), t.stride(), t.device) if t.numel() else (id(t),)
-        )
+        # An empty tensor has no address: the parameter itself tells it from others.
+        memory = t.data_ptr() if t.numel() else id(attribute(node))
+        key = (memory, t.dtype, tuple(t.shape), t.stride(), t.device)
         if not node.users:
             gm.graph.erase_node(node)
             continue

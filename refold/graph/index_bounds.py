@@ -16,7 +16,7 @@ from torch import fx
 
 from refold.graph.evaluate import evaluate_constants
 from refold.graph.kinds import op_name
-from refold.graph.nodes import arguments, is_tensor, shape
+from refold.graph.nodes import arguments, is_tensor, same, shape
 
 Interval = tuple[float, float]  # both ends belong to it; booleans count as 0 and 1
 
@@ -40,7 +40,7 @@ class IndexBounds:
                 and a larger one.
         """
         sizes = shape(node)
-        block = [(0.0, 0.0) if s == 1 else b for s, b in zip(sizes, block, strict=True)]
+        block = [(0.0, 0.0) if same(s, 1) else b for s, b in zip(sizes, block, strict=True)]
         boolean = node.meta["val"].dtype == torch.bool
         if node in self.constant:
             return self._stored(node, block)

@@ -37,6 +37,34 @@ LAYOUT = frozenset({
     "mT",
 })  # fmt: skip
 
+# Not linear in the tensor that they read first, whatever their other arguments are. What stands
+# nowhere may be linear: nothing is known of it.
+NONLINEAR = frozenset({
+    "sigmoid", "hardsigmoid", "log_sigmoid", "tanh", "gelu", "silu", "mish", "elu", "selu", "celu",
+    "hardswish", "hardtanh", "relu", "relu6", "leaky_relu", "prelu", "_prelu_kernel", "rrelu",
+    "softplus", "hardshrink", "softshrink", "threshold", "glu", "softmax", "_softmax",
+    "log_softmax", "_log_softmax", "_safe_softmax", "exp", "exp2", "expm1", "log", "log2", "log10",
+    "log1p", "logit", "logsumexp", "logcumsumexp", "sqrt", "rsqrt", "square", "reciprocal", "abs",
+    "absolute", "pow", "clamp", "clamp_min", "clamp_max", "clip", "sin", "cos", "tan", "sinc",
+    "sinh", "cosh", "asin", "acos", "atan", "asinh", "acosh", "atanh", "arcsin", "arccos", "arctan",
+    "arcsinh", "arccosh", "arctanh", "atan2", "arctan2", "hypot", "erf", "erfc", "erfinv", "lgamma",
+    "digamma", "polygamma", "i0", "prod", "cumprod", "var", "std", "var_mean", "std_mean", "norm",
+    "linalg_vector_norm", "linalg_norm", "linalg_matrix_norm", "cdist", "pairwise_distance",
+    "cosine_similarity", "layer_norm", "native_layer_norm", "group_norm", "native_group_norm",
+    "instance_norm", "rms_norm", "_fused_rms_norm", "normalize", "renorm", "max", "min", "amax",
+    "amin", "aminmax", "maximum", "minimum", "fmax", "fmin", "cummax", "cummin", "max_pool1d",
+    "max_pool2d", "max_pool3d", "max_pool1d_with_indices", "max_pool2d_with_indices",
+    "max_pool3d_with_indices", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
+    "rnn_relu_cell", "inverse", "linalg_inv", "linalg_det", "det", "logdet", "nan_to_num",
+})  # fmt: skip
+# They give a neighbour of the number that they read, or store.
+ROUNDING = frozenset({
+    "round", "floor", "ceil", "trunc", "fix", "to", "_to_copy", "floor_divide", "frac",
+    "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine", "quantize_per_tensor",
+    "quantize_per_channel", "quantize", "div", "divide",
+})  # fmt: skip
+
 
 def op_name(node: fx.Node) -> str:
     """The bare operator name of a call (``conv2d`` for ``aten.conv2d.default``)."""

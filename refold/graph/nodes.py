@@ -91,6 +91,11 @@ def known(condition: bool | torch.SymBool) -> bool:
     return bool(statically_known_true(condition))
 
 
+def is_empty(node: fx.Node) -> bool:
+    """True if a tensor has no elements, whatever the sizes that are not known."""
+    return any(isinstance(size, int) and size == 0 for size in node.meta["val"].shape)
+
+
 def only_user(node: fx.Node, user: fx.Node) -> bool:
     """True if ``user`` is the one node that reads ``node`` (however many times)."""
     return len(node.users) == 1 and user in node.users

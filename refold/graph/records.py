@@ -17,7 +17,16 @@ from torch import fx
 
 from refold.algebra.lazy import Lazy
 from refold.graph import constants
-from refold.graph.nodes import arguments, aten, dtype, is_call, is_tensor, same, shape
+from refold.graph.nodes import (
+    arguments,
+    aten,
+    dtype,
+    is_call,
+    is_empty,
+    is_tensor,
+    same,
+    shape,
+)
 
 Ints = tuple[int, ...]
 
@@ -132,6 +141,15 @@ class Sum:
 
 
 @dataclass(frozen=True)
+class Cat:
+    """Tensors of one rank behind one another along ``axis``."""
+
+    node: fx.Node
+    parts: tuple[fx.Node, ...]
+    axis: int
+
+
+@dataclass(frozen=True)
 class WeightedSum:
     """The sum of tensors of the graph times constants that broadcast against them."""
 
@@ -203,9 +221,12 @@ def _ints(value: Any, count: int) -> Ints | None:
 
 
 def _fixed_float(node: fx.Node) -> bool:
-    return is_tensor(node) and node.meta["val"].dtype in (
-        torch.float16, torch.bfloat16, torch.float32, torch.float64,
-    )  # fmt: skip
+    """True for floating tensors that are not known to be empty: layers of no width fold nothing."""
+    return (
+        is_tensor(node)
+        and node.meta["val"].dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        and not is_empty(node)
+    )
 
 
 def conv(node: object) -> Conv | None:
@@ -228,7 +249,7 @@ def conv(node: object) -> Conv | None:
         return None  # an unbatched call
     weight = constants.exact(weight_node)
     bias = constants.exact(bias_node) if bias_node is not None else None
-    if weight is None or (bias_node is not None and bias is None):
+    if weight is None or not weight.numel() or (bias_node is not None and bias is None):
         return None
     stride, dilation = _ints(args["stride"], spatial), _ints(args["dilation"], spatial)
     output_padding = _ints(args.get("output_padding", 0), spatial)
@@ -278,10 +299,12 @@ def linear(node: object) -> Linear | None:
     if len(shape(x)) < 2 or dtype(x) != dtype(node):  # type: ignore[arg-type]
         return None
     weight = constants.exact(weight_node)
-    if weight is None or constants.exact(x) is not None:
+    if weight is None or not weight.numel() or constants.exact(x) is not None:
         return None
     if transpose:
         weight = weight.map((weight.shape[1], weight.shape[0]), lambda w: w.t())
+    if not same(shape(x)[-1], weight.shape[1]):  # type: ignore[arg-type]
+        return None  # an einsum broadcasts an axis of size 1
     bias = None
     if bias_node is not None:
         bias = constants.exact(bias_node)
@@ -298,7 +321,7 @@ def left_product(node: object) -> Linear | None:
     assert isinstance(node, fx.Node)
     weight_node, x = node.args
     weight = constants.exact(weight_node)
-    if weight is None or len(weight.shape) != 2 or not is_tensor(x):
+    if weight is None or len(weight.shape) != 2 or not weight.numel() or not is_tensor(x):
         return None
     if len(shape(x)) != 3 or constants.exact(x) is not None or not _fixed_float(node):  # type: ignore[arg-type]
         return None
@@ -368,8 +391,29 @@ def _einsum_product(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     return x, w, right == inner + outer  # type: ignore[return-value]
 
 
-def einsum_axes(node: fx.Node) -> tuple[list[list[str]], list[str]] | None:
-    """The letter of every axis of each operand and of the result; ``.7`` is the last of ``...``."""
+def einsum_broadcasts(node: fx.Node) -> bool:
+    """True unless each letter of an einsum provably names axes of one size."""
+    axes, operands = einsum_axes(node, repeated=True), node.args[1]
+    if axes is None:
+        return True
+    sizes: dict[str, Any] = {}
+    pairs = zip(axes[0], operands, strict=True)  # type: ignore[arg-type]
+    return not all(
+        same(sizes.setdefault(letter, size), size)
+        for term, x in pairs
+        for letter, size in zip(term, shape(x), strict=True)
+    )
+
+
+def einsum_axes(
+    node: fx.Node, *, repeated: bool = False
+) -> tuple[list[list[str]], list[str]] | None:
+    """The letter of every axis of each operand and of the result; ``.7`` is the last of ``...``.
+
+    Args:
+        node: the einsum.
+        repeated: read terms that name two axes alike, too (a diagonal).
+    """
     inputs, arrow, result = str(node.args[0]).replace(" ", "").partition("->")
     operands: Any = node.args[1]
     terms: list[list[str]] = []
@@ -383,7 +427,9 @@ def einsum_axes(node: fx.Node) -> tuple[list[list[str]], list[str]] | None:
         spread = max(spread, count)
     before, dots, after = result.partition("...")
     out = [*before, *(_DOTS[len(_DOTS) - spread :] if dots else ()), *after]
-    return None if any(len(set(t)) != len(t) for t in (*terms, out)) else (terms, out)
+    if not repeated and any(len(set(t)) != len(t) for t in (*terms, out)):
+        return None
+    return terms, out
 
 
 def trailing_product(node: object) -> Linear | None:
@@ -411,7 +457,7 @@ def trailing_product(node: object) -> Linear | None:
     sizes: dict[str, Any] = dict(zip(tail, shape(x)[rows:], strict=True))
     for i, f in fixed.items():
         for axis, size in zip(terms[i], f.shape, strict=True):
-            if sizes.setdefault(axis, size) != size:
+            if not same(sizes.setdefault(axis, size), size):
                 return None  # an axis of one broadcasts
     if dtype(x) != dtype(node) or rows == 0:
         return None
@@ -428,7 +474,7 @@ def trailing_product(node: object) -> Linear | None:
         )
         return columns.reshape(inputs, outputs).t().contiguous()
 
-    if inputs * outputs > _MAX_MATRIX:
+    if not 0 < inputs * outputs <= _MAX_MATRIX:
         return None
     return Linear(node, x, node, Lazy((outputs, inputs), compute), None)
 
@@ -467,7 +513,7 @@ def _pointwise_depthwise(node: fx.Node) -> Affine | None:
     weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
     if not isinstance(weight, fx.Node) or not is_tensor(weight):
         return None
-    if any(size != 1 for size in shape(weight)[1:]):
+    if not all(same(size, 1) for size in shape(weight)[1:]):
         return None  # nearly every call, without reading it in full
     layer = conv(node)
     if layer is None or layer.transposed or layer.out_channels != layer.groups:
@@ -659,6 +705,18 @@ def add(node: object) -> Sum | None:
             return None
     sign = 1.0 if is_call(node, aten.add.Tensor) else -1.0
     return Sum(node, left, right, sign * float(alpha))
+
+
+def cat(node: object) -> Cat | None:
+    """Reads a concatenation; an empty vector among tensors of any rank is skipped by PyTorch."""
+    if not is_call(node, aten.cat.default):
+        return None
+    assert isinstance(node, fx.Node)
+    args, rank = arguments(node), len(shape(node))
+    parts = tuple(args["tensors"])
+    if not all(is_tensor(p) and len(shape(p)) == rank for p in parts):
+        return None
+    return Cat(node, parts, int(args["dim"]) % rank)
 
 
 def weighted_sum(node: object) -> WeightedSum | None:

@@ -134,7 +134,7 @@ class _Deferral:
         added = len(after) - len(before)
         one = (1,) * added + before
         axes = [a for a, size in enumerate(after) if not same(size, one[a])]
-        if any(one[a] != 1 for a in axes) or not all(isinstance(s, int) for s in one):
+        if not all(isinstance(s, int) for s in one) or any(one[a] != 1 for a in axes):
             return None
         if is_call(node, aten.expand.default, aten.repeat.default):
             sizes: Any = node.args[1]

@@ -47,7 +47,7 @@ from torch import fx
 from refold.algebra.lazy import Lazy
 from refold.graph import constants, nodes, records
 from refold.graph.kinds import op_name
-from refold.graph.nodes import aten, hints, is_call, is_tensor, only_user, same, shape
+from refold.graph.nodes import aten, hints, is_tensor, only_user, same, shape
 from refold.rewrite import cost
 from refold.rewrite.driver import apply_rules
 from refold.rewrite.pattern import Attr, Call, Match, Var
@@ -97,7 +97,7 @@ class _Term:
 
     @property
     def is_one_pixel(self) -> bool:
-        return self.resized and all(s == 1 for s in shape(self.sources[0])[2:])
+        return self.resized and all(same(s, 1) for s in shape(self.sources[0])[2:])
 
     def columns(self, weight: Lazy) -> Lazy:
         """The weight of these channels."""
@@ -201,10 +201,9 @@ def _read(node: fx.Node) -> tuple[records.Conv, tuple[_Term, ...]] | None:
     if any(k != 1 for k in conv.weight.shape[2:]) or any(s != 1 for s in conv.stride):
         return None
     parts = [conv.x]
-    if is_call(conv.x, aten.cat.default) and conv.groups == 1 and not nodes.pinned(conv.x):
-        args = nodes.arguments(conv.x)
-        if int(args["dim"]) % len(shape(conv.x)) == 1:
-            parts = list(args["tensors"])
+    cat = records.cat(conv.x)
+    if cat is not None and cat.axis == 1 and conv.groups == 1 and not nodes.pinned(conv.x):
+        parts = list(cat.parts)
     found: dict[Any, list[tuple[fx.Node, tuple[int, int]]]] = {}
     start = 0
     for part in parts:

@@ -37,6 +37,7 @@ from refold.graph.evaluate import evaluate_constants
 from refold.graph.functionalise import leaking
 from refold.graph.kinds import op_name
 from refold.graph.nodes import arguments, aten, call, is_call, is_tensor, pinned, replace
+from refold.rewrite.decided_sizes import decide_sizes
 from refold.rewrite.result import Applied, Declined, PassResult, applied, declined
 
 SMALL = 64 * 1024  # bytes; below it a constant is not worth an operator ...
@@ -68,6 +69,10 @@ class FoldConstants:
     def run(self, gm: fx.GraphModule) -> PassResult:
         result = PassResult()
         graph = gm.graph
+        decided = decide_sizes(gm, self.name)
+        if decided is not None:
+            result.modified = True
+            result.applied.append(decided)
         constant = _foldable(graph)
         result.declined += _impure(self.name, graph, constant)
         leaks = leaking(graph)
@@ -99,7 +104,7 @@ class FoldConstants:
                     new = call(graph, aten.clone.default, (inner,), rule=self.name, sources=[inner])
             replace(node, new)
             result.applied.append(_erase(self.name, node, inner))
-        result.modified = bool(result.applied)
+        result.modified |= bool(result.applied)
         return result
 
     # --- policy -----------------------------------------------------------------------------------

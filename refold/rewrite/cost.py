@@ -20,7 +20,7 @@ from torch import fx
 
 from refold.graph import records
 from refold.graph.kinds import LAYOUT, kind, op_name
-from refold.graph.nodes import hint, hints
+from refold.graph.nodes import hints
 
 _LANES = 16  # floats in a vector of the kernels that the table was measured on
 _FEW = 4  # up to so many input channels kernels for images do not pad them
@@ -164,8 +164,9 @@ def of(node: fx.Node) -> float:
     if op_name(node) == "einsum":
         return _einsum(node, width)
     if kind(node) in ("conv", "conv-transpose", "linear", "matmul"):
-        inner = hint(node.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
-        return matrix(math.prod(shape[:-1]), shape[-1], inner, width)
+        inner = hints(node.all_input_nodes[0])[-1:] or (1,)
+        columns = shape[-1] if shape else 1  # two vectors make a number
+        return matrix(math.prod(shape) // max(columns, 1), columns, *inner, width)
     if op_name(node) in LAYOUT and op_name(node) not in ("cat", "clone", "repeat", "contiguous"):
         return 0.0
     if "upsample" in op_name(node):

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants
+from refold.graph import constants, records
 from refold.graph.nodes import arguments, aten, is_call, is_tensor, pinned, same, shape
 from refold.rewrite.experts import (
     AFFINE,
@@ -212,7 +212,7 @@ class _Axis:
         equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
         inputs, arrow, result = equation.partition("->")
         terms = inputs.split(",")
-        if not arrow or len(terms) != 2 or "." in equation:
+        if not arrow or len(terms) != 2 or "." in equation or records.einsum_broadcasts(node):
             raise Refusal("the einsum is not understood")
         if constants.exact(operands[0]) is not None:
             terms, operands = terms[::-1], operands[::-1]
@@ -278,7 +278,7 @@ class _Axis:
 
     def _slices(self, node: Any, axis: int) -> list[Operand]:
         exact = constants.exact(node)
-        if exact is None or exact.shape != tuple(shape(node)):
+        if exact is None or not same(exact.shape, shape(node)):
             raise Refusal("the experts' weights are not constant")
         if self.count is None:
             self.count = exact.shape[axis]
@@ -304,7 +304,7 @@ class _Axis:
         exact = constants.exact(node)
         if exact is None:
             return None
-        if exact.shape != tuple(shape(node)):
+        if not same(exact.shape, shape(node)):
             raise Refusal("a constant is repeated")
         if axis is None:
             if self.count is None or len(exact.shape) > 1:

@@ -24,9 +24,19 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants
+from refold.graph import constants, records
 from refold.graph.kinds import op_name
-from refold.graph.nodes import arguments, aten, dtype, is_call, is_tensor, pinned, same, shape
+from refold.graph.nodes import (
+    arguments,
+    aten,
+    dtype,
+    is_call,
+    is_tensor,
+    known,
+    pinned,
+    same,
+    shape,
+)
 
 LARGEST = 256  # steps of one expert; what is larger is no expert of a layer
 DEEPEST = 64  # steps one after the other, in an expert or in a sum
@@ -192,7 +202,7 @@ class _Lockstep:
 
     def _constant(self, values: tuple[fx.Node, ...], exact: list[Lazy]) -> Slot:
         for value, lazy in zip(values, exact, strict=True):
-            if lazy.shape != tuple(shape(value)) or lazy.shape != exact[0].shape:
+            if not same(lazy.shape, shape(value)) or lazy.shape != exact[0].shape:
                 raise Refusal("the experts' constants have different shapes")
             if dtype(value) != dtype(values[0]):
                 raise Refusal("the experts' constants have different dtypes")
@@ -548,8 +558,8 @@ def gated(node: Any) -> tuple[fx.Node, fx.Node] | None:
     for value, gate in (node.args, node.args[::-1]):
         if not is_tensor(value) or not is_tensor(gate) or constants.exact(gate) is not None:
             continue
-        sizes = shape(gate)
-        if len(sizes) == len(shape(value)) and sizes[-1] == 1 and shape(value)[-1] != 1:
+        sizes, wide = shape(gate), shape(value)
+        if sizes and len(sizes) == len(wide) and same(sizes[-1], 1) and known(wide[-1] != 1):
             return value, gate
     return None
 
@@ -593,10 +603,10 @@ def joined(node: fx.Node) -> _Joined | None:
         rank = len(shape(value))
         sizes = (1,) * (rank - len(shape(factor))) + tuple(shape(factor))
         exact = constants.exact(factor)
-        if exact is not None and sizes == (1,) * axis + (count,) + (1,) * (rank - axis - 1):
+        if exact is not None and same(sizes, (1,) * axis + (count,) + (1,) * (rank - axis - 1)):
             return inner, axis, exact.get().reshape(-1).tolist(), None
-        per_token = len(shape(factor)) == rank and axis != rank - 1 and sizes[-1] == 1
-        if exact is None and per_token and sizes[axis] == count:
+        per_token = len(shape(factor)) == rank and axis != rank - 1 and same(sizes[-1], 1)
+        if exact is None and per_token and same(sizes[axis], count):
             return inner, axis, None, (factor, axis)
     return value, axis, [1.0] * count, None
 
@@ -607,7 +617,7 @@ def _joined_by_einsum(node: fx.Node) -> _Joined | None:
     operands: Any = node.args[1]
     inputs, arrow, result = equation.partition("->")
     terms = inputs.split(",")
-    if not arrow or len(terms) != 2 or "." in equation:
+    if not arrow or len(terms) != 2 or "." in equation or records.einsum_broadcasts(node):
         return None
     for at in (0, 1):
         gate, value = operands[at], operands[1 - at]
@@ -688,7 +698,7 @@ def _gathered(nodes: tuple[fx.Node, ...], rows: Sequence[fx.Node]) -> fx.Node | 
         selection = rows_selected(inner)
         if selection is None or selection[1] is not index or len(shape(selection[0])) != 2:
             return None
-        if shape(selection[0])[1] != shape(node)[1]:
+        if not same(shape(selection[0])[1], shape(node)[1]):
             return None
         sources.append(selection[0])
     return sources[0] if all(s is sources[0] for s in sources) else None

@@ -13,7 +13,7 @@ from refold.algebra.lazy import Lazy
 from refold.graph import constants, provenance
 from refold.graph.evaluate import WIDE
 from refold.graph.kinds import op_name
-from refold.graph.nodes import aten, call, is_tensor
+from refold.graph.nodes import aten, call, is_tensor, same
 from refold.rewrite.expert_axis import selected, stacked
 from refold.rewrite.experts import (
     INPUT,
@@ -357,9 +357,9 @@ class _SideBySide:
     def _width(self, step: Step) -> int:
         """Hidden units of one expert at an elementwise step, whose operands all have as many."""
         sizes = {self._mixture.steps[a.step].node for a in _leaves(step) if isinstance(a, Ref)}
-        widths = {n.meta["val"].shape[-1] for n in sizes if is_tensor(n)}
-        width = widths.pop() if len(widths) == 1 else None
-        if not isinstance(width, int):
+        last = [n.meta["val"].shape[-1:] for n in sizes if is_tensor(n)]
+        width = last[0][0] if last and len(last[0]) else None
+        if not isinstance(width, int) or not all(same(size, (width,)) for size in last):
             raise Refusal("an expert's hidden units are not known by number")
         return width
 
@@ -378,8 +378,8 @@ class _SideBySide:
         values = step.node.meta["val"]
         source = self._mixture.steps[_leaves(step)[0].step]
         whole = source.node.meta["val"].shape
-        sizes = [v.shape[-1] for v in values]
-        if any(not isinstance(s, int) for s in sizes) or sum(sizes) != whole[-1]:
+        sizes = [v.shape[-1] if v.dim() else None for v in values]
+        if any(not isinstance(s, int) for s in sizes) or not same(sum(sizes), whole[-1]):
             raise Refusal("an expert splits something else than its hidden units")
         if op_name(source.node) in SPLITS or source.target is not aten.linear.default:
             raise Refusal("an expert splits its hidden units later than at its first product")

@@ -66,11 +66,12 @@ class MapReader:
     def visit(self, node: fx.Node) -> Maps:
         """Reads the maps of a node whose operands were visited."""
         readable = node.op == "call_function" and is_tensor(node) and not nodes.pinned(node)
+        readable = readable and not any(map(_is_empty, (node, *node.all_input_nodes)))
         found = self._read(node) if readable else {}
         kept = {
             k: m
             for k, m in found.items()
-            if math.prod(m.kernel) <= _MAX_TAPS and m.weight.numel() <= 1 << 28
+            if math.prod(m.kernel) <= _MAX_TAPS and 0 < m.weight.numel() <= 1 << 28
         }
         self.maps[node] = dict(list(kept.items())[:_MAX_ROOTS])
         return self.maps[node]
@@ -114,8 +115,8 @@ class MapReader:
             return self._pad(pad)
         if is_call(node, aten.embedding.default):
             return self._embedding(node)
-        if is_call(node, aten.cat.default):
-            return self._cat(node)
+        if (cat := records.cat(node)) is not None:
+            return self._cat(cat)
         if is_call(node, aten.slice.Tensor):
             return self._slice(node)
         if is_call(node, aten.slice_scatter.default):
@@ -393,11 +394,9 @@ class MapReader:
             self._settle(node, key, _Border(border.base, sides), out)
         return out
 
-    def _cat(self, node: fx.Node) -> Maps:
-        args = nodes.arguments(node)
-        parts, rank = args["tensors"], len(shape(node))
-        axis = int(args["dim"]) % rank
-        if any(not is_tensor(p) or nodes.dtype(p) != nodes.dtype(node) for p in parts):
+    def _cat(self, cat: records.Cat) -> Maps:
+        node, parts, axis = cat.node, cat.parts, cat.axis
+        if any(nodes.dtype(p) != nodes.dtype(node) for p in parts):
             return {}
         out: Maps = {}
         for kind, channel in _axes(node):
@@ -409,7 +408,7 @@ class MapReader:
                 if key[0] != kind or any(m is None for m in found):
                     continue
                 whole = [m for m in found if m is not None]
-                if [m.out_channels for m in whole] != [shape(p)[axis] for p in parts]:
+                if not same([m.out_channels for m in whole], [shape(p)[axis] for p in parts]):
                     continue
                 if all(m.in_channels == whole[0].in_channels for m in whole) and all(
                     m.stride == whole[0].stride for m in whole
@@ -583,6 +582,10 @@ def _enter_pads(left: Maps, right: Maps) -> None:
             ours[("conv", padded)] = replace(base, origin=tuple(-a for a in low))
 
 
+def _is_empty(node: fx.Node) -> bool:
+    return is_tensor(node) and nodes.is_empty(node)
+
+
 def identity_maps(node: fx.Node) -> Maps:
     """A tensor as an affine map of itself, in every kind that fits its shape."""
     if not is_tensor(node) or not node.meta["val"].is_floating_point():
@@ -596,9 +599,9 @@ def identity_maps(node: fx.Node) -> Maps:
 def _axes(node: fx.Node) -> list[tuple[str, int]]:
     sizes = shape(node)
     out: list[tuple[str, int]] = []
-    if len(sizes) >= 3 and isinstance(sizes[1], int):
+    if len(sizes) >= 3 and isinstance(sizes[1], int) and sizes[1] > 0:
         out.append(("conv", 1))
-    if len(sizes) >= 2 and isinstance(sizes[-1], int):
+    if len(sizes) >= 2 and isinstance(sizes[-1], int) and sizes[-1] > 0:
         out.append(("feature", len(sizes) - 1))
     return out
 

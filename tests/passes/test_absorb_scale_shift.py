@@ -334,7 +334,7 @@ def test_an_operand_of_an_einsum_takes_the_scale(name) -> None:
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
-        (lambda s, y: torch.einsum("bid,bjd->bij", y, y) * 3.0, "other users"),
+        (lambda s, y: torch.einsum("bid,bjd->bij", y, y) * 3.0, "reads linear twice"),
         (lambda s, y: torch.einsum("bid,bjd->bij", y, y.tanh()) + 3.0, "not linear"),
         (lambda s, y: torch.einsum("...id,...jd->...ij", y, y.tanh()) * 3.0, "name its axes"),
         (lambda s, y: torch.einsum("bii->bi", y @ y.mT) * 3.0, "name its axes"),

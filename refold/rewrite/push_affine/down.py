@@ -186,8 +186,8 @@ class Downward(Walk):
                 return self._down(c, self._gathered(c, n, factor), plan)
             except layout.Unproven as unproven:
                 raise Refused(str(unproven)) from unproven
-        if is_call(c, aten.cat.default):
-            return self._down_cat(c, n, factor, plan)
+        if (cat := records.cat(c)) is not None:
+            return self._down_cat(cat, n, factor, plan)
         if (record := records.affine(c)) is not None and record.x is n:
             return self._down_affine(record, factor, plan)
         if (total := records.add(c)) is not None and bool((factor.scale == 1).all()):
@@ -204,7 +204,13 @@ class Downward(Walk):
                 sizes = [s for a, s in enumerate(factor.scale.shape) if a not in reduced]
                 shifts = [s for a, s in enumerate(factor.shift.shape) if a not in reduced]
                 factor = Factor(factor.scale.reshape(sizes), factor.shift.reshape(shifts))
-            return self._down(c, factor, plan)
+            if is_tensor(c):
+                return self._down(c, factor, plan)
+            part = next(iter(c.users))
+            if self._first_result(part) is not c:
+                raise Refused(f"where the values of {c.name} lay is read, too")
+            plan.touch(part)
+            return self._down(part, factor, plan)
         if is_call(c, aten.sign, aten.sgn):
             return self._down_sign(c, n, factor, plan)
         if (comparison := records.comparison(c)) is not None and comparison.x is n:
@@ -307,19 +313,18 @@ class Downward(Walk):
     def _gathered(self, c: fx.Node, n: fx.Node, factor: Factor) -> Factor:
         return Factor(*layout.push(c, n, (factor.scale, factor.shift), self.graph))
 
-    def _down_cat(self, c: fx.Node, n: fx.Node, factor: Factor, plan: Plan) -> None:
-        args = nodes.arguments(c)
-        axis = int(args["dim"]) % factor.scale.dim()
-        sizes = [nodes.shape(p)[axis] for p in args["tensors"]]
+    def _down_cat(self, cat: records.Cat, n: fx.Node, factor: Factor, plan: Plan) -> None:
+        axis = cat.axis
+        sizes = [nodes.shape(p)[axis] for p in cat.parts]
         if any(not isinstance(s, int) for s in sizes):
             raise Refused("the concatenated axis is dynamic")
 
         def spread(value: torch.Tensor, fill: float) -> torch.Tensor:
             parts = []
-            for part, size in zip(args["tensors"], sizes, strict=True):
+            for part, size in zip(cat.parts, sizes, strict=True):
                 sizes_ = list(value.shape)
                 sizes_[axis] = int(size)
                 parts.append(value.expand(sizes_) if part is n else value.new_full(sizes_, fill))
             return torch.cat(parts, axis)
 
-        self._down(c, Factor(spread(factor.scale, 1.0), spread(factor.shift, 0.0)), plan)
+        self._down(cat.node, Factor(spread(factor.scale, 1.0), spread(factor.shift, 0.0)), plan)

@@ -42,7 +42,7 @@ class Upward(Walk):
         if nodes.pinned(u):
             raise Refused(f"{u.name} is excluded")
         if reads(consumer, u) != 1:
-            raise Refused(f"{u.name} has other users")
+            raise Refused(f"{consumer.name} reads {u.name} twice")
         if not nodes.only_user(u, consumer):
             if not self._is_inside(u):
                 raise Refused(f"{u.name} has other users")
@@ -55,7 +55,8 @@ class Upward(Walk):
         for step in (self._up_terminal, self._up_affine, self._up_layout, self._up_passing):
             if step(u, factor, plan):
                 return
-        raise Refused(not_linear(u))
+        several = u.target is operator.getitem and isinstance(u.args[0], fx.Node)
+        raise Refused(not_linear(u.args[0] if several else u))  # type: ignore[arg-type]
 
     def _is_inside(self, u: fx.Node) -> bool:
         """True if all that is computed from ``u`` ends in the scale-shift that is pushed."""
@@ -299,10 +300,13 @@ class Upward(Walk):
     def _up_passing(self, u: fx.Node, factor: Factor, plan: Plan) -> bool:
         name = op_name(u)
         plan.touch(u)
-        if is_call(u, aten.cat.default):
-            self._up_cat(u, factor, plan)
+        if (cat := records.cat(u)) is not None:
+            self._up_cat(cat, factor, plan)
         elif (total := records.add(u)) is not None:
             self._up_sum(total, factor, plan)
+        elif (pool := self._first_result(u)) is not None and self._commutes(pool, factor):
+            plan.touch(pool)
+            self._up(pool.args[0], pool, factor, plan)  # type: ignore[arg-type]
         elif self._commutes(u, factor):
             source = u.args[0]
             assert isinstance(source, fx.Node)
@@ -318,12 +322,10 @@ class Upward(Walk):
             return False
         return True
 
-    def _up_cat(self, u: fx.Node, factor: Factor, plan: Plan) -> None:
-        args = nodes.arguments(u)
-        parts = args["tensors"]
+    def _up_cat(self, cat: records.Cat, factor: Factor, plan: Plan) -> None:
+        u, parts, axis = cat.node, cat.parts, cat.axis
         if any(nodes.dtype(p) != nodes.dtype(u) for p in parts):
             raise Refused("the concatenation promotes a dtype")
-        axis = int(args["dim"]) % factor.scale.dim()
         sizes = [nodes.shape(p)[axis] for p in parts]
         varies = axis in factor.varies()
         if varies and any(not isinstance(s, int) for s in sizes):

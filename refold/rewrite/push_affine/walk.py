@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,21 +12,19 @@ from torch import fx
 from refold.algebra.lazy import Lazy
 from refold.graph import constants, nodes, records
 from refold.graph.evaluate import discontinuous
-from refold.graph.kinds import op_name
+from refold.graph.kinds import NONLINEAR, ROUNDING, op_name
 from refold.graph.nodes import aten, is_call
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.push_affine.factor import Factor, Refused
 
 SMALL = 1 << 13  # bytes below which un-sharing a weight is never refused
 _HOMOGENEOUS = {"relu", "leaky_relu", "prelu", "_prelu_kernel"}
-_MAX_POOLS = {"max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d"}
+_MAX_POOLS = {
+    "max_pool1d", "max_pool2d", "max_pool3d", "max_pool1d_with_indices", "max_pool2d_with_indices",
+    "max_pool3d_with_indices", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+}  # fmt: skip
 _MEANS = {"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}
 _MIXES = {"add", "sub", "rsub", "mul", "div", "cat", "stack", "addcmul", "lerp", "where"}
-_UNREAD = {
-    "conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "addmm", "baddbmm", "matmul", "bmm",
-    "einsum", "sum", "cumsum", "slice_scatter", "copy_", "copy", "to", "_to_copy", "index",
-    "scaled_dot_product_attention", "batch_norm", "im2col", "fft_rfft2", "fft_irfft2", "pad",
-}  # fmt: skip
 _RESIZES = {
     "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d", "upsample_bicubic2d",
     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
@@ -71,7 +70,9 @@ class Walk:
             return True
         if (pool := records.avg_pool(u)) is not None:
             if factor.shifts and not pool.keeps_constants:
-                raise Refused(f"{name} averages zero padding in, which the shift would change")
+                if any(pool.padding):
+                    raise Refused(f"{name} averages zero padding in, which the shift would change")
+                raise Refused(f"{name} divides by another number than it adds up")
             return not spatial
         if name in _MEANS:
             return not spatial
@@ -83,10 +84,19 @@ class Walk:
             )
         if (pad := records.pad(u)) is not None and pad.mode == "constant":
             axes = range(rank - len(pad.low), rank)
-            if factor.shifts or pad.value != 0:
+            if pad.value != 0:
+                raise Refused(f"{u.name} pads with {pad.value:g}, which would change with it")
+            if factor.shifts:
                 raise Refused("a shift does not pass zero padding")
             return not (factor.varies() & set(axes))
         return False
+
+    def _first_result(self, part: fx.Node) -> fx.Node | None:
+        """The max pool whose values ``part`` is, if nothing reads where they lay."""
+        pool = part.args[0] if part.target is operator.getitem else None
+        if not isinstance(pool, fx.Node) or op_name(pool) not in _MAX_POOLS:
+            return None
+        return pool if part.args[1] == 0 and nodes.only_user(pool, part) else None
 
     def _reduced(self, u: fx.Node) -> set[int] | None:
         args = nodes.arguments(u)
@@ -215,12 +225,13 @@ def not_linear(node: fx.Node) -> str:
     if name.startswith("dequantize"):
         return f"{name} gives integers their scale, which the quantiser before it shares"
     if discontinuous(node):
-        return f"{name} rounds its input, so a scale and shift cannot cross it"
+        what = "rounds" if name in ROUNDING else "decides by"
+        return f"{name} {what} its input, so a scale and shift cannot cross it"
     if name in _MIXES:
         return f"{name} reads another tensor, which would have to change with it"
-    if name in _UNREAD:
-        return f"nothing is known of how {name} carries a scale and shift"
-    return f"{name} is not linear in its input, so a scale and shift cannot cross it"
+    if name in NONLINEAR:
+        return f"{name} is not linear in its input, so a scale and shift cannot cross it"
+    return f"nothing is known of how {name} carries a scale and shift"
 
 
 def operand(reader: fx.Node, x: fx.Node) -> Callable[[], fx.Node]:

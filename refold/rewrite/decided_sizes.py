@@ -1,0 +1,190 @@
+"""Sizes that depend on the values of constants: they are known as soon as these are looked at.
+
+``weight[mask]`` has as many rows as the mask says, which a trace does not know: it writes a symbol
+for the size, and checks on it. Where the mask is a constant, the size is a number; so it is in all
+that is computed from it.
+
+Before::
+
+    rows = index(weight, [mask])                 # [u0, 8]
+    size = sym_size(rows, 0);  _assert_scalar(size <= 8)
+    y = linear(x, rows)                          # [s0, u0]
+
+After::
+
+    rows = index(weight, [mask])                 # [4, 8]
+    y = linear(x, rows)                          # [s0, 4]
+
+A constant mask that picks from a tensor of the graph becomes the positions that it picks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+from refold.graph import aliasing, constants, nodes
+from refold.graph.evaluate import evaluate_constants
+from refold.graph.nodes import aten, is_call, is_tensor, pinned
+from refold.rewrite.result import Applied, applied
+
+_CHECKS = (
+    aten._assert_scalar.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+)
+_NUMBERS = (bool, int, float)
+_LARGEST = 1 << 17  # positions that a mask is written out as
+
+
+def decide_sizes(gm: fx.GraphModule, rule: str) -> Applied | None:
+    """Writes the sizes that constants decide as numbers; ``None`` where there are none."""
+    sizes = gm.graph.find_nodes(op="call_function", target=aten.sym_size.int)
+    asked = [n for n in sizes if _symbols(n.meta["val"])]
+    if not asked:
+        return None
+    masked: dict[fx.Node, tuple[Any, ...]] = {}
+    known = _known(gm, asked, masked)
+    if not known:
+        return None
+    values = _values(gm.graph, known)
+    if values is None:
+        for node, args in masked.items():
+            node.args = args
+        return None
+    sized = [n for n in values if is_tensor(n)]
+    gone = _commit(gm.graph, values)
+    numbers = ", ".join(sorted(str(v) for v in known.values()))
+    return applied(rule, gone, sized, f"constants decide sizes: {numbers}")
+
+
+def _known(
+    gm: fx.GraphModule, asked: list[fx.Node], masked: dict[fx.Node, tuple[Any, ...]]
+) -> dict[sympy.Symbol, int]:
+    """The numbers behind symbols, for those that constants decide.
+
+    ``masked`` gets the calls whose masks became positions, with the arguments that they had.
+    """
+    constant = constants.constant_nodes(gm.graph)
+    found: dict[sympy.Symbol, int] = {}
+    for node in asked:
+        source, axis = node.args[:2]
+        assert isinstance(source, fx.Node)
+        symbol = node.meta["val"].node._expr
+        if not symbol.is_Symbol or pinned(source):
+            continue
+        if source in constant:
+            found[symbol] = int(evaluate_constants([source])[source].shape[int(axis)])  # type: ignore[arg-type]
+        elif is_call(source, aten.index.Tensor):
+            before = source.args
+            count = _written_as_positions(gm, source, constant)
+            if count is not None:
+                masked[source] = before
+                found[symbol] = count
+    return found
+
+
+def _written_as_positions(gm: fx.GraphModule, node: fx.Node, constant: set[fx.Node]) -> int | None:
+    """Turns the masks of an index into positions; how many they are."""
+    indices: Any = node.args[1]
+    masks = [i for i in indices if i is not None and nodes.dtype(i) == torch.bool]
+    if not masks or any(m not in constant for m in masks):
+        return None
+    looked = evaluate_constants(masks)
+    places = {m: looked[m].nonzero(as_tuple=True) for m in masks}
+    count = max(int(p[0].numel()) for p in places.values())
+    if count * len(masks) > _LARGEST:
+        return None
+    written: list[Any] = []
+    with gm.graph.inserting_before(node):
+        for index in indices:
+            if index not in places:
+                written.append(index)
+                continue
+            name = f"{node.name}.positions"
+            written += [constants.add(gm, name, p.clone()) for p in places[index]]
+    node.args = (node.args[0], written)
+    return count
+
+
+def _values(graph: fx.Graph, known: Mapping[sympy.Symbol, int]) -> dict[fx.Node, Any] | None:
+    """The fake values of all that depends on a symbol, with its number instead.
+
+    ``None`` where a call does not take the numbers: then the model itself would not run.
+    """
+    constant = constants.constant_nodes(graph)
+    values: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        old = node.meta.get("val")
+        symbols = _symbols(old)
+        asks = old is not None and not is_tensor(node)  # of a number: what it says is one, too
+        if not symbols & known.keys() and not (
+            asks and any(isinstance(values.get(a), _NUMBERS) for a in node.all_input_nodes)
+        ):
+            continue
+        if node in constant or symbols - known.keys():
+            values[node] = _substituted(graph, old, known)
+            continue
+        try:
+            values[node] = aliasing.run_fake(node, values)
+        except (RuntimeError, ValueError):
+            return None
+    return None if any(v is False for v in values.values()) else values
+
+
+def _symbols(value: Any) -> set[sympy.Symbol]:
+    """The symbols of sizes that depend on data, those that the trace found equal to others too."""
+    found: set[sympy.Symbol] = set()
+    for leaf in pytree.tree_leaves(value):
+        parts = (*leaf.shape, *leaf.stride()) if isinstance(leaf, torch.Tensor) else (leaf,)
+        for part in parts:
+            if isinstance(part, (torch.SymInt, torch.SymBool, torch.SymFloat)):
+                found |= {
+                    s for s in part.node._expr.free_symbols if symbol_is_type(s, SymT.UNBACKED_INT)
+                }
+    return found
+
+
+def _substituted(graph: fx.Graph, value: Any, known: Mapping[sympy.Symbol, int]) -> Any:
+    def size(s: Any) -> Any:
+        if not isinstance(s, torch.SymInt):
+            return s
+        expr = s.node._expr.xreplace({k: sympy.Integer(v) for k, v in known.items()})
+        return int(expr) if expr.is_number else s.node.shape_env.create_symintnode(expr, hint=None)
+
+    def leaf(v: Any) -> Any:
+        if not isinstance(v, torch.Tensor):
+            return size(v)
+        with nodes.fake_execution(nodes.fake_mode(graph)):
+            return torch.empty_strided(
+                [size(s) for s in v.shape], [size(s) for s in v.stride()],
+                dtype=v.dtype, device=v.device,
+            )  # fmt: skip
+
+    return pytree.tree_map(leaf, value)
+
+
+def _commit(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> list[fx.Node]:
+    """Sets the values; numbers take the place of the calls that asked for them."""
+    gone: list[fx.Node] = []
+    for node, value in values.items():
+        if not isinstance(value, _NUMBERS):
+            node.meta["val"] = value
+            continue
+        for user in list(node.users):
+            user.args, user.kwargs = fx.map_arg(
+                (user.args, user.kwargs),
+                lambda n, node=node, value=value: value if n is node else n,
+            )
+            if is_call(user, *_CHECKS) and not user.all_input_nodes:
+                gone.append(user)
+        gone.append(node)
+    for node in gone:
+        graph.erase_node(node)
+    return gone
