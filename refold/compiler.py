@@ -52,7 +52,8 @@ from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
 from refold.rewrite.result import Substitution
 from refold.shared_weights import SharedWeights, copy_shared, tensors
 from refold.verify.compare import verify_widely
-from refold.verify.references import References, draws, outputs, references
+from refold.verify.randomness import draws
+from refold.verify.references import References, outputs, references
 
 Progress = Callable[[str], None]
 
@@ -275,7 +276,7 @@ def _compile(
     if settings.verify:
         with clock("reference"):
             stated = state_expectation(original)
-            known = references(original, program)
+            known = references(original, program, module=program.module)
     owner = model if settings.consume else None
     folded = _fold(
         program, settings.pipeline, settings.exclude, clock, owner, recorded=settings.recipe
@@ -318,7 +319,8 @@ def _compile(
             if isinstance(target, ChecksLowering):
                 checked = target.check(artifact, gm, known, settings.options)
                 report.notes = (*report.notes, *checked.notes)
-                known.allowed += checked.apart
+                if checked.known is not None:
+                    whole, known = None, checked.known
             result, known = verify_widely(whole, runner, program, known)
         report.artifact_numerics = result.to_dict()
     kept = None if folded.recipe is None else Kept(folded.recipe, program, original)

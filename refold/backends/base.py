@@ -132,12 +132,13 @@ class Checked:
 
     Attributes:
         notes: sentences for the report.
-        apart: how far results may be from the graph's, relative to the output's scale, by
-            kernels that are right as far as their class goes; 0 for rounding alone.
+        known: what the results are judged by from now on, where that is not the graph: the weights
+            as they were written, and, of kernels that round their activations, a run of the graph
+            that rounds them likewise, whose error is their yardstick.
     """
 
     notes: tuple[str, ...] = ()
-    apart: float = 0.0
+    known: References | None = None
 
 
 @runtime_checkable

@@ -75,6 +75,8 @@ class Program:
         bound: name of each input that was declared constant, by the buffer that holds it.
         recorded: whether the compilation keeps a recipe.
         apart: how the trace differs from the model on the example, as a sentence; empty if not.
+        module: makes a copy of the module that was traced, with eval semantics, over the same
+            tensors; ``None`` for a program, and where no copy can be made.
     """
 
     graph_module: fx.GraphModule
@@ -91,6 +93,7 @@ class Program:
     bound: dict[str, str] = field(default_factory=dict)
     recorded: bool = False
     apart: str = ""
+    module: Callable[[], nn.Module] | None = None
 
 
 def trace(
@@ -271,6 +274,7 @@ def _from_module(
         tracer.refuse_lost_state(finished, traced, written)
     finished.bound = tracer.bound
     finished.apart = apart or ""
+    finished.module = None if tracer.used_original else tracer.fresh_module
     return finished
 
 

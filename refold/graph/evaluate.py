@@ -252,10 +252,16 @@ class Oracle:
 
     Args:
         gm: the graph module; it is not changed and its state is not written.
+        stored: what stands for each tensor that the graph stores; itself unless given.
     """
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        stored: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         self._gm = gm
+        self._stored = stored
         self._ordered = list(gm.graph.nodes)
         constant = constants.constant_nodes(gm.graph)
         inside = [n for n in self._ordered if n in constant]
@@ -272,14 +278,27 @@ class Oracle:
         kwargs: dict[str, Any] | None = None,
         *,
         watch: Callable[[fx.Node, Any], None] | None = None,
+        hold: Callable[[fx.Node, Any, Any], Any] | None = None,
     ) -> Any:
-        """Runs the graph on the user's arguments; ``watch`` sees each node's value."""
+        """Runs the graph on the user's arguments.
+
+        Args:
+            args: positional arguments.
+            kwargs: keyword arguments.
+            watch: sees each node's value.
+            hold: gives the value that a call has from now on, for its node, value and arguments.
+        """
         flat = flat_inputs(self._gm.graph, args, kwargs or {})
         with torch.no_grad():
-            result = self._run_flat(list(flat), watch)
+            result = self._run_flat(list(flat), watch, hold)
         return self._gm.graph.process_outputs(result)
 
-    def _run_flat(self, inputs: list[Any], watch: Callable[[fx.Node, Any], None] | None) -> Any:
+    def _run_flat(
+        self,
+        inputs: list[Any],
+        watch: Callable[[fx.Node, Any], None] | None,
+        hold: Callable[[fx.Node, Any, Any], Any] | None,
+    ) -> Any:
         values: dict[fx.Node, Any] = {}
         supply = iter(inputs)
         for node in self._ordered:
@@ -289,6 +308,9 @@ class Oracle:
                 return fx.map_arg(node.args[0], lambda n: _widened(values[n]))
             else:
                 values[node] = self._value(node, values)
+            if hold is not None and node.op == "call_function":
+                given = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+                values[node] = hold(node, values[node], given)
             if watch is not None:
                 watch(node, values[node])
             for dead in self._last.get(node, ()):
@@ -298,7 +320,9 @@ class Oracle:
     def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         if node.op == "get_attr":
             attribute = self._attribute(node)
-            return attribute.detach() if isinstance(attribute, torch.Tensor) else attribute
+            if not isinstance(attribute, torch.Tensor):
+                return attribute
+            return attribute.detach() if self._stored is None else self._stored(attribute.detach())
         if node.op == "call_module":
             module = self._gm.get_submodule(str(node.target))
             args, kwargs = _arguments(node, values, native=True)

@@ -25,6 +25,18 @@ def rounding(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     Returns:
         The bound of each output, ``[m, N]``.
     """
+    steps, alpha, lookups = _steps(x, packed)
+    return (steps * lookups / 2) @ alpha
+
+
+def noise(x: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """The deviation of such an output: look-ups are off by anything up to half a step."""
+    steps, alpha, lookups = _steps(x, packed)
+    return ((steps.square() * lookups / 12) @ alpha.square()).sqrt()
+
+
+def _steps(x: torch.Tensor, packed: Packed) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The steps of each block ``[m, blocks]``, its scales ``[blocks, N]``, its look-ups."""
     _, groups, families, _ = packed.scales.shape
     q, size = packed.planes.shape[2], packed.group_size if groups > 1 else 64
     block = next(b for b in (64, 32, 16, 8) if size % b == 0)
@@ -32,9 +44,26 @@ def rounding(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     alpha = scales.transpose(0, 1).flatten(1)[:, : packed.rows]  # [groups, N]
     blocks = F.pad(x.double(), (0, -x.shape[1] % block)).unflatten(1, (-1, block // 4, 4))
     steps = blocks.abs().sum(-1).amax(-1) / 127  # [m, blocks]
-    halves = steps * (block // 4) / 2
     owner = torch.arange(steps.shape[1]) * block // packed.group_size
-    return halves @ alpha[owner]
+    return steps, alpha[owner], block // 4
+
+
+class Noisy(fx.Interpreter):
+    """Runs a graph with exact sums, to each of which it adds what 8-bit ones would cost."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def run_node(self, n: fx.Node) -> Any:
+        exact = super().run_node(n)
+        if not is_packed(n):
+            return exact
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        x, packed = args[0].flatten(0, -2), Packed(args[1], args[2], args[4], args[5])
+        deviation = noise(x, packed).view(exact.shape)
+        drawn = torch.randn(exact.shape, generator=self._generator, dtype=torch.float64)
+        return (exact.double() + deviation * drawn).to(exact.dtype)
 
 
 class Judge(fx.Interpreter):

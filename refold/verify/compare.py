@@ -2,8 +2,10 @@
 
 The candidate may be as far from the oracle as rounding explains: four times as far as the original
 model in its own dtype, or 64 units of the output's dtype (8 in half precision), relative to the
-output's scale and pooled over several inputs. Integer and boolean outputs are compared exactly,
-except where floats within that tolerance flipped them.
+output's scale in that call, as a whole and in each slice along its axes. Where the original itself
+is further off than a ceiling, both are held to the same discrete choices (:mod:`.choices`).
+Integer and boolean outputs are compared exactly, except where floats within that tolerance flipped
+them.
 """
 
 from __future__ import annotations
@@ -18,13 +20,17 @@ from torch.utils import _pytree as pytree
 
 from refold.errors import VerificationError
 from refold.frontends.export import Program, fresh
+from refold.verify import choices
 from refold.verify.flips import settle_flips
+from refold.verify.given import copied, state_kept
 from refold.verify.locate import too_far
-from refold.verify.references import References, add_nearby, first_line, references, state_kept
+from refold.verify.manners import Manners, run_twice
+from refold.verify.references import References, add_nearby, first_line, references
 from refold.verify.result import Numerics
 from refold.verify.samples import Call, shapes_of
-from refold.verify.tolerance import Leaf, measure
+from refold.verify.tolerance import Leaf, collect
 
+_MOST_HELD = 2  # calls that both graphs run again for, held to the same choices
 MORE_RUNS = 16  # inputs that decide where the first ones are past the tolerance
 
 
@@ -50,23 +56,85 @@ def verify(
     result = Numerics(inputs=len(found.calls), notes=list(found.notes))
     graphs = [g for g in (original, folded_gm, candidate) if isinstance(g, fx.GraphModule)]
     leaves: dict[int, Leaf] = {}
-    for call, exact, own, nearby in zip(
-        found.calls, found.exact, found.own, found.nearby, strict=True
+    for at, (call, exact, own, nearby) in enumerate(
+        zip(found.calls, found.exact, found.own, found.nearby, strict=True)
     ):
-        _compare(leaves, _run_candidate(candidate, graphs, call), own, exact, call)
+        manners = found.manners if at == 0 else None
+        collect(leaves, _run_candidate(candidate, graphs, call, manners), own, exact, call)
         for other in nearby:
-            _widen(leaves, other, exact)
+            _widen(leaves, at, other, exact)
     for leaf in leaves.values():
         leaf.settle(found.allowed)
-    ranked = sorted(leaves.values(), key=lambda x: x.error / x.tolerance if x.tolerance else 0.0)
-    if ranked:
-        worst = ranked[-1]
-        result.error, result.own_error = worst.error, worst.own_error
-        result.tolerance, result.worst_output = worst.tolerance, worst.name
+    worst = max(leaves.values(), key=_badness, default=None)
+    if worst is not None:
+        result.take(worst)
         if not worst.error <= worst.tolerance:
             raise too_far(worst, original, folded_gm, found.calls)
     settle_flips(result, leaves, original, folded_gm, found.calls, found.allowed)
+    _judge_blind(result, leaves, original, folded_gm, found)
+    _note_empty(result, leaves)
     return result
+
+
+def _badness(leaf: Leaf) -> float:
+    return leaf.error / leaf.tolerance if leaf.tolerance else 0.0
+
+
+def _widen(leaves: dict[int, Leaf], at: int, nearby: Any, reference: Any) -> None:
+    results, exact = pytree.tree_leaves(nearby), pytree.tree_leaves(reference)
+    for leaf in leaves.values():
+        leaf.widen(at, results[leaf.index], exact[leaf.index])
+
+
+def _judge_blind(
+    result: Numerics,
+    leaves: dict[int, Leaf],
+    original: fx.GraphModule | None,
+    folded: fx.GraphModule | None,
+    found: References,
+) -> None:
+    """Judges the calls in which the original's own error would hide any other."""
+    for at in list(dict.fromkeys(at for leaf in leaves.values() for at in leaf.blind))[:_MOST_HELD]:
+        call, held = found.calls[at], None
+        if original is not None and folded is not None:
+            held = choices.judge(original, folded, call, found.allowed)
+        if held is None:
+            told = _count_apart([x for x in leaves.values() if at in x.blind], at, call)
+        else:
+            worst, told = held
+            if _badness(worst) > result.badness or all(
+                leaf.is_blind for leaf in leaves.values() if leaf.parts
+            ):
+                result.take(worst)
+        result.notes.append(
+            f"{shapes_of(call)}: the model's own error is past what a comparison can bear; {told}"
+        )
+
+
+def _count_apart(leaves: list[Leaf], at: int, call: Call) -> str:
+    """Compares how many elements are far off, where that is all that can be compared."""
+    verdicts = [leaf.few_apart(at) for leaf in leaves]
+    for leaf, verdict in zip(leaves, verdicts, strict=True):
+        if verdict is False:
+            ours, theirs = leaf.shares[at]
+            raise VerificationError(
+                f"{leaf.name}: {ours:.0%} of the elements are off by more than rounding, in the "
+                f"original itself {theirs:.0%} are. Inputs {shapes_of(call)}"
+            )
+    if None in verdicts:
+        return "not compared but for its size"
+    return "compared by how many elements are far off"
+
+
+def _note_empty(result: Numerics, leaves: dict[int, Leaf]) -> None:
+    """Says which outputs had no finite number; if none had one, nothing was compared."""
+    empty = [leaf for leaf in leaves.values() if leaf.count and leaf.is_void]
+    for leaf in empty:
+        result.notes.append(
+            f"nothing could be compared: {leaf.name} is NaN or infinite everywhere, for every input"
+        )
+    if empty and len(empty) == len(leaves):
+        result.inputs = 0
 
 
 def verify_widely(
@@ -93,62 +161,29 @@ def verify_widely(
     except VerificationError:
         if original is None:
             raise
-    known = replace(references(original, program, runs=MORE_RUNS), allowed=known.allowed)
+    known = replace(
+        references(original, program, runs=MORE_RUNS, module=known.module), allowed=known.allowed
+    )
     add_nearby(original, known)
     return verify(original, candidate, known, folded_gm=folded), known
 
 
-def _run_candidate(candidate: Callable[..., Any], graphs: list[fx.GraphModule], call: Call) -> Any:
+def _run_candidate(
+    candidate: Callable[..., Any],
+    graphs: list[fx.GraphModule],
+    call: Call,
+    manners: Manners | None,
+) -> Any:
     args, kwargs = fresh(call)
     try:
+        if manners is not None:
+            return run_twice(candidate, graphs, call, manners)
         with state_kept(*graphs), torch.no_grad():
-            return candidate(*args, **kwargs)
+            return copied(candidate(*args, **kwargs))  # it may hand out the state
+    except VerificationError:
+        raise
     except Exception as error:
         raise VerificationError(
             f"the compiled model fails on inputs that the original takes ({shapes_of(call)}): "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
-
-
-def _compare(leaves: dict[int, Leaf], got: Any, own: Any, reference: Any, call: Call) -> None:
-    ours, spec = pytree.tree_flatten(got)
-    theirs, expected = pytree.tree_flatten(own)
-    exact = pytree.tree_leaves(reference)
-    if spec != expected:
-        raise VerificationError(
-            f"the compiled model returns {spec}, the original {expected}: the structure differs"
-        )
-    for index, (a, b, r) in enumerate(zip(ours, theirs, exact, strict=True)):
-        name = f"output {index}" if len(ours) > 1 else "the output"
-        if not isinstance(b, torch.Tensor):
-            if a != b:
-                raise VerificationError(f"{name} is {a!r}, the original's is {b!r}")
-            continue
-        if not isinstance(a, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
-            raise VerificationError(
-                f"{name} is {_describe(a)}, the original's is {_describe(b)} for {shapes_of(call)}"
-            )
-        leaf = leaves.setdefault(index, Leaf(index, name, b.dtype))
-        if b.dtype.is_floating_point or b.dtype.is_complex:
-            measure(leaf, a, b, r, call)
-        elif not torch.equal(a.cpu(), b.cpu()):
-            leaf.differing.append((leaf.count, a, b, r))
-        leaf.count += 1
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return f"a {type(value).__name__}"
-
-
-def _widen(leaves: dict[int, Leaf], nearby: Any, reference: Any) -> None:
-    """Takes another run of the original as a measure of its own rounding."""
-    results, exact = pytree.tree_leaves(nearby), pytree.tree_leaves(reference)
-    for leaf in leaves.values():
-        b, r = results[leaf.index], exact[leaf.index]
-        if leaf.dtype.is_floating_point and b.shape == r.shape:
-            distance = (b.detach().cpu().double() - r.detach().cpu().double()).abs()
-            finite = distance[distance.isfinite()]
-            if finite.numel():
-                leaf.own_distance = max(leaf.own_distance, float(finite.max()))

@@ -15,8 +15,8 @@ from refold.graph.evaluate import Oracle, flat_inputs
 from refold.graph.kinds import op_name
 from refold.graph.nodes import is_tensor
 from refold.graph.records import MIRRORED
+from refold.verify.given import state_kept
 from refold.verify.locate import name_of, stands_for
-from refold.verify.references import state_kept
 from refold.verify.result import Numerics
 from refold.verify.samples import Call
 from refold.verify.tolerance import OWN_ERROR_FACTOR, Leaf, measure, tolerance

@@ -25,8 +25,8 @@ def too_far(
 ) -> VerificationError:
     call = calls[min(leaf.worst_call, len(calls) - 1)]
     text = (
-        f"{leaf.name} is {leaf.error:.2e} from the float64 reference (relative to its scale "
-        f"{leaf.scale:.3g}), allowed are {leaf.tolerance:.2e}; the original itself is "
+        f"{leaf.name}{leaf.place} is {leaf.error:.2e} from the float64 reference (relative to its "
+        f"scale {leaf.scale:.3g}), allowed are {leaf.tolerance:.2e}; the original itself is "
         f"{leaf.own_error:.2e} from it. Worst for inputs {shapes_of(call)}"
     )
     layer = None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from refold.verify.tolerance import Leaf
 
 
 @dataclass
@@ -29,6 +32,16 @@ class Numerics:
     flips: int = 0
     notes: list[str] = field(default_factory=list)
     passed: bool = True
+
+    def take(self, worst: Leaf) -> None:
+        """Takes in the output that is the furthest past what is allowed."""
+        self.error, self.own_error = worst.error, worst.own_error
+        self.tolerance, self.worst_output = worst.tolerance, worst.name
+
+    @property
+    def badness(self) -> float:
+        """The error as a share of what is allowed."""
+        return self.error / self.tolerance if self.tolerance else 0.0
 
     @property
     def summary(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from refold.frontends.export import Program
+
+_ENOUGH = 8  # values of a channel that tell its distribution
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -72,24 +75,58 @@ def _like(
 
 
 def _random_like(leaf: torch.Tensor, sizes: list[int], generator: torch.Generator) -> torch.Tensor:
-    """Random values in the range of ``leaf``; integers and booleans are drawn from its values."""
-    if not (leaf.is_floating_point() or leaf.is_complex()):
-        values = leaf.detach().reshape(-1).cpu()
-        count = int(torch.tensor(sizes).prod()) if sizes else 1
-        if not values.numel():
-            return torch.zeros(sizes, dtype=leaf.dtype, device=leaf.device)
-        chosen = torch.randint(values.numel(), (count,), generator=generator)
-        return values[chosen].reshape(sizes).to(leaf.device)
+    """Random values distributed like those of ``leaf``.
+
+    Integers, booleans and whole numbers are drawn from its values; other floats have the mean,
+    deviation and range of each channel.
+    """
     if leaf.is_complex():
         drawn = torch.randn([*sizes, 2], generator=generator, dtype=torch.float64)
         return torch.view_as_complex(drawn).to(leaf.device, leaf.dtype)
-    finite = leaf.detach()[leaf.detach().isfinite()].double()
-    low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
-    if low == high:  # a constant example says nothing about the range
-        width = abs(low) or 1.0
-        low, high = low - width, high + width
-    drawn = torch.rand(sizes, generator=generator, dtype=torch.float64) * (high - low) + low
+    values = leaf.detach().reshape(-1).cpu()
+    if not leaf.is_floating_point():
+        return _drawn_from(values, sizes, generator).to(leaf.device)
+    finite = values[values.isfinite()]
+    if finite.numel() > 1 and not bool((finite == finite[0]).all()) and _are_whole(finite):
+        return _drawn_from(finite, sizes, generator).to(leaf.device)
+    drawn = torch.randn(sizes, generator=generator, dtype=torch.float64)
+    mean, deviation, low, high = _distribution(leaf.detach().cpu().double(), finite.double())
+    drawn = (mean + deviation * drawn).clamp(low, high)
     return drawn.to(leaf.device, leaf.dtype)
+
+
+def _drawn_from(values: torch.Tensor, sizes: list[int], generator: torch.Generator) -> torch.Tensor:
+    if not values.numel():
+        return torch.zeros(sizes, dtype=values.dtype)
+    count = math.prod(sizes)
+    return values[torch.randint(values.numel(), (count,), generator=generator)].reshape(sizes)
+
+
+def _are_whole(values: torch.Tensor) -> bool:
+    """Floats that count or name something: masks, classes, positions."""
+    return bool((values == values.round()).all())
+
+
+def _distribution(leaf: torch.Tensor, finite: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Mean, deviation, lowest and highest value of each channel (axis 1), to be broadcast.
+
+    Of channels with too few values to tell, they are those of the whole; a constant example says
+    nothing about the range.
+    """
+    if not finite.numel():
+        finite = torch.zeros(1, dtype=torch.float64)
+    whole = [finite.mean(), finite.std(correction=0), finite.min(), finite.max()]
+    if float(whole[2]) == float(whole[3]):
+        width = float(whole[2].abs()) or 1.0
+        return whole[0], torch.tensor(width), whole[2] - width, whole[3] + width
+    others = [i for i in range(leaf.ndim) if i != 1]
+    if leaf.ndim < 2 or len(finite) < leaf.numel() or leaf.numel() < _ENOUGH * leaf.shape[1]:
+        return tuple(whole)
+    deviation, mean = torch.std_mean(leaf, others, correction=0, keepdim=True)
+    low, high = leaf.amin(others, keepdim=True), leaf.amax(others, keepdim=True)
+    constant = low == high
+    found = zip((mean, deviation, low, high), whole, strict=True)
+    return tuple(torch.where(constant, every, own) for own, every in found)
 
 
 def shapes_of(call: Call) -> str:

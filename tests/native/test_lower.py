@@ -163,7 +163,9 @@ def test_sums_of_8_bits_are_judged_by_what_rounding_explains(kernel: Library) ->
     compiled = refold.compile_for_inference(net, (x,), exact=False)
     numbers = compiled.report.artifact_numerics
     assert numbers["passed"]
-    assert EXACT < numbers["error"] <= numbers["tolerance"] < 5 * LOOKUP
+    # four times what a run with such noise is off, whatever the kernel returned
+    assert EXACT < numbers["error"] < 2 * LOOKUP
+    assert numbers["error"] <= numbers["tolerance"] < 6 * LOOKUP
     assert any("8-bit sums cost at most" in n for n in compiled.report.notes)
 
 

@@ -1,0 +1,118 @@
+"""The model as it was given, run beside its trace: what tracing did is refold's own doing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from refold.frontends import state
+from refold.graph import constants
+from refold.verify.samples import Call
+
+Factory = Callable[[], nn.Module]
+Visit = Callable[[Any], None]
+
+
+class Given:
+    """The original in its own dtype: the module itself where there is one, else its trace.
+
+    Each run starts from the state that the module was given with, and writes copies of it.
+
+    Args:
+        graph: the trace.
+        make: makes a copy of the module, with eval semantics.
+    """
+
+    def __init__(self, graph: fx.GraphModule, make: Factory | None) -> None:
+        self._graph = graph
+        self._state = [n for n in constants.written(graph.graph) if n.op == "get_attr"]
+        self._module = None if make is None else make()
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a call changes what later calls return."""
+        return bool(self._state)
+
+    def stored(self) -> list[torch.Tensor]:
+        """The tensors that the model holds; in ``after`` of a run those that it works on."""
+        held = [] if self._module is None else [*self._module.parameters(), *self._module.buffers()]
+        return [*held, *constants.stored(self._graph).values()]
+
+    def run(self, calls: Sequence[Call], reference: Any, after: Visit | None = None) -> list[Any]:
+        """The results of some calls, one after the other on one state.
+
+        Args:
+            calls: copies of the inputs; the model may write them.
+            reference: what the trace returns, for the structure of the results.
+            after: called with each result, while the model has the state that the call left.
+        """
+        with torch.no_grad():
+            if self._module is not None:
+                try:
+                    return self._run_module(self._module, calls, reference, after)
+                except _NotAlikeError:
+                    self._module = None
+            return self._run_graph(calls, after)
+
+    def _run_module(
+        self, module: nn.Module, calls: Sequence[Call], reference: Any, after: Visit | None
+    ) -> list[Any]:
+        results = []
+        parameters = {id(p) for p in module.parameters()}
+        written = (lambda t: id(t) not in parameters) if self._state else None
+        with state.kept(module, written):
+            for args, kwargs in calls:
+                results.append(_like(module(*args, **kwargs), reference))
+                if after is not None:
+                    after(results[-1])
+        return results
+
+    def _run_graph(self, calls: Sequence[Call], after: Visit | None) -> list[Any]:
+        results = []
+        with state_kept(self._graph):
+            for args, kwargs in calls:
+                results.append(self._graph(*args, **kwargs))
+                if after is not None:
+                    after(results[-1])
+            return [copied(result) for result in results]
+
+
+@contextmanager
+def state_kept(*graphs: fx.GraphModule) -> Iterator[None]:
+    """Runs with the graphs' state as it was, and puts it back afterwards."""
+    written = [n for gm in graphs for n in constants.written(gm.graph)]
+    state = [constants.tensor(n) for n in written if n.op == "get_attr"]
+    saved = [t.clone() for t in state]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(state, saved, strict=True):
+                tensor.copy_(value)
+
+
+class _NotAlikeError(Exception):
+    """The module's results have not the structure of its trace's."""
+
+
+def copied(tree: Any) -> Any:
+    """A result whose tensors are its own."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), tree)
+
+
+def _like(result: Any, reference: Any) -> Any:
+    """The module's result in the structure of its trace's."""
+    leaves, expected = pytree.tree_leaves(result), pytree.tree_leaves(reference)
+    if len(leaves) != len(expected) or any(
+        isinstance(a, torch.Tensor) != isinstance(b, torch.Tensor)
+        or (isinstance(a, torch.Tensor) and a.shape != b.shape)
+        for a, b in zip(leaves, expected, strict=True)
+    ):
+        raise _NotAlikeError
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in leaves]
+    return pytree.tree_unflatten(detached, pytree.tree_structure(reference))

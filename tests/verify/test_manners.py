@@ -1,0 +1,104 @@
+"""What a caller sees who writes into results and calls again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from refold.errors import VerificationError
+from refold.frontends.export import trace
+from refold.verify import compare
+from refold.verify.references import references
+from tests.folding import Net
+
+
+def verdict(model: Callable, candidate: Callable, **parts: object) -> None:
+    net = Net(lambda s, x: model(s, x), **parts)
+    program = trace(net, (torch.randn(2, 4),))
+    known = references(program.graph_module, program, module=program.module)
+    compare.verify(program.graph_module, candidate, known)
+
+
+def remembers() -> Callable[[Tensor], Tensor]:
+    kept: list[Tensor] = []
+
+    def candidate(x: Tensor) -> Tensor:
+        if not kept or kept[0].shape != x.shape:
+            kept[:] = [x * 2]
+        else:
+            kept[0] = kept[0] if bool((kept[0] == 77).all()) else x * 2
+        return kept[0]
+
+    return candidate
+
+
+def doubles_in_place(x: Tensor) -> Tensor:
+    result = x * 2
+    x.zero_()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("model", "candidate", "says"),
+    [
+        (lambda s, x: (x * 2, x * 2), lambda x: (y := x * 2, y), "output 0 and output 1 share"),
+        (lambda s, x: (x * 2, (x * 2)[0]), lambda x: (y := x * 2, y[0]), "share memory"),
+        (lambda s, x: x + 0, lambda x: x, "output 0 and input 0 share"),
+        (lambda s, x: x * 0 + 1, lambda x: torch.ones(1, 1).expand(x.shape), "cannot be written"),
+        (lambda s, x: x * 2, doubles_in_place, "input 0 is written"),
+        (lambda s, x: x * 2, remembers(), "second call"),
+    ],
+)
+def test_what_the_original_does_not_do_is_refused(
+    model: Callable, candidate: Callable, says: str
+) -> None:
+    with pytest.raises(VerificationError, match=says):
+        verdict(model, candidate)
+
+
+@pytest.mark.parametrize(
+    ("model", "candidate"),
+    [
+        (lambda s, x: (y := x * 2, y[0]), lambda x: (y := x * 2, y[0])),
+        (lambda s, x: (y := x * 2, y[0]), lambda x: (x * 2, (x * 2)[0])),  # less is no harm
+        (lambda s, x: x, lambda x: x),
+        (lambda s, x: (x * 2)[:, :1].expand(2, 4), lambda x: (x * 2)[:, :1].expand(2, 4)),
+    ],
+)
+def test_what_the_original_does_passes(model: Callable, candidate: Callable) -> None:
+    verdict(model, candidate)
+
+
+def counts(s: Net, x: Tensor) -> Tensor:
+    s.n.add_(1)
+    return x + s.n
+
+
+def hands_out(s: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    s.n.add_(x.sum())
+    return x * 2, s.n
+
+
+@pytest.mark.parametrize("model", [counts, hands_out])
+def test_a_state_lives_on(model: Callable) -> None:
+    net = Net(lambda s, x: model(s, x))
+    net.register_buffer("n", torch.zeros(4))
+    program = trace(net, (torch.randn(2, 4),))
+    gm = program.graph_module
+    known = references(gm, program, module=program.module)
+    assert known.manners is not None
+    assert known.manners.later is not None
+    assert compare.verify(gm, gm, known).passed
+    assert not net.n.any()  # the module's own state is as it was
+
+    stuck = trace(net, (torch.randn(2, 4),)).graph_module
+    for node in list(stuck.graph.nodes):  # the state is no longer written
+        if node.op == "call_function" and "copy_" in str(node.target):
+            node.replace_all_uses_with(node.args[1])
+            stuck.graph.erase_node(node)
+    stuck.recompile()
+    with pytest.raises(VerificationError, match="second call"):
+        compare.verify(gm, stuck, known)
