@@ -28,8 +28,10 @@ from refold.backends.base import (
     is_static,
     layers_on,
     make_options,
+    ranks_follow_sizes,
     require,
 )
+from refold.compile_lock import one_at_a_time
 from refold.compiled import Compilation, CompiledModel, weight_origins
 from refold.errors import (
     ExpectationError,
@@ -38,7 +40,7 @@ from refold.errors import (
     VerificationError,
     did_you_mean,
 )
-from refold.frontends.export import Program, fresh, trace
+from refold.frontends.export import Program, fix_ranks, fresh, trace
 from refold.graph import kinds, subgraphs
 from refold.graph.axis_collisions import axis_collisions
 from refold.graph.dead_parameters import DeadParameter, dead_parameters
@@ -179,6 +181,7 @@ def fold(model: Any, example_inputs: Any = None, **settings: Any) -> CompiledMod
     return compile_for_inference(model, example_inputs, target="torch", **settings)
 
 
+@one_at_a_time
 def explain(
     model: Any,
     example_inputs: Any = None,
@@ -247,6 +250,7 @@ class _Folded:
     recipe: Recipe | None = None
 
 
+@one_at_a_time
 def _compile(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], settings: _Settings
 ) -> Compilation:
@@ -262,6 +266,8 @@ def _compile(
             trust=settings.trust,
         )
     program.recorded = settings.recipe
+    if not ranks_follow_sizes(settings.target):
+        fix_ranks(program, settings.target.name)
     if settings.verify and program.apart:
         raise VerificationError(
             f"{program.apart}\n  fix: switch the other path off "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,8 @@ from torch.utils import _pytree as pytree
 
 from refold.bind import free_signature
 from refold.errors import UsageError
+from refold.frontends.variadic import flat_arguments
+from refold.graph.guards import Guards
 
 if TYPE_CHECKING:
     from refold.frontends.export import InputSpec, Program
@@ -43,6 +45,7 @@ class InputCheck:
     kwargs: dict[str, Any]
     spec: pytree.TreeSpec
     signature: inspect.Signature | None
+    guards: Guards = field(default_factory=Guards)
 
     @classmethod
     def of(cls, program: Program, model: Any, bind: Iterable[str] = ()) -> InputCheck:
@@ -54,6 +57,7 @@ class InputCheck:
             program.kwargs,
             info.in_spec,
             _signature_of(model, bind),
+            program.guards,
         )
 
     def normalise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -67,19 +71,20 @@ class InputCheck:
         if self.signature is None:
             raise UsageError(self._call_mismatch(args, kwargs))
         try:
-            traced = self.signature.bind(*self.args, **self.kwargs).arguments
-            given = self.signature.bind(*args, **kwargs).arguments
+            traced = flat_arguments(self.signature, self.args, self.kwargs)
+            given = flat_arguments(self.signature, args, kwargs)
         except TypeError as error:
             raise UsageError(f"{error}; {self._call_mismatch(args, kwargs)}") from None
         values: dict[str, Any] = {}
         for name in {**traced, **given}:
-            parameter = self.signature.parameters[name]
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            parameter = self.signature.parameters.get(name)
+            if parameter is None and not (name in traced and name in given):
                 raise UsageError(self._call_mismatch(args, kwargs))
-            value = given.get(name, parameter.default)
+            default = None if parameter is None else parameter.default
+            value = given.get(name, default)
             if name in traced:
                 values[name] = value
-            elif value is not parameter.default:
+            elif value is not default:
                 raise UsageError(
                     f"input {name!r} was not given when the model was traced: "
                     "compile again with it among the example inputs"
@@ -99,15 +104,80 @@ class InputCheck:
                 f"{self.spec}, got {pytree.tree_structure((args, kwargs))}"
             )
         traced = fx_pytree.tree_flatten_spec((self.args, self.kwargs), self.spec)
-        sizes: dict[str, tuple[int, str]] = {}
-        for spec, leaf, was in zip(self.specs, leaves, traced, strict=True):
+        sizes: dict[str, int] = {}
+        for at, (spec, leaf, was) in enumerate(zip(self.specs, leaves, traced, strict=True)):
             if isinstance(was, torch.Tensor):
-                _check_tensor(spec, leaf, sizes, self.ranges)
+                _check_tensor(spec, leaf)
+                self._read_sizes(at, leaf.shape, sizes)
             elif isinstance(leaf, torch.Tensor) or leaf != was:
                 raise UsageError(
                     f"input {spec.name!r} was traced as the constant {was!r}, got "
                     f"{_describe(leaf)}: compile again with that value"
                 )
+
+        if sizes:
+            self._check_sizes(sizes)
+
+    def _read_sizes(self, at: int, shape: torch.Size, sizes: dict[str, int]) -> None:
+        """Compares the fixed sizes of an input, and adds those of symbols."""
+        spec = self.specs[at]
+        for dim, (size, got) in enumerate(zip(spec.sizes, shape, strict=True)):
+            if isinstance(size, int):
+                if got != size:
+                    raise UsageError(
+                        f"input {spec.name!r}: dimension {dim} is {size} in the compiled model, "
+                        f"got {got} in {list(shape)}: make it dynamic with dynamic_shapes= "
+                        "when compiling"
+                    )
+            elif not size.isidentifier():
+                sizes[f"_{at}_{dim}"] = got
+            elif sizes.setdefault(size, got) != got:
+                name, first = self._where(size)
+                raise UsageError(
+                    f"input {spec.name!r}: dimension {dim} must equal dimension {first} of "
+                    f"{name!r} ({sizes[size]}), got {got}"
+                )
+
+    def _where(self, symbol: str) -> tuple[str, int]:
+        """The first input and dimension that a symbol stands for."""
+        places = ((s.name, s.sizes.index(symbol)) for s in self.specs if symbol in s.sizes)
+        return next(places)
+
+    def _check_sizes(self, sizes: dict[str, int]) -> None:
+        """What the trace took for granted of the sizes that vary."""
+        if self.guards.derived:
+            sizes = self.guards.with_roots(sizes)
+            misfit = self.guards.misfit(sizes)
+            if misfit is not None:
+                size, expected = misfit
+                raise UsageError(
+                    f"{size.where} must be {size.code} ({expected}), as traced, "
+                    f"got {sizes[size.name]}"
+                )
+        broken = self.guards.broken(sizes)
+        if broken is not None:
+            got = ", ".join(str(list(s)) for s in self._shapes(sizes))
+            raise UsageError(
+                f"the trace does not hold for inputs of shape {got}: it needs {broken}: compile "
+                "again with inputs of these sizes"
+            )
+        for symbol, got in sizes.items():
+            low, high = self.ranges.get(symbol, (0, None))
+            # A lower bound of 2 is the tracer's own, for want of a better one.
+            if (low > 2 and got < low) or (high is not None and got > high):
+                bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+                name, dim = self._where(symbol)
+                raise UsageError(
+                    f"input {name!r}: dimension {dim} must be {bounds}, as traced, got {got}"
+                )
+
+    def _shapes(self, sizes: Mapping[str, int]) -> Iterator[list[int]]:
+        for at, spec in enumerate(self.specs):
+            if spec.dtype is not None:
+                yield [
+                    s if isinstance(s, int) else sizes.get(s, sizes.get(f"_{at}_{dim}", 0))
+                    for dim, s in enumerate(spec.sizes)
+                ]
 
     def _call_mismatch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         return (
@@ -122,12 +192,7 @@ def _signature_of(model: Any, bind: Iterable[str]) -> inspect.Signature | None:
     return free_signature(inspect.signature(model.forward), bind)
 
 
-def _check_tensor(
-    spec: InputSpec,
-    value: Any,
-    sizes: dict[str, tuple[int, str]],
-    ranges: Mapping[str, tuple[int, int | None]],
-) -> None:
+def _check_tensor(spec: InputSpec, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
         raise UsageError(f"input {spec.name!r}: expected a tensor, got {_describe(value)}")
     if value.dtype != spec.dtype:
@@ -141,27 +206,6 @@ def _check_tensor(
             f"input {spec.name!r}: expected {len(spec.sizes)} dimensions {expected}, "
             f"got {value.dim()} {list(value.shape)}"
         )
-    for dim, (size, got) in enumerate(zip(spec.sizes, value.shape, strict=True)):
-        if isinstance(size, int):
-            if got != size:
-                raise UsageError(
-                    f"input {spec.name!r}: dimension {dim} is {size} in the compiled model, got "
-                    f"{got} in {list(value.shape)}: make it dynamic with dynamic_shapes= "
-                    "when compiling"
-                )
-        elif size.isidentifier():
-            first, where = sizes.setdefault(size, (got, f"dimension {dim} of {spec.name!r}"))
-            if first != got:
-                raise UsageError(
-                    f"input {spec.name!r}: dimension {dim} must equal {where} ({first}), got {got}"
-                )
-            low, high = ranges.get(size, (0, None))
-            # A lower bound of 2 is the tracer's own, for want of a better one.
-            if (low > 2 and got < low) or (high is not None and got > high):
-                bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-                raise UsageError(
-                    f"input {spec.name!r}: dimension {dim} must be {bounds}, as traced, got {got}"
-                )
 
 
 def _describe(value: Any) -> str:

@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from refold.backends import inductor
+from refold.compile_lock import one_at_a_time
 from refold.errors import RefoldError, UsageError, did_you_mean
 from refold.frontends.dynamo import Captured, NotFoldable, capture, hold
 from refold.graph import provenance
@@ -115,6 +116,7 @@ def compile_graph(
     return _compile(gm, example_inputs, mode=mode, options=options, settings=_Settings())
 
 
+@one_at_a_time
 def _compile(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -409,6 +411,7 @@ class _Guarded:
         others = [v for v in self._variants if v is not variant]
         self._variants = [variant, *others][:_KEPT]
 
+    @one_at_a_time
     def _fold(self, state: _State, args: Sequence[Any], *, inside: bool) -> _Variant:
         self._folds += 1
         self._template = state

@@ -97,7 +97,8 @@ def _samples(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[memo
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    flat: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    flat: memoryview = plain.reshape(-1).view(torch.uint8).numpy().data
     return flat
 
 

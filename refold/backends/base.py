@@ -86,6 +86,14 @@ def shares_weights(target: Target) -> tuple[str, ...]:
     return tuple(getattr(target, "shares_weights", ("calls", "files")))
 
 
+def ranks_follow_sizes(target: Target) -> bool:
+    """Whether a target's results may have another rank at batch 1.
+
+    One that runs call by call says so in an attribute ``ranks_follow_sizes``.
+    """
+    return bool(getattr(target, "ranks_follow_sizes", False))
+
+
 def computes_complex(target: Target) -> bool:
     """Whether a target has complex tensors; one without says ``complex_calls = False``."""
     return bool(getattr(target, "complex_calls", True))

@@ -47,6 +47,7 @@ class TorchTarget:
     """Runs the folded graph in eager PyTorch."""
 
     name = "torch"
+    ranks_follow_sizes = True
     suffix = ".pt2"
     options = TorchOptions
 

@@ -15,23 +15,37 @@ import re
 import types
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from refold import bind as binding
 from refold.errors import FrontendError, UsageError
-from refold.frontends import archive, state
+from refold.frontends import archive, state, unusual, variadic
+from refold.frontends import guards as size_guards
+from refold.frontends.faithful import (
+    DIFFERS,
+    Comparison,
+    apart,
+    draws_random,
+    lowest,
+    settle,
+    traced_sizes,
+)
 from refold.graph import constants, provenance
-from refold.graph.functionalise import functional_module
+from refold.graph.functionalise import fix_ranks as fix_ranks_of
+from refold.graph.functionalise import functional_module, settle_squeezes
+from refold.graph.guards import Guard, Guards, names_in
 from refold.graph.kinds import op_name
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_FAKE_CONSTANT = "fake tensor in the exported program constant"
 _OWN = str(Path(__file__).resolve().parents[1]) + os.sep
 
 
@@ -69,6 +83,7 @@ class Program:
         specialised: dimensions that were to be dynamic and came out static, as sentences.
         notes: what the user should know about the trace.
         ranges: smallest and largest size of each symbol (``None`` for no bound).
+        guards: what else the sizes of symbols must fulfil.
         names: the names that the user's ``Dim`` objects give to symbols.
         node_count: calls in the IR as it was traced.
         exported: the program as ``torch.export`` gave it, before it was made functional.
@@ -94,6 +109,15 @@ class Program:
     recorded: bool = False
     apart: str = ""
     module: Callable[[], nn.Module] | None = None
+    guards: Guards = field(default_factory=Guards)
+
+    def admits(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the trace holds for other sizes of symbols; those not given stay as traced."""
+        return self.guards.admits({**self._traced_sizes, **sizes})
+
+    @functools.cached_property
+    def _traced_sizes(self) -> dict[str, int]:
+        return traced_sizes(self.inputs, (self.args, self.kwargs), self.guards)
 
 
 def trace(
@@ -140,6 +164,19 @@ def trace(
     return _from_module(model, args, kwargs, dynamic_shapes, dynamic_batch, dict(bind or {}))
 
 
+def fix_ranks(program: Program, target: str) -> None:
+    """Refuses sizes at which results would have another rank, for a target that fixes ranks."""
+    texts = _texts(program.inputs, program.names)
+    refused = []
+    for size, node in fix_ranks_of(program.graph_module):
+        code = f"{size} != 1"
+        text = re.sub(r"[A-Za-z_]\w*", lambda m: texts.get(m[0], m[0]), code)
+        reason = f"{node.name} drops a dimension of size 1, and results for {target} have one rank"
+        refused.append(Guard(code, text, provenance.source_line(node), reason))
+    guards = program.guards
+    program.guards = replace(guards, conditions=(*guards.conditions, *dict.fromkeys(refused)))
+
+
 def _not_a_module(model: object) -> str:
     kind = f"{type(model).__module__}.{type(model).__qualname__}".removeprefix("builtins.")
     if isinstance(model, type) and issubclass(model, nn.Module):
@@ -176,6 +213,7 @@ def _from_program(
     own = not args and not kwargs and program.example_inputs is not None
     if own:
         args, kwargs = program.example_inputs[0], dict(program.example_inputs[1])
+    unusual.check_program(program)
     try:
         with torch.no_grad():
             gm, redone = functional_module(program, aliasing_known=not from_file)
@@ -194,7 +232,13 @@ def _from_program(
     if redone:
         notes.append("in-place writes were resolved by run_decompositions({})")
     example = fresh((args, kwargs))
-    finished = _finish(program, gm, fresh(example), example, (), notes)
+    inputs = _input_specs(gm, example)
+    sizes = [s.sizes for s in inputs]
+    recorded, unread = size_guards.read(program, gm, sizes, {}, None)
+    notes += _unread(unread)
+    derived = size_guards.derived(sizes, [s.name for s in inputs])
+    guards = Guards(tuple(recorded), tuple(derived))
+    finished = _finish(program, gm, fresh(example), example, (), notes, guards)
     finished.bound = bound
     return finished
 
@@ -223,8 +267,9 @@ def _from_module(
     notes: list[str] = []
     if model.training or any(m.training for m in model.modules()):
         notes.append("the model was in training mode; it was traced with eval semantics")
+    unusual.check_inputs((args, kwargs))
     example = fresh((args, kwargs))
-    tracer = _Tracer(model, bind)
+    tracer = Tracer(model, bind, example)
     if bind:
         tracer.check(example)
     specialised: list[str] = []
@@ -232,6 +277,7 @@ def _from_module(
     traced = example
     names: dict[str, str] = {}
     if dynamic_shapes is not None:
+        dynamic_shapes = tracer.flat_shapes(dynamic_shapes)
         program = tracer.export(example, dynamic_shapes)
         requests = _requests(program, dynamic_shapes, example)
         specialised += _static_despite(requests)
@@ -248,19 +294,32 @@ def _from_module(
             if batch == 1:
                 notes.append("the example has batch 1; it was traced at batch 2, rows repeated")
     gm, redone = tracer.functional(program)
-    apart = _apart(tracer, gm, traced)
-    if apart is not None:
-        apart = (
-            f"the traced program is not the model: on the example {apart}. torch.export traces "
+    guards, free = Guards(), set[str]()
+    differs = apart(tracer, gm, traced)
+    if differs is not None:
+        differs = (
+            f"the traced program is not the model: on the example {differs}. torch.export traces "
             "another path than a call takes (a fused fast path, a test for export)"
         )
-        notes.append(apart)
-    elif batch is not None:
-        reason = _batch_one_differs(tracer, gm, example, batch)
+        notes.append(differs)
+    else:
+        inputs = _input_specs(gm, traced)
+        derived = size_guards.derived([s.sizes for s in inputs], [s.name for s in inputs])
+        comparison = Comparison(tracer, gm, traced, inputs, derived)
+        sizes = [s.sizes for s in inputs]
+        recorded, unread = size_guards.read(program, gm, sizes, names, tracer.signature)
+        reason = _batch_one_differs(comparison, recorded, batch) if batch is not None else None
         if reason:
-            specialised.append(reason)
+            specialised.append(f"the batch dimension is static at {batch}: {reason}")
             program, traced, batch = tracer.export(example, None), example, None
             gm, redone = tracer.functional(program)
+        else:
+            own = {str(s) for s, r in program.range_constraints.items() if _bounds(r)[0] <= 2}
+            guards, spurious = _settled(comparison, recorded, own, names)
+            notes += _unread(unread)
+            notes += [f"sizes need not fulfil {g}: the trace is right without" for g in spurious]
+            free = {n for g in spurious for n in g.symbols} - names.keys()
+            free -= {n for g in guards.conditions for n in g.symbols if g in recorded}
     _refuse_seeds(tracer, gm, traced)
     if tracer.used_original:
         notes.append("the model could not be copied and was traced itself")
@@ -269,17 +328,71 @@ def _from_module(
     notes += _graph_notes(gm)
     notes += binding.warnings_of(bind)
     written = {str(n.target) for n in constants.written(gm.graph) if n.op == "get_attr"}
-    finished = _finish(program, gm, fresh(traced), example, tuple(specialised), notes, names)
-    if apart is None:
+    finished = _finish(program, gm, fresh(traced), example, tuple(specialised), notes, guards)
+    if differs is None:
         tracer.refuse_lost_state(finished, traced, written)
+    finished.names = names
     finished.bound = tracer.bound
-    finished.apart = apart or ""
+    finished.apart = differs or ""
     finished.module = None if tracer.used_original else tracer.fresh_module
+    finished.ranges |= dict.fromkeys(free, (0, None))
     return finished
 
 
+def _batch_one_differs(comparison: Comparison, recorded: Sequence[Guard], batch: int) -> str | None:
+    """Compares the trace with the model at batch 1, which tracing at 2 or more cannot see."""
+    one = dict.fromkeys(_batches(comparison.inputs), 1)
+    if batch > 1 and not Guards(tuple(recorded)).admits({**comparison.hints, **one}):
+        return None  # a guard refuses it
+    verdict = comparison.at(one)
+    if verdict.outcome != DIFFERS:
+        return None
+    return f"the model takes another path at batch 1 ({verdict.reason})"
+
+
+def _batches(inputs: Iterable[InputSpec]) -> list[str]:
+    """The symbols of leading dimensions."""
+    leading = [s.sizes[0] for s in inputs if s.sizes and isinstance(s.sizes[0], str)]
+    return list(dict.fromkeys(name for size in leading for name in names_in(str(size))))
+
+
+def _settled(
+    comparison: Comparison, recorded: Sequence[Guard], own: set[str], names: Mapping[str, str]
+) -> tuple[Guards, list[Guard]]:
+    """What sizes must fulfil: what the trace recorded, and what it cannot see below two.
+
+    Args:
+        comparison: the trace beside its model.
+        recorded: by the trace.
+        own: symbols whose lower bound is the tracer's own.
+        names: the user's names of symbols.
+
+    Returns:
+        The guards, and the recorded ones that are spurious.
+    """
+    texts = {s: t for s, t in _texts(comparison.inputs, names).items() if s in own}
+    low = list(lowest(comparison, _batches(comparison.inputs), texts).values())
+    kept, spurious = settle(recorded, comparison, low)
+    return Guards((*low, *kept), tuple(comparison.derived)), spurious
+
+
+def _unread(codes: Iterable[str]) -> list[str]:
+    return [f"a condition of the trace is not checked in calls: {code}" for code in codes]
+
+
+def _texts(inputs: Sequence[InputSpec], names: Mapping[str, str]) -> dict[str, str]:
+    """Each symbol in the user's words: the name of its ``Dim``, or the dimension it stands for."""
+    found: dict[str, str] = {}
+    for spec in inputs:
+        for axis, size in enumerate(spec.sizes):
+            for symbol in names_in(size) if isinstance(size, str) else ():
+                text = f"{spec.name}.shape[{axis}]" if symbol == size else symbol
+                found.setdefault(symbol, names.get(symbol, text))
+    return found
+
+
 def _dynamic_batch(
-    tracer: _Tracer, example: Any, batch: int, specialised: list[str]
+    tracer: Tracer, example: Any, batch: int, specialised: list[str]
 ) -> tuple[ExportedProgram, Any, bool] | None:
     """Exports with a dynamic batch axis; ``None`` (and the reason) where that is not possible.
 
@@ -321,52 +434,12 @@ def _dynamic_batch(
     return program, traced, some
 
 
-def _apart(tracer: _Tracer, gm: fx.GraphModule, inputs: Any) -> str | None:
-    """How the results of the trace differ from the model's own, if both run and they do."""
-    if constants.written(gm.graph) or any(_draws_random(n) for n in gm.graph.nodes):
-        return None
-    try:
-        expected = tracer.call(inputs)
-    except Exception:  # the model itself refuses these inputs: nothing to compare
-        return None
-    try:
-        with torch.no_grad():
-            args, kwargs = fresh(inputs)
-            got = gm(*args, **kwargs)
-    except Exception as error:
-        return f"it fails ({(str(error).splitlines() or [type(error).__name__])[0]})"
-    ours, theirs = pytree.tree_leaves(got), pytree.tree_leaves(expected)
-    if len(ours) != len(theirs):
-        return f"it returns {len(ours)} values instead of {len(theirs)}"
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        if not _close(a, b):
-            return f"output {i} of {len(ours)} is {_difference(a, b)}"
-    return None
-
-
-def _difference(a: Any, b: Any) -> str:
-    if _describe(a) != _describe(b) or not isinstance(a, torch.Tensor):
-        return f"{_describe(a)} instead of {_describe(b)}"
-    size = float((a - b).abs().max() / b.abs().max())
-    return f"off by {size:.1g} of its largest value"
-
-
-def _batch_one_differs(tracer: _Tracer, gm: fx.GraphModule, example: Any, batch: int) -> str | None:
-    """Compares the trace with the model at batch 1, which tracing at 2 or more cannot see."""
-    one = pytree.tree_map(lambda t: t[:1] if _has_batch(t, batch) else t, example)
-    apart = _apart(tracer, gm, one)
-    if apart is None:
-        return None
-    path = f"the model takes another path at batch 1 ({apart})"
-    return f"the batch dimension is static at {batch}: {path}"
-
-
-def _refuse_seeds(tracer: _Tracer, gm: fx.GraphModule, example: Any) -> None:
+def _refuse_seeds(tracer: Tracer, gm: fx.GraphModule, example: Any) -> None:
     """Refuses a model that draws the same numbers at every call, from a seed in its forward.
 
     A trace keeps the draw and loses the seed: the graph would draw other weights at every call.
     """
-    draws = [n for n in gm.graph.nodes if _draws_random(n)]
+    draws = [n for n in gm.graph.nodes if draws_random(n)]
     if not draws or not _repeats(tracer.fresh_module(), example) or _repeats(gm, example):
         return
     where = provenance.source_line(draws[0])
@@ -393,32 +466,16 @@ def _repeats(module: nn.Module, example: Any) -> bool:
     )
 
 
-def _close(a: Any, b: Any) -> bool:
-    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-        return type(a) is type(b)
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if not (a.is_floating_point() or a.is_complex()):
-        return True  # integers may flip on rounding; floats decide
-    a, b = a.detach().to(torch.complex128), b.detach().to(torch.complex128)
-    finite = b[b.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 1.0
-    return bool(torch.allclose(a, b, rtol=0, atol=2e-2 * scale, equal_nan=True))
-
-
-def _draws_random(node: fx.Node) -> bool:
-    reason = constants.impurity(node) if node.op == "call_function" else None
-    return bool(reason and "random" in reason)
-
-
-class _Tracer:
+class Tracer:
     """Exports a shallow eval copy of a module; the module itself only where the copy fails."""
 
-    def __init__(self, model: nn.Module, bind: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, bind: Mapping[str, Any], example: Any) -> None:
         self.original = model
+        self.example = example
         self.bind = bind
         self.bound: dict[str, str] = {}
         self.used_original = False
+        self._detaches = False
         self._module: nn.Module = model
         self._parted: frozenset[str] = frozenset()
         self._calls: dict[int, state.Calls] = {}
@@ -433,29 +490,36 @@ class _Tracer:
                     "a module whose forward calls it"
                 )
             self.bound = binding.install(self._module, self.bind)
+        if self._module is not self.original:
+            variadic.name_inputs(self._module, *self.example)
         return self._module
+
+    def _reading(self) -> contextlib.AbstractContextManager[Any]:
+        return _DataDetaches() if self._detaches else contextlib.nullcontext()
+
+    def flat_shapes(self, dynamic_shapes: Any) -> Any:
+        """Dynamic shapes by the names that inputs of ``*args`` and ``**kwargs`` are traced with."""
+        forward = inspect.signature(self.original.forward)
+        free = binding.free_signature(forward, self.bind)
+        return variadic.flat_shapes(free, *self.example, dynamic_shapes)
 
     def check(self, inputs: Any) -> None:
         """Runs the module once: a trace does not see every wrong dtype."""
-        args, kwargs = fresh(inputs)
         try:
-            self._call(args, kwargs)
+            self.run(inputs)
         except UsageError:
             raise
         except Exception as error:
-            raise FrontendError(self._explain(error, args, kwargs)) from error
+            raise FrontendError(self._explain(error, *inputs)) from error
 
     def export(self, inputs: Any, dynamic_shapes: Any, *, copies: bool = True) -> ExportedProgram:
         args, kwargs = fresh(inputs) if copies else inputs
         try:
             module = self.fresh_module()
-            with torch.no_grad(), _quiet(), state.recorded(module, self._parted):
+            recorded = state.recorded(module, self._parted)
+            with torch.no_grad(), _quiet(), self._reading(), recorded:
                 return torch.export.export(
-                    module,
-                    args,
-                    kwargs,
-                    dynamic_shapes=dynamic_shapes,
-                    strict=False,
+                    module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
                 )
         except (UsageError, FrontendError):
             raise
@@ -463,6 +527,9 @@ class _Tracer:
             self._parted |= shared.names
             return self.export(inputs, dynamic_shapes, copies=copies)
         except Exception as error:
+            if _FAKE_CONSTANT in str(error) and not self._detaches:
+                self._detaches = True
+                return self.export(inputs, dynamic_shapes, copies=copies)
             if self._may_trace_original(error):
                 self.used_original = True
                 try:
@@ -470,9 +537,24 @@ class _Tracer:
                 except FrontendError:
                     self.used_original = False  # the copy was not at fault
                     raise
-            raise FrontendError(self._explain(error, args, kwargs)) from error
+            refusal = unusual.in_module(self.original)
+            raise refusal or FrontendError(self._explain(error, args, kwargs)) from error
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """Of the forward that was traced last."""
+        return inspect.signature(self._module.forward)
+
+    def run(self, inputs: Any) -> Any:
+        """What the model itself returns, of a copy that no trace has run through."""
+        return self._call(*fresh(inputs))
+
+    def line_of(self, error: BaseException) -> str:
+        """The user's line behind an exception of the model's."""
+        return _user_frame(error, self._module)
 
     def functional(self, program: ExportedProgram) -> tuple[fx.GraphModule, bool]:
+        unusual.check_program(program)
         try:
             with torch.no_grad():
                 return functional_module(program)
@@ -542,7 +624,7 @@ class _Tracer:
 
     def _runs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         try:
-            self._call(args, kwargs)
+            self.run((args, kwargs))
         except Exception:  # what it raises is explained already
             return False
         return True
@@ -564,7 +646,7 @@ class _Tracer:
     def refuse_lost_state(self, program: Program, inputs: Any, written: set[str]) -> None:
         """Refuses a model that keeps state which its trace has lost."""
         gm = program.graph_module
-        if any(_draws_random(n) for n in gm.graph.nodes):
+        if any(map(draws_random, gm.graph.nodes)):
             return
         with torch.no_grad():
             try:
@@ -577,6 +659,23 @@ class _Tracer:
     def _calls_of(self, inputs: Any, written: set[str]) -> state.Calls:
         module = self.fresh_module()
         return state.Calls.of(module, inputs, state.named(module, written))
+
+
+class _DataDetaches(TorchFunctionMode):
+    """Reads ``t.data`` as ``t.detach()``: a trace takes the former for a constant, with no values.
+
+    They are the same tensor; only versions of writes through it are counted differently.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func == _READ_DATA:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+_READ_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -774,20 +873,17 @@ def _finish(
     example: Any,
     specialised: tuple[str, ...],
     notes: list[str],
-    names: dict[str, str] | None = None,
+    guards: Guards,
 ) -> Program:
     for node in gm.graph.nodes:
         if constants.is_mutation(node) and "val" not in node.meta:
             node.meta["val"] = node.args[0].meta["val"]  # a copy-back that unlifting added
     constants.canonicalise(gm)
     constants.own_written(gm)  # the caller's stay as they are
-    gm.recompile()
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    inputs = tuple(
-        _input_spec(node, leaf)
-        for node, leaf in zip(placeholders, pytree.tree_leaves(traced), strict=True)
-    )
     ranges = {str(s): _bounds(r) for s, r in program.range_constraints.items()}
+    settle_squeezes(gm, {s: guards.least(s) if r[0] <= 2 else r[0] for s, r in ranges.items()})
+    gm.recompile()
+    inputs = _input_specs(gm, traced)
     return Program(
         graph_module=gm,
         args=tuple(traced[0]),
@@ -797,10 +893,17 @@ def _finish(
         specialised=specialised,
         notes=tuple(notes),
         ranges=ranges,
-        names=names or {},
+        names={},
         node_count=sum(n.op == "call_function" for n in gm.graph.nodes),
         exported=program,
+        guards=guards,
     )
+
+
+def _input_specs(gm: fx.GraphModule, traced: Any) -> tuple[InputSpec, ...]:
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    leaves = pytree.tree_leaves(traced)
+    return tuple(_input_spec(n, leaf) for n, leaf in zip(placeholders, leaves, strict=True))
 
 
 def _input_spec(node: fx.Node, leaf: Any) -> InputSpec:

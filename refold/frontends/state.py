@@ -320,7 +320,8 @@ def _is_class_state(name: str, value: Any) -> bool:
 
 
 def _address(value: torch.Tensor) -> int:
-    return value.data_ptr() if type(value) in (torch.Tensor, nn.Parameter) else 0
+    plain = type(value) in (torch.Tensor, nn.Parameter) and value.layout is torch.strided
+    return value.data_ptr() if plain else 0
 
 
 def _same(before: Any, after: Any) -> bool:

@@ -12,12 +12,15 @@ from __future__ import annotations
 import copy
 import operator
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from refold.graph.constants import drop_dead_code, is_mutation, is_transform
 from refold.graph.kinds import op_name
@@ -74,6 +77,7 @@ def functional_module(
         assert isinstance(gm, fx.GraphModule)
         _normalise(gm, scatters=True)
     gm.recompile()
+    gm.validate_inputs = False  # type: ignore[assignment]  # calls are checked, see refold.inputs
     return gm, redone
 
 
@@ -453,6 +457,98 @@ def _substitute(graph: fx.Graph, node: fx.Node, value: Any) -> None:
         new = call(graph, aten.clone.default, (value,), rule=RULE, sources=[node])
     node.replace_all_uses_with(new, propagate_meta=False)
     graph.erase_node(node)
+
+
+# --- squeezes of sizes that vary ------------------------------------------------------------------
+
+
+def settle_squeezes(gm: fx.GraphModule, lowest: Mapping[str, int]) -> None:
+    """Says of each ``squeeze`` which dimensions it drops, where their sizes vary.
+
+    ``x.squeeze()`` of ``[s0, 4, 1, 1]`` is ``[s0, 4]`` in the trace and ``[4]`` at batch 1. To
+    every rewrite it is a reshape of fixed rank, which it is not:
+
+        squeeze(x) = squeeze_copy(squeeze(x, fixed sizes of 1), sizes that may be 1)
+
+    The first is a reshape like any other. The second stays where it is: no rule knows it. A
+    reshape behind it is one of what it reads.
+
+    Args:
+        gm: a functional graph.
+        lowest: the smallest size of each symbol that calls may bring; 1 where it is not given.
+    """
+    settled = False
+    for node in list(gm.graph.nodes):
+        dims = _varying_squeeze(node)
+        if dims is not None:
+            _settle_squeeze(gm.graph, node, dims, lowest)
+            settled = True
+    if settled:
+        _unstamp(gm.graph)
+
+
+def fix_ranks(gm: fx.GraphModule) -> list[tuple[Any, fx.Node]]:
+    """Takes it that no size is 1 that :func:`settle_squeezes` left to be dropped in calls.
+
+    Returns:
+        Those sizes, as expressions of symbols, and the calls that would drop them.
+    """
+    found: list[tuple[Any, fx.Node]] = []
+    for node in gm.graph.find_nodes(op="call_function", target=aten.squeeze_copy.dims):
+        sizes = node.args[0].meta["val"].shape
+        varying = [sizes[d].node.expr for d in node.args[1] if _is_symbolic(sizes[d])]
+        if len(varying) == len(node.args[1]):
+            found += [(size, node) for size in varying]
+            node.target, node.args = aten.squeeze.dims, (node.args[0], [])
+    gm.recompile()
+    return found
+
+
+def _is_symbolic(size: Any) -> bool:
+    return not isinstance(size, int)
+
+
+def _varying_squeeze(node: fx.Node) -> list[int] | None:
+    """The dimensions that a squeeze names, if the size of one varies."""
+    source = node.args[0] if node.args else None
+    squeezes = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+    if not is_call(node, *squeezes) or not isinstance(source, fx.Node) or not is_tensor(source):
+        return None
+    sizes = source.meta["val"].shape
+    asked: Any = node.args[1] if len(node.args) > 1 else list(range(len(sizes)))
+    dims = sorted({d % len(sizes) for d in ([asked] if isinstance(asked, int) else asked)})
+    return dims if any(_is_symbolic(sizes[d]) for d in dims) else None
+
+
+def _settle_squeeze(
+    graph: fx.Graph, node: fx.Node, dims: list[int], lowest: Mapping[str, int]
+) -> None:
+    source: Any = node.args[0]
+    sizes = source.meta["val"].shape
+    varying = [d for d in dims if _may_be_one(sizes[d], lowest)]
+    ones = [d for d in dims if isinstance(sizes[d], int) and sizes[d] == 1]
+    value: fx.Node = source
+    with graph.inserting_before(node):
+        if ones or not varying:
+            value = call(graph, aten.squeeze.dims, (value, ones), rule=RULE, sources=[node])
+        if varying:
+            for user in list(node.users):  # a reshape counts elements, not dimensions
+                if is_call(user, aten.reshape.default) and user.args[0] is node:
+                    user.args = (value, *user.args[1:])
+            left = [d - sum(one < d for one in ones) for d in varying]
+            value = call(graph, aten.squeeze_copy.dims, (value, left), rule=RULE, sources=[node])
+    node.replace_all_uses_with(value, propagate_meta=False)
+    graph.erase_node(node)
+    if not value.users:
+        graph.erase_node(value)
+
+
+def _may_be_one(size: Any, lowest: Mapping[str, int]) -> bool:
+    if isinstance(size, int):
+        return False
+    expression = size.node.expr
+    ranges = {s: ValueRanges(lowest.get(str(s), 1), sympy.oo) for s in expression.free_symbols}
+    return bool(bound_sympy(expression, ranges).lower <= 1)
 
 
 # --- no-ops ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,8 @@ _ENOUGH = 8  # values of a channel that tell its distribution
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
+_LARGEST_BATCH = 9  # three batches below are tried, those that the guards admit
+
 
 def calls_like(program: Program, runs: int) -> Iterator[tuple[Call, bool]]:
     """The example, then random inputs like it: at batch 1, 2 and 3, at half the other sizes."""
@@ -25,10 +28,10 @@ def calls_like(program: Program, runs: int) -> Iterator[tuple[Call, bool]]:
     symbols = {s.sizes[s.batch] for s in program.inputs if s.batch is not None}
     plain = bool(symbols) and all(isinstance(s, str) and s.isidentifier() for s in symbols)
     if plain:
-        for batch in (1, 2, 3):
-            if all(_allowed(program, s, batch) for s in symbols):
-                yield _like(program, example, generator, dict.fromkeys(symbols, batch)), True
-                given += 1
+        admitted = (b for b in range(1, _LARGEST_BATCH) if _admitted(program, symbols, b))
+        for batch in itertools.islice(admitted, 3):
+            yield _like(program, example, generator, dict.fromkeys(symbols, batch)), True
+            given += 1
     halved = _halved(program, symbols)
     if halved:
         yield _like(program, example, generator, halved), True
@@ -47,7 +50,13 @@ def _halved(program: Program, batches: set[Any]) -> dict[Any, int]:
                 if not size.isidentifier() or not _allowed(program, size, have // 2):
                     return {}
                 found[size] = int(have) // 2
-    return found
+    return found if program.admits(found) else {}
+
+
+def _admitted(program: Program, symbols: set[Any], batch: int) -> bool:
+    return all(_allowed(program, s, batch) for s in symbols) and program.admits(
+        dict.fromkeys(symbols, batch)
+    )
 
 
 def _allowed(program: Program, symbol: Any, size: int) -> bool:
@@ -86,11 +95,14 @@ def _random_like(leaf: torch.Tensor, sizes: list[int], generator: torch.Generato
     values = leaf.detach().reshape(-1).cpu()
     if not leaf.is_floating_point():
         return _drawn_from(values, sizes, generator).to(leaf.device)
+    values = values.double()  # float8 has no isfinite
     finite = values[values.isfinite()]
     if finite.numel() > 1 and not bool((finite == finite[0]).all()) and _are_whole(finite):
-        return _drawn_from(finite, sizes, generator).to(leaf.device)
+        return _drawn_from(finite, sizes, generator).to(leaf.device, leaf.dtype)
     drawn = torch.randn(sizes, generator=generator, dtype=torch.float64)
-    mean, deviation, low, high = _distribution(leaf.detach().cpu().double(), finite.double())
+    told = leaf.ndim < 2 or leaf.shape[1] == sizes[1]
+    channels = leaf.detach().cpu().double() if told else finite  # of another number of channels
+    mean, deviation, low, high = _distribution(channels, finite)
     drawn = (mean + deviation * drawn).clamp(low, high)
     return drawn.to(leaf.device, leaf.dtype)
 

@@ -1,0 +1,124 @@
+"""``squeeze()`` of a dynamic batch: at batch 1 the result has the rank that eager gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import refold
+from refold.errors import UsageError
+from refold.graph.functionalise import settle_squeezes
+
+
+class Formula(nn.Module):
+    def __init__(self, formula: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.formula = formula
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.layer, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.formula(self, self.norm(self.conv(x)))
+
+
+ENDS = {
+    "mean": lambda s, x: x.mean((2, 3)).squeeze(),
+    "kept mean": lambda s, x: x.mean((2, 3), keepdim=True).squeeze(),
+    "first": lambda s, x: x.squeeze(0),
+    "listed": lambda s, x: x.mean((2, 3), keepdim=True).squeeze((0, 2, 3)),
+    "flattened": lambda s, x: x.flatten(1).squeeze(),
+    "viewed": lambda s, x: x.reshape(x.size(0), -1).squeeze(),
+    "channel": lambda s, x: x[:, 0].squeeze(),
+    "topk": lambda s, x: torch.squeeze(x.mean((2, 3)).topk(1, 1).values) * 2 + 1,
+    "layer": lambda s, x: s.layer(x.mean((2, 3)).squeeze()),
+    "layers": lambda s, x: s.last(s.layer(x.mean((2, 3), keepdim=True).squeeze())),
+    "normalised": lambda s, x: x.mean((2, 3)).squeeze().softmax(-1),
+    "summed": lambda s, x: x.mean((2, 3)).squeeze().mean(0) * 2,
+    "transposed": lambda s, x: x.mean((2, 3)).squeeze().t(),
+    "rank put back": lambda s, x: s.layer(x.mean((2, 3)).squeeze().view(-1, 4)),
+    "joined": lambda s, x: torch.cat([x.mean((2, 3)).squeeze(), x.amax((2, 3)).squeeze()], -1) * 2,
+    "added": lambda s, x: s.layer(x.mean((2, 3)).squeeze()) + s.layer(x.amax((2, 3)).squeeze()),
+}
+
+
+def image(batch: int) -> Tensor:
+    return torch.randn(batch, 4, 5, 5, generator=torch.Generator().manual_seed(batch))
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_ranks_are_those_of_eager(end: str) -> None:
+    model = Formula(ENDS[end])
+    compiled = refold.compile_for_inference(model, image(2))
+    assert compiled.report.after.census.get("batch-norm", 0) == 0
+    for batch in (1, 2, 3):
+        got, expected = compiled(image(batch)), model(image(batch))
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_example_of_one_row() -> None:
+    model = Formula(ENDS["mean"])
+    compiled = refold.compile_for_inference(model, image(1))
+    for batch in (1, 2):
+        torch.testing.assert_close(compiled(image(batch)), model(image(batch)))
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        lambda s, x: x.mean((2, 3)).squeeze().softmax(1),
+        lambda s, x: torch.cat([x.mean((2, 3)).squeeze(), x.amax((2, 3)).squeeze()], 1),
+    ],
+)
+def test_one_row_is_refused_where_the_model_fails_on_it(formula: Callable[..., Tensor]) -> None:
+    model = Formula(formula)
+    compiled = refold.compile_for_inference(model, image(2))
+    torch.testing.assert_close(compiled(image(3)), model(image(3)), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UsageError, match=r"x.shape\[0\] >= 2"):
+        compiled(image(1))
+
+
+def test_fixed_sizes_are_squeezed_as_ever() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3), keepdim=True).squeeze() * 2
+
+    compiled = refold.compile_for_inference(Net(), image(2), dynamic_shapes=({},))
+    targets = {str(n.target) for n in compiled.graph_module.graph.nodes}
+    assert "aten.squeeze_copy.dims" not in targets
+    torch.testing.assert_close(compiled(image(2)), Net()(image(2)))
+
+
+def test_a_size_that_is_two_or_more_is_not_squeezed() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.squeeze()
+
+    batch = torch.export.Dim("batch", min=2)
+    example = (torch.randn(4, 3, 1),)
+    program = torch.export.export(Net(), example, dynamic_shapes=({0: batch},))
+    gm = program.module(check_guards=False)
+    assert isinstance(gm, torch.fx.GraphModule)
+    symbol = str(next(iter(program.range_constraints)))
+    settle_squeezes(gm, {symbol: 2})
+    calls = [n for n in gm.graph.nodes if n.op == "call_function"]
+    assert [(str(n.target), n.args[1]) for n in calls] == [("aten.squeeze.dims", [2])]
+
+
+@pytest.mark.parametrize("target", ["ort", "inductor"])
+def test_targets_of_one_rank_refuse_one_row(target: str) -> None:
+    if target == "ort":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    model = Formula(ENDS["kept mean"])
+    compiled = refold.compile_for_inference(model, image(2), target=target)
+    torch.testing.assert_close(compiled(image(3)), model(image(3)), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UsageError, match=r"x.shape\[0\] != 1, at .*one rank"):
+        compiled(image(1))
