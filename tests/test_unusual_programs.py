@@ -316,3 +316,16 @@ def test_what_is_nonlinear_is_called_so() -> None:
     net = _Net(lambda s, x: s.b(s.c(x).sigmoid()), c=nn.Conv2d(3, 4, 1), b=nn.BatchNorm2d(4))
     reasons = [d.reason for d in _compiled(net, _grid(4)).report.declined]
     assert any("sigmoid is not linear in its input" in r for r in reasons), reasons
+
+
+def test_a_scale_along_a_padded_axis_stays_before_the_pad() -> None:
+    net = _Net(lambda s, x: s.m(F.pad(x * s.g, (1, 1))), m=nn.Linear(10, 4), g=R(8))
+    assert left(_compiled(net, _rows()).graph_module) == {"mul": 1, "pad": 1, "linear": 1}
+
+
+def test_a_scale_passes_a_reader_that_takes_nothing() -> None:
+    net = _Net(
+        lambda s, x: s.l(y := x.sigmoid() * s.g) + y.tile(1, 0).sum(1, keepdim=True),
+        l=nn.Linear(8, 8), g=R(8),
+    )  # fmt: skip
+    assert "mul" not in left(_compiled(net, _rows()).graph_module)

@@ -15,7 +15,8 @@ After::
     rows = index(weight, [mask])                 # [4, 8]
     y = linear(x, rows)                          # [s0, 4]
 
-A constant mask that picks from a tensor of the graph becomes the positions that it picks.
+A number that is read off a constant (``item``) is known likewise. A constant mask that picks from a
+tensor of the graph becomes the positions that it picks.
 """
 
 from __future__ import annotations
@@ -39,14 +40,16 @@ _CHECKS = (
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
 )
+_ASK = (aten.sym_size.int, aten.item.default, aten._local_scalar_dense.default)
+_UNBACKED = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
 _NUMBERS = (bool, int, float)
 _LARGEST = 1 << 17  # positions that a mask is written out as
 
 
 def decide_sizes(gm: fx.GraphModule, rule: str) -> Applied | None:
     """Writes the sizes that constants decide as numbers; ``None`` where there are none."""
-    sizes = gm.graph.find_nodes(op="call_function", target=aten.sym_size.int)
-    asked = [n for n in sizes if _symbols(n.meta["val"])]
+    calls = (gm.graph.find_nodes(op="call_function", target=target) for target in _ASK)
+    asked = [n for found in calls for n in found if _symbols(n.meta["val"])]
     if not asked:
         return None
     masked: dict[fx.Node, tuple[Any, ...]] = {}
@@ -66,21 +69,26 @@ def decide_sizes(gm: fx.GraphModule, rule: str) -> Applied | None:
 
 def _known(
     gm: fx.GraphModule, asked: list[fx.Node], masked: dict[fx.Node, tuple[Any, ...]]
-) -> dict[sympy.Symbol, int]:
+) -> dict[sympy.Symbol, int | float]:
     """The numbers behind symbols, for those that constants decide.
 
     ``masked`` gets the calls whose masks became positions, with the arguments that they had.
     """
     constant = constants.constant_nodes(gm.graph)
-    found: dict[sympy.Symbol, int] = {}
+    found: dict[sympy.Symbol, int | float] = {}
     for node in asked:
-        source, axis = node.args[:2]
+        source = node.args[0]
         assert isinstance(source, fx.Node)
         symbol = node.meta["val"].node._expr
         if not symbol.is_Symbol or pinned(source):
             continue
-        if source in constant:
-            found[symbol] = int(evaluate_constants([source])[source].shape[int(axis)])  # type: ignore[arg-type]
+        if source in constant and is_tensor(source):
+            value = evaluate_constants([source])[source]
+            found[symbol] = (
+                value.shape[node.args[1]]  # type: ignore[index]
+                if is_call(node, aten.sym_size.int)
+                else value.item()
+            )
         elif is_call(source, aten.index.Tensor):
             before = source.args
             count = _written_as_positions(gm, source, constant)
@@ -113,7 +121,9 @@ def _written_as_positions(gm: fx.GraphModule, node: fx.Node, constant: set[fx.No
     return count
 
 
-def _values(graph: fx.Graph, known: Mapping[sympy.Symbol, int]) -> dict[fx.Node, Any] | None:
+def _values(
+    graph: fx.Graph, known: Mapping[sympy.Symbol, int | float]
+) -> dict[fx.Node, Any] | None:
     """The fake values of all that depends on a symbol, with its number instead.
 
     ``None`` where a call does not take the numbers: then the model itself would not run.
@@ -145,17 +155,17 @@ def _symbols(value: Any) -> set[sympy.Symbol]:
         parts = (*leaf.shape, *leaf.stride()) if isinstance(leaf, torch.Tensor) else (leaf,)
         for part in parts:
             if isinstance(part, (torch.SymInt, torch.SymBool, torch.SymFloat)):
-                found |= {
-                    s for s in part.node._expr.free_symbols if symbol_is_type(s, SymT.UNBACKED_INT)
-                }
+                found |= {s for s in part.node._expr.free_symbols if symbol_is_type(s, _UNBACKED)}
     return found
 
 
-def _substituted(graph: fx.Graph, value: Any, known: Mapping[sympy.Symbol, int]) -> Any:
+def _substituted(graph: fx.Graph, value: Any, known: Mapping[sympy.Symbol, int | float]) -> Any:
     def size(s: Any) -> Any:
-        if not isinstance(s, torch.SymInt):
+        if not isinstance(s, (torch.SymInt, torch.SymFloat)):
             return s
-        expr = s.node._expr.xreplace({k: sympy.Integer(v) for k, v in known.items()})
+        if s.node._expr in known:
+            return known[s.node._expr]
+        expr = s.node._expr.xreplace({k: sympy.sympify(v) for k, v in known.items()})
         return int(expr) if expr.is_number else s.node.shape_env.create_symintnode(expr, hint=None)
 
     def leaf(v: Any) -> Any:

@@ -27,7 +27,7 @@ _KEPT = 3  # calls of each operator, of different shapes
 # or every try, says.
 LEFT_OUT = {
     r"_.*backward.*|.*_backward.*": "a derivative",
-    r"_foreach_.*|_fused_.*|_amp_.*": "of optimisers",
+    r"_foreach_.*|_fused_.*|_amp_.*|(un)?flatten_dense_tensors": "of optimisers",
     r"_nested_.*|_jagged.*|_padded_dense.*|nested_.*|to_padded_tensor": "of nested tensors",
     r".*sparse.*|.*_coo.*|.*_cs[rc].*|.*_bs[rc].*|.*crow.*|.*ccol.*|_spdiags|.*_indices_copy|"
     r"values.*|indices.*|_values.*|_indices.*|coalesce.*|row_indices.*": "of sparse tensors",

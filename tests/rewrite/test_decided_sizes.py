@@ -54,6 +54,8 @@ FOLDED: dict[str, tuple[Callable[..., Any], dict[str, int]]] = {
     "a mask of both axes": (lambda s, x: x + s.v[s.v > 0].sum(), {"add": 1}),
     "two masks": (lambda s, x: x + s.v[s.mask].sum(0) * s.v[~s.mask].mean(), {"add": 1}),
     "where": (lambda s, x: x + s.v[torch.where(s.mask)[0]].sum(0), {"add": 1}),
+    "an integer read off": (lambda s, x: x * s.counts[1].item(), {"mul": 1}),
+    "a float read off": (lambda s, x: x * s.short[1].item() + 1.0, {"mul": 1, "add": 1}),
     "nothing picked": (lambda s, x: x + s.v[s.v[:, 0] > 100].sum(0), {"add": 1}),
     "columns of the data": (lambda s, x: s.linear(x)[:, s.mask] + 1.0, {"linear": 1, "index": 1}),
     "a scale through columns": (

@@ -36,6 +36,8 @@ class Downward(Walk):
                 raise Refused(f"{user.name} is excluded")
             if user.op != "call_function" or reads(user, n) != 1:
                 raise Refused(f"{user.name} reads it")
+            if is_tensor(user) and nodes.is_empty(user):
+                continue  # it takes nothing of what it reads
             if not self._down_terminal(user, n, factor, plan):
                 self._down_passing(user, n, factor, plan)
 
@@ -297,11 +299,11 @@ class Downward(Walk):
 
     def _down_pad(self, pad: records.Pad, factor: Factor, plan: Plan) -> None:
         """Pads with the value that the scale and shift take to the pad's own."""
-        if not factor.shifts and pad.value == 0:
-            return
         padded = len(factor.scale.shape) - len(pad.low)
         if any(axis >= padded for axis in factor.varies()):
             raise Refused("the constant varies along a padded axis")
+        if not factor.shifts and pad.value == 0:
+            return
         value = preimage(factor, pad.value)
         if value is None:
             raise Refused(f"{pad.node.name} would have to pad each channel with another value")
