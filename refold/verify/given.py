@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -38,13 +39,19 @@ class Given:
         """Whether a call changes what later calls return."""
         return bool(self._state)
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Leaves what the module holds beside its state (lists, caches) as it was."""
+        with contextlib.nullcontext() if self._module is None else state.kept(self._module):
+            yield
+
     def stored(self) -> list[torch.Tensor]:
         """The tensors that the model holds; in ``after`` of a run those that it works on."""
         held = [] if self._module is None else [*self._module.parameters(), *self._module.buffers()]
         return [*held, *constants.stored(self._graph).values()]
 
     def run(self, calls: Sequence[Call], reference: Any, after: Visit | None = None) -> list[Any]:
-        """The results of some calls, one after the other on one state.
+        """The results of some calls, one after the other on one state; inside of :meth:`kept`.
 
         Args:
             calls: copies of the inputs; the model may write them.
@@ -63,14 +70,18 @@ class Given:
         self, module: nn.Module, calls: Sequence[Call], reference: Any, after: Visit | None
     ) -> list[Any]:
         results = []
-        parameters = {id(p) for p in module.parameters()}
-        written = (lambda t: id(t) not in parameters) if self._state else None
-        with state.kept(module, written):
+        with self._own_state(module):
             for args, kwargs in calls:
                 results.append(_like(module(*args, **kwargs), reference))
                 if after is not None:
                     after(results[-1])
         return results
+
+    def _own_state(self, module: nn.Module) -> AbstractContextManager[None]:
+        if not self._state:
+            return contextlib.nullcontext()
+        parameters = {id(p) for p in module.parameters()}
+        return state.kept(module, lambda t: id(t) not in parameters)
 
     def _run_graph(self, calls: Sequence[Call], after: Visit | None) -> list[Any]:
         results = []

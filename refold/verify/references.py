@@ -68,34 +68,41 @@ def references(
         found.notes.append(f"{place} {constants.impurity(drawn)}: two runs cannot be compared")
         return found
     oracle, given = Oracle(original), Given(original, module)
-    for call, generated in itertools.islice(calls_like(program, runs), most):
-        try:
-            exact = oracle.run(*fresh(call))
-            if found.calls:
-                own = given.run([fresh(call)], exact)[0]
-            else:
-                own, found.manners = observe(given, call, exact)
-        except Exception as error:
-            if not generated:
-                raise
-            found.notes.append(f"{shapes_of(call)}: the original fails on it ({first_line(error)})")
-            continue
-        found.calls.append(call)
-        found.exact.append(exact)
-        found.own.append(own)
-        found.nearby.append([])
+    with given.kept():
+        for call, generated in itertools.islice(calls_like(program, runs), most):
+            _add(found, call, oracle, given, generated=generated)
     return found
+
+
+def _add(found: References, call: Call, oracle: Oracle, given: Given, *, generated: bool) -> None:
+    """Takes in a call; one that was generated may be nothing for the model."""
+    try:
+        exact = oracle.run(*fresh(call))
+        if found.calls:
+            own = given.run([fresh(call)], exact)[0]
+        else:
+            own, found.manners = observe(given, call, exact)
+    except Exception as error:
+        if not generated:
+            raise
+        found.notes.append(f"{shapes_of(call)}: the original fails on it ({first_line(error)})")
+        return
+    found.calls.append(call)
+    found.exact.append(exact)
+    found.own.append(own)
+    found.nearby.append([])
 
 
 def add_nearby(original: fx.GraphModule, found: References) -> None:
     generator = torch.Generator().manual_seed(1)
     given = Given(original, found.module)
-    for call, exact, results in zip(found.calls, found.exact, found.nearby, strict=True):
-        for _ in range(_NEIGHBOURS):
-            beside = pytree.tree_map_only(
-                torch.Tensor, lambda t: one_rounding_away(t, generator), fresh(call)
-            )
-            results += given.run([beside], exact)
+    with given.kept():
+        for call, exact, results in zip(found.calls, found.exact, found.nearby, strict=True):
+            for _ in range(_NEIGHBOURS):
+                beside = pytree.tree_map_only(
+                    torch.Tensor, lambda t: one_rounding_away(t, generator), fresh(call)
+                )
+                results += given.run([beside], exact)
 
 
 def one_rounding_away(leaf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
