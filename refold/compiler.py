@@ -44,6 +44,7 @@ from refold.frontends.export import Program, fix_ranks, fresh, trace
 from refold.graph import kinds, subgraphs
 from refold.graph.axis_collisions import axis_collisions
 from refold.graph.dead_parameters import DeadParameter, dead_parameters
+from refold.graph.functionalise import ranks_matter
 from refold.inputs import InputCheck, as_call
 from refold.passes import PIPELINES
 from refold.recipes import Kept, Recipe, record
@@ -266,7 +267,7 @@ def _compile(
             trust=settings.trust,
         )
     program.recorded = settings.recipe
-    if not ranks_follow_sizes(settings.target):
+    if not ranks_follow_sizes(settings.target) or ranks_matter(program.graph_module):
         fix_ranks(program, settings.target.name)
     if settings.verify and program.apart:
         raise VerificationError(

@@ -171,7 +171,7 @@ def fix_ranks(program: Program, target: str) -> None:
     for size, node in fix_ranks_of(program.graph_module):
         code = f"{size} != 1"
         text = re.sub(r"[A-Za-z_]\w*", lambda m: texts.get(m[0], m[0]), code)
-        reason = f"{node.name} drops a dimension of size 1, and results for {target} have one rank"
+        reason = f"{node.name} drops a dimension of size 1, and {target} computes for one rank"
         refused.append(Guard(code, text, provenance.source_line(node), reason))
     guards = program.guards
     program.guards = replace(guards, conditions=(*guards.conditions, *dict.fromkeys(refused)))

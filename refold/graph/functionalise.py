@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-from refold.graph.constants import drop_dead_code, is_mutation, is_transform
+from refold.graph.constants import constant_nodes, drop_dead_code, is_mutation, is_transform
 from refold.graph.kinds import op_name
 from refold.graph.nodes import (
     aten,
@@ -502,6 +502,30 @@ def fix_ranks(gm: fx.GraphModule) -> list[tuple[Any, fx.Node]]:
             node.target, node.args = aten.squeeze.dims, (node.args[0], [])
     gm.recompile()
     return found
+
+
+def ranks_matter(gm: fx.GraphModule) -> bool:
+    """Whether a constant meets what a varying squeeze makes, or rewrites may join two into one.
+
+    They give the constants that they make the rank of the trace: at batch 1 the result would have
+    it, too. What a layer reads by its last dimension is as good in any rank.
+    """
+    constant = constant_nodes(gm.graph)
+    behind = set(gm.graph.find_nodes(op="call_function", target=aten.squeeze_copy.dims))
+    scaled = 0
+    for node in gm.graph.nodes:
+        inputs = node.all_input_nodes
+        if not any(n in behind for n in inputs):
+            continue
+        behind.add(node)
+        scaled += op_name(node) in _SCALES and len(inputs) == 1
+        if op_name(node) not in _BY_LAST_DIMENSION and any(n in constant for n in inputs):
+            return True
+    return scaled > 1
+
+
+_SCALES = frozenset({"mul", "add", "sub", "rsub", "div", "neg"})
+_BY_LAST_DIMENSION = frozenset({"linear", "layer_norm", "rms_norm", "matmul"})
 
 
 def _is_symbolic(size: Any) -> bool:

@@ -36,7 +36,7 @@ ENDS = {
     "flattened": lambda s, x: x.flatten(1).squeeze(),
     "viewed": lambda s, x: x.reshape(x.size(0), -1).squeeze(),
     "channel": lambda s, x: x[:, 0].squeeze(),
-    "topk": lambda s, x: torch.squeeze(x.mean((2, 3)).topk(1, 1).values) * 2 + 1,
+    "topk": lambda s, x: torch.squeeze(x.mean((2, 3)).topk(1, 1).values) * 2,
     "layer": lambda s, x: s.layer(x.mean((2, 3)).squeeze()),
     "layers": lambda s, x: s.last(s.layer(x.mean((2, 3), keepdim=True).squeeze())),
     "normalised": lambda s, x: x.mean((2, 3)).squeeze().softmax(-1),
@@ -83,6 +83,24 @@ def test_one_row_is_refused_where_the_model_fails_on_it(formula: Callable[..., T
     torch.testing.assert_close(compiled(image(3)), model(image(3)), rtol=1e-4, atol=1e-4)
     with pytest.raises(UsageError, match=r"x.shape\[0\] >= 2"):
         compiled(image(1))
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        lambda s, x: (x.mean((2, 3)).squeeze() * torch.arange(1.0, 5) - 3) / 2,
+        lambda s, x: (x.amax((2, 3)).squeeze() * 2 + 1) * 3 - 4,
+    ],
+)
+def test_one_row_is_refused_where_constants_have_the_rank_of_the_trace(
+    formula: Callable[..., Tensor],
+) -> None:
+    model = Formula(formula)
+    for verify in (True, False):
+        compiled = refold.compile_for_inference(model, image(2), verify=verify)
+        torch.testing.assert_close(compiled(image(3)), model(image(3)), rtol=1e-4, atol=1e-4)
+        with pytest.raises(UsageError, match=r"x.shape\[0\] != 1, at .*one rank"):
+            compiled(image(1))
 
 
 def test_fixed_sizes_are_squeezed_as_ever() -> None:
