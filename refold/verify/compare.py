@@ -24,7 +24,7 @@ from refold.verify import choices
 from refold.verify.flips import settle_flips
 from refold.verify.given import copied, state_kept
 from refold.verify.locate import too_far
-from refold.verify.manners import Manners, run_twice
+from refold.verify.manners import Manners, MannersError, run_twice
 from refold.verify.references import References, add_nearby, first_line, references
 from refold.verify.result import Numerics
 from refold.verify.samples import Call, shapes_of
@@ -158,6 +158,8 @@ def verify_widely(
     folded = candidate if isinstance(candidate, fx.GraphModule) else None
     try:
         return verify(original, candidate, known, folded_gm=folded), known
+    except MannersError:
+        raise
     except VerificationError:
         if original is None:
             raise

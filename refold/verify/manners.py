@@ -27,6 +27,10 @@ from refold.verify.tolerance import ceiling, tolerance
 _GARBAGE = 77.0
 
 
+class MannersError(VerificationError):
+    """A candidate treats memory otherwise than its original: no other input mends that."""
+
+
 @dataclass(frozen=True)
 class Manners:
     """What the original does on the first input.
@@ -70,7 +74,7 @@ def run_twice(
     """The result of a candidate's first call; its manners are compared with the original's.
 
     Raises:
-        VerificationError: it shares more memory, writes an input, or its second call is another.
+        MannersError: it shares more memory, writes an input, or its second call is another.
     """
     module = candidate if isinstance(candidate, fx.GraphModule) else None
     stored = [] if module is None else list(constants.stored(module).values())
@@ -91,10 +95,10 @@ def _check_memory(
     more = _shared(result, ran, stored) - manners.shared
     if more:
         pairs = ", ".join(f"{a} and {b}" for a, b in sorted(more))
-        raise VerificationError(f"{pairs} share memory, in the original they do not")
+        raise MannersError(f"{pairs} share memory, in the original they do not")
     stuck = _overlapping(result) - manners.overlapping
     if stuck:
-        raise VerificationError(
+        raise MannersError(
             f"output {min(stuck)} cannot be written: several of its elements are one in memory, "
             "in the original they are not"
         )
@@ -102,7 +106,7 @@ def _check_memory(
     for index in written.keys() | manners.written.keys():
         now, then = _leaves(ran)[index], manners.written.get(index, _leaves(call)[index])
         if not _close(now, then, ceiling):
-            raise VerificationError(f"input {index} is written otherwise than by the original")
+            raise MannersError(f"input {index} is written otherwise than by the original")
 
 
 def _check_later(second: Any, first: Any, manners: Manners) -> None:
@@ -111,7 +115,7 @@ def _check_later(second: Any, first: Any, manners: Manners) -> None:
     bound = _rounding if stateless else ceiling
     for index, (a, b) in enumerate(zip(_leaves(second), expected, strict=True)):
         if not _close(a, b, bound):
-            raise VerificationError(
+            raise MannersError(
                 f"output {index} of a second call is not the original's: what a caller writes "
                 "into the results of a call, or a state, is not kept apart"
             )
