@@ -36,6 +36,8 @@ from refold.algebra.lazy import Lazy
 
 Ints = tuple[int, ...]
 
+ROUNDING = 64 * torch.finfo(torch.float64).eps  # of a few operations, relative to their operands
+
 
 @dataclass(frozen=True)
 class AffineMap:
@@ -102,12 +104,13 @@ class AffineMap:
     def has_bias(self) -> bool:
         return bool(self.bias.any())
 
-    def bias_is(self, value: torch.Tensor | float, eps: float) -> bool:
-        """True if the bias equals ``value`` to the rounding of a dtype with ``eps``.
+    def bias_is(self, value: torch.Tensor | float) -> bool:
+        """True if the bias equals ``value`` to the rounding of float64.
 
-        A border that the network pads with its own bias cancels it up to rounding only.
+        A border that the network pads with its own bias cancels it in exact arithmetic. The model's
+        own dtype is no measure: what it rounds away here may be a layer's whole output.
         """
-        return bool(((self.bias - value).abs() <= 8 * eps * self.reach.evaluate()).all())
+        return bool(((self.bias - value).abs() <= ROUNDING * self.reach.evaluate()).all())
 
 
 def identity(channels: int, spatial: int) -> AffineMap:

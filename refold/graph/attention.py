@@ -126,7 +126,7 @@ def _above(node: fx.Node) -> fx.Node | None:
     if is_call(node, aten.add.Tensor):
         for operand in node.args:
             full = is_tensor(operand) and same(shape(operand), shape(node))  # type: ignore[arg-type]
-            if full and constants.exact(operand) is None:
+            if full and constants.compact(operand) is None:
                 return operand  # type: ignore[return-value]
         return None
     if is_call(node, aten.masked_fill.Scalar):
@@ -141,7 +141,7 @@ def _is_even(factor: object) -> bool:
     """True for a constant factor that is the same for every key of a row."""
     if isinstance(factor, (int, float)):
         return math.isfinite(factor)
-    exact = constants.exact(factor)
+    exact = constants.compact(factor)
     return exact is not None and set(exact.shape[-1:]) <= {1} and bool(exact.get().isfinite().all())
 
 

@@ -53,11 +53,23 @@ def stored(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
 def exact(node: object) -> Lazy | None:
     """A constant operand in float64, unrounded where a pass made it; ``None`` if not constant.
 
-    Reads through layout operations over a constant. An ``expand`` reads as what it expands, so
-    the shape is the operand's up to broadcasting.
+    Reads through layout operations over a constant, and has the shape of the operand. ``None`` for
+    one that is expanded to a size which only the call knows; :func:`compact` reads that.
     """
+    found = compact(node)
+    if found is None:
+        return None
+    assert isinstance(node, fx.Node)
+    sizes = tuple(node.meta["val"].shape)
+    if any(not isinstance(s, int) for s in sizes):
+        return None
+    return found if found.shape == sizes else found.map(sizes, lambda t: t.expand(sizes))
+
+
+def compact(node: object) -> Lazy | None:
+    """:func:`exact` for readers that broadcast: an ``expand`` reads as what it expands."""
     if not is_get_attr(node):
-        return _exact_layout(node)
+        return _compact_layout(node)
     assert isinstance(node, fx.Node)
     if any(is_mutation(user) for user in node.users) or not node.meta["val"].is_floating_point():
         return None
@@ -69,7 +81,7 @@ _BROADCASTS = {"expand", "expand_as", "contiguous", "clone", "detach", "alias"}
 _VIEWS = {"view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "permute", "transpose", "t"}
 
 
-def _exact_layout(node: object) -> Lazy | None:
+def _compact_layout(node: object) -> Lazy | None:
     if not isinstance(node, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
         return None
     name = op_name(node)
@@ -77,7 +89,7 @@ def _exact_layout(node: object) -> Lazy | None:
         return None
     source = node.args[0] if node.args else None
     if name in _BROADCASTS:
-        return exact(source)
+        return compact(source)
     rest = node.args[1:]
     if len(node.all_input_nodes) != 1:
         return None

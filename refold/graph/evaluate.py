@@ -3,12 +3,14 @@
 Every floating dtype counts as float64 (tensors, casts, factories, ``dtype=`` arguments, autocast),
 so a baked ``x.to(float32)`` does not hide the error it makes. Constants upstream of a
 discontinuity (round, sign, a comparison, topk, an integer cast, ...) are the exception: they are
-evaluated in the model's own dtype, bit for bit, because float64 would move their steps.
+evaluated in the model's own dtype, bit for bit, because float64 would move their steps. So are
+constants of which the model's arithmetic makes something else than float64 does (a table of
+``sin(5000 * f)``): they are what it was trained with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +50,8 @@ _MOVES = frozenset({
     "view_as", "reshape_as", "swapaxes", "numpy_T", "index_select", "lift_fresh_copy", "diagonal",
     "tile", "repeat_interleave", "unfold", "unsafe_chunk", "unsafe_split", "lift_fresh", "mT",
 })  # fmt: skip
+_ROUNDINGS = 16  # of its own dtype, by which the value of a constant may differ from the exact one
+_MEASURED = 1 << 24  # elements of a constant up to which both are computed
 _INDEXED = frozenset({"max", "min", "cummax", "cummin", "aminmax", "adaptive_max_pool2d"})
 
 
@@ -72,13 +76,14 @@ def discontinuous(node: fx.Node) -> bool:
 
 
 def evaluate_constants(
-    nodes: Sequence[fx.Node], *, rounded: bool = True
+    nodes: Sequence[fx.Node], *, rounded: bool = True, own: Collection[fx.Node] = ()
 ) -> dict[fx.Node, torch.Tensor]:
     """Values of constant nodes: float64 downstream of the last discontinuity, rounded once.
 
     Args:
         nodes: constant nodes (see :func:`refold.graph.constants.constant_nodes`) of one graph.
         rounded: round each value to its node's dtype; otherwise leave it in float64.
+        own: nodes to evaluate in the model's own dtype (see :func:`in_own_dtype`).
 
     Returns:
         A value for each of ``nodes``. A node that only moves values of one tensor gives a view.
@@ -89,7 +94,7 @@ def evaluate_constants(
         return {}
     graph = next(iter(needed)).graph
     ordered = [n for n in graph.nodes if n in needed]
-    exact = _stepped_within(ordered, needed)
+    exact = _stepped_within(ordered, needed).union(own)
     last = _last_uses(ordered)
     values: dict[fx.Node, Any] = {}
     out: dict[fx.Node, torch.Tensor] = {}
@@ -102,6 +107,79 @@ def evaluate_constants(
             for dead in last.get(node, ()):
                 del values[dead]
     return out
+
+
+def in_own_dtype(graph: fx.Graph, constant: set[fx.Node]) -> set[fx.Node]:
+    """The constants that are evaluated in the model's own dtype, bit for bit.
+
+    Those upstream of a discontinuity, and those of which float64 makes something else than the
+    model does: ``sin(5000 * f)`` in float32 is 1e-4 away from the exact one, a table of float32
+    positions that cancel likewise. The model was trained with its own. Both are computed, and
+    compared where something else than a constant reads them.
+    """
+    ordered = [n for n in graph.nodes if n in constant]
+    stepped = _stepped_within(ordered, constant)
+    read = [n for n in ordered if n.op != "get_attr" and any(u not in constant for u in n.users)]
+    inside = ancestors(read)
+    ordered = [n for n in ordered if n in inside]
+    last = _last_uses(ordered)
+    wide: dict[fx.Node, Any] = {}
+    own: dict[fx.Node, Any] = {}
+    differing: list[fx.Node] = []
+    watched = set(read)
+    with torch.no_grad():
+        for node in ordered:
+            _evaluate_both(node, wide, own, stepped)
+            if node in watched and _parts(wide.get(node), own.get(node)):
+                differing.append(node)
+            for dead in last.get(node, ()):
+                wide.pop(dead, None)
+                own.pop(dead, None)
+    return stepped | ancestors(differing)
+
+
+def _evaluate_both(
+    node: fx.Node, wide: dict[fx.Node, Any], own: dict[fx.Node, Any], stepped: set[fx.Node]
+) -> None:
+    """A constant in float64 and in its own dtype: one object where they cannot differ."""
+    inputs = node.all_input_nodes
+    if any(a not in wide for a in inputs) or not _is_affordable(node):
+        return
+    try:
+        wide[node] = _step(node, wide, stepped)
+        alike = node.op == "get_attr" or node in stepped or op_name(node) in _MOVES
+        if alike and all(wide[a] is own[a] for a in inputs):
+            own[node] = wide[node]
+        else:
+            args, kwargs = _arguments(node, own, native=True)
+            own[node] = _call(node.target, args, kwargs)
+    except (RuntimeError, NotImplementedError, AssertionError):  # where it is folded, it is said
+        wide.pop(node, None)
+
+
+def _is_affordable(node: fx.Node) -> bool:
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return all(
+        isinstance(v, torch.Tensor)
+        and v.layout == torch.strided
+        and all(isinstance(s, int) for s in v.shape)
+        and (node.op == "get_attr" or v.numel() <= _MEASURED)
+        for v in leaves
+    )
+
+
+def _parts(wide: Any, own: Any) -> bool:
+    """True if the model's own arithmetic gave something else than rounding explains."""
+    for a, b in zip(pytree.tree_leaves(wide), pytree.tree_leaves(own), strict=True):
+        if a is b or not isinstance(b, torch.Tensor) or b.dtype not in WIDE or not b.numel():
+            continue
+        finite = a.isfinite()
+        if not torch.equal(finite, b.isfinite()):
+            return True
+        a, b = torch.where(finite, a, 0), torch.where(finite, b, 0)
+        if bool((a - b).abs().max() > _ROUNDINGS * torch.finfo(b.dtype).eps * a.abs().max()):
+            return True
+    return False
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -264,9 +342,8 @@ class Oracle:
         self._stored = stored
         self._ordered = list(gm.graph.nodes)
         constant = constants.constant_nodes(gm.graph)
-        inside = [n for n in self._ordered if n in constant]
         self._constant = constant
-        self._exact = _stepped_within(inside, constant)
+        self._exact = in_own_dtype(gm.graph, constant)
         self._last = _last_uses(self._ordered)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

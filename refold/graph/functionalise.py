@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
+from refold.graph import aliasing
 from refold.graph.constants import constant_nodes, drop_dead_code, is_mutation, is_transform
 from refold.graph.kinds import op_name
 from refold.graph.nodes import (
@@ -45,6 +46,7 @@ _DROPOUT = frozenset(
 _MAY_RETURN_INPUT = _DROPOUT | {"type_as", "rrelu", "pad", "getitem"}
 # They read strides or storage: a copy in front of them matters.
 _STRIDE_SENSITIVE = frozenset({"as_strided", "as_strided_scatter", "view_as_complex", "set_"})
+_COPIES = frozenset({"contiguous", "clone", "to", "_to_copy", "lift_fresh_copy"})
 _COMPARISONS = frozenset(
     {"eq_", "ne_", "lt_", "le_", "gt_", "ge_", "logical_and_", "logical_or_", "logical_not_",
      "logical_xor_", "isnan_"}
@@ -609,6 +611,7 @@ def drop_no_ops(gm: fx.GraphModule) -> None:
     graph = gm.graph
     leaks = leaking(graph)
     sensitive = any(_reads_strides(n) for n in graph.nodes)
+    formats = any(map(aliasing.reads_format, graph.nodes))
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -619,6 +622,8 @@ def drop_no_ops(gm: fx.GraphModule) -> None:
         if not is_tensor(node) or not isinstance(source, fx.Node) or not is_tensor(source):
             continue
         if not _is_no_op(node, source, leaks, sensitive):
+            continue
+        if formats and op_name(node) in _COPIES and aliasing.chooses_kernel(node) is not None:
             continue
         node.replace_all_uses_with(source, propagate_meta=False)
         graph.erase_node(node)
@@ -644,7 +649,7 @@ def _is_no_op(node: fx.Node, source: fx.Node, leaks: set[fx.Node], sensitive: bo
         return not _is_boundary(node, source)
     if name in ("contiguous", "to") and _storages(before) == _storages(after):
         return not _is_boundary(node, source)
-    if name not in ("contiguous", "clone", "to", "_to_copy", "lift_fresh_copy"):
+    if name not in _COPIES:
         return False
     if sensitive and not same(list(before.stride()), list(after.stride())):
         return False

@@ -299,7 +299,7 @@ def linear(node: object) -> Linear | None:
     if len(shape(x)) < 2 or dtype(x) != dtype(node):  # type: ignore[arg-type]
         return None
     weight = constants.exact(weight_node)
-    if weight is None or not weight.numel() or constants.exact(x) is not None:
+    if weight is None or not weight.numel() or constants.compact(x) is not None:
         return None
     if transpose:
         weight = weight.map((weight.shape[1], weight.shape[0]), lambda w: w.t())
@@ -323,7 +323,7 @@ def left_product(node: object) -> Linear | None:
     weight = constants.exact(weight_node)
     if weight is None or len(weight.shape) != 2 or not weight.numel() or not is_tensor(x):
         return None
-    if len(shape(x)) != 3 or constants.exact(x) is not None or not _fixed_float(node):  # type: ignore[arg-type]
+    if len(shape(x)) != 3 or constants.compact(x) is not None or not _fixed_float(node):  # type: ignore[arg-type]
         return None
     return Linear(node, x, weight_node, weight, None)  # type: ignore[arg-type]
 
@@ -378,7 +378,7 @@ def _einsum_product(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
         return None
     left, right = terms
     x, w = operands
-    if constants.exact(x) is not None:
+    if constants.compact(x) is not None:
         left, right, x, w = right, left, w, x  # type: ignore[has-type]
     if len(right) != 2 or len(set(right)) != 2 or "." in right or not left or not result:
         return None
@@ -486,7 +486,7 @@ def _constant(value: Any, rank: int) -> Lazy | None:
     if isinstance(value, (int, float)):
         number = float(value)
         return Lazy((1,) * rank, lambda: torch.full((1,) * rank, number, dtype=torch.float64))
-    lazy = constants.exact(value)
+    lazy = constants.compact(value)
     if lazy is None or len(lazy.shape) > rank:
         return None
     full = (1,) * (rank - len(lazy.shape)) + lazy.shape
@@ -563,7 +563,7 @@ def _arithmetic(node: fx.Node, *, widens: bool = False) -> Affine | None:
     def split(a: Any, b: Any) -> tuple[Any, Lazy] | None:
         """(data, constant) of a commutative pair."""
         for data, other in ((a, b), (b, a)):
-            if is_tensor(data) and constants.exact(data) is None:
+            if is_tensor(data) and constants.compact(data) is None:
                 value = _constant(other, rank)
                 if value is not None:
                     return data, value
@@ -576,7 +576,7 @@ def _arithmetic(node: fx.Node, *, widens: bool = False) -> Affine | None:
         return make(pair[0], pair[1], zero) if pair else None
     if is_call(node, aten.div.Tensor, aten.div.Scalar):
         divisor = _constant(node.args[1], rank)
-        if divisor is None or constants.exact(node.args[0]) is not None:
+        if divisor is None or constants.compact(node.args[0]) is not None:
             return None
         return make(node.args[0], divisor.map(divisor.shape, torch.reciprocal), zero)
     if is_call(node, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar,
@@ -606,7 +606,7 @@ def _arithmetic(node: fx.Node, *, widens: bool = False) -> Affine | None:
         if base is not None and pair is not None:
             return make(pair[0], pair[1].map(pair[1].shape, lambda t: t * factor), base)
         left, right = _constant(args["tensor1"], rank), _constant(args["tensor2"], rank)
-        if left is None or right is None or constants.exact(args["self"]) is not None:
+        if left is None or right is None or constants.compact(args["self"]) is not None:
             return None
         return make(args["self"], one, _combine(left, right, lambda p, q: p * q * factor))
     return None
@@ -755,7 +755,7 @@ def weighted_sum(node: object) -> WeightedSum | None:
                 ]
     read = []
     for x, factor in terms:
-        if not is_tensor(x) or factor is None or constants.exact(x) is not None:
+        if not is_tensor(x) or factor is None or constants.compact(x) is not None:
             return None
         if not same(shape(x), shape(node)) or dtype(x) != dtype(node):
             return None
@@ -773,7 +773,7 @@ def comparison(node: object) -> Comparison | None:
     assert isinstance(node, fx.Node)
     left, right = node.args
     operation = node.target._schema.name.split("::")[-1]  # type: ignore[union-attr]
-    if constants.exact(left) is not None:
+    if constants.compact(left) is not None:
         left, right, operation = right, left, MIRRORED[operation]
     if not is_tensor(left) or not _fixed_float(left):  # type: ignore[arg-type]
         return None

@@ -17,8 +17,9 @@ shape and the dtype of ``x``. NaN and infinity pass unchanged. One liberty is ta
 is ``+0.0``, and becomes ``-0.0``. ``x * 0`` is never folded, for ``inf * 0`` is NaN.
 
 Conditions: no output comes to share storage with an input, a constant or another output; no view
-and no output sees other strides; nothing moves across a write. Views become ``reshape``, which
-does the same wherever the view worked, and does not depend on strides.
+and no output sees other strides, and no norm whose kernel depends on the memory format (group norm
+loses half of its digits channels last) another one; nothing moves across a write. Views become
+``reshape``, which does the same wherever the view worked, and does not depend on strides.
 
 Before::
 
@@ -81,7 +82,7 @@ class CleanUp:
         """Cleans a graph in place."""
         done, swept = _remove_dead(gm)  # a dead user would hold the call that it reads
         modified = _loosen_views(gm.graph)
-        rules = _rules(strides_matter=aliasing.reads_strides(gm.graph))
+        rules = _rules(gm.graph, strides_matter=aliasing.reads_strides(gm.graph))
         for _ in range(_ROUNDS):
             result = apply_rules(gm, rules)
             merged = merge_common(gm.graph)
@@ -215,7 +216,7 @@ def _stored_range(node: fx.Node) -> tuple[int, int, int, int] | None:
     base, source, start, end = args["self"], args["src"], args["start"], args["end"]
     if not (nodes.is_tensor(base) and nodes.is_tensor(source)):
         return None
-    if nodes.dtype(base) != nodes.dtype(source) or constants.exact(source) is not None:
+    if nodes.dtype(base) != nodes.dtype(source) or constants.compact(source) is not None:
         return None
     axis = int(args["dim"]) % len(nodes.shape(base))
     size = nodes.shape(base)[axis]
@@ -228,7 +229,10 @@ def _stored_range(node: fx.Node) -> tuple[int, int, int, int] | None:
     return (axis, low, high, size) if low < high else None
 
 
-def _rules(*, strides_matter: bool) -> tuple[RewriteRule, ...]:
+def _rules(graph: fx.Graph, *, strides_matter: bool) -> tuple[RewriteRule, ...]:
+    # A copy that one layer reads in another memory format chooses that layer's kernel.
+    formats = any(map(aliasing.reads_format, graph.nodes))
+    idle = lambda copy: not formats or aliasing.chooses_kernel(copy) is None
     zero = Const("c").where(_holds(0))
     one = Const("c").where(_holds(1))
     rules: list[RewriteRule] = [
@@ -243,7 +247,7 @@ def _rules(*, strides_matter: bool) -> tuple[RewriteRule, ...]:
         Drop("mul-one", Call((aten.div.Tensor, aten.div.Scalar), x, one)),
         Drop("leaky-relu-one", Call((aten.leaky_relu, aten.prelu), x, one)),
         Drop("double-neg", Call(aten.neg, Call(aten.neg, x).shared())),
-        Drop("cast", _unchanged(Call((aten.to, aten.type_as, aten._to_copy), x, ...))),
+        Drop("cast", _unchanged(Call((aten.to, aten.type_as, aten._to_copy), x, ...)).where(idle)),
         Drop("reshape", _unchanged(Call(_RESHAPES, x, ...))),
         Drop("slice", _unchanged(Call((aten.slice, aten.narrow), x, ...))),
         Drop("expand", _unchanged(
@@ -260,7 +264,7 @@ def _rules(*, strides_matter: bool) -> tuple[RewriteRule, ...]:
         # Strides of inputs may differ from call to call: with a stride reader in the graph, what
         # the trace saw does not prove that a copy is not needed. One that feeds an output stays,
         # because the caller may rely on the layout that it asks for.
-        rules.append(Drop("copy", Call(_COPIES, x, ...).where(_is_internal)))
+        rules.append(Drop("copy", Call(_COPIES, x, ...).where(_is_internal).where(idle)))
         rules.append(JoinStoredSlice())
     return tuple(rules)
 

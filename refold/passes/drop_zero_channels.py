@@ -266,17 +266,18 @@ class _Dropper:
         rank = len(shape(node))
         norm = is_call(node, aten.batch_norm.default)
         for operand in node.all_input_nodes:
-            value = constants.exact(operand)
+            value = constants.exact(operand) or constants.compact(operand)
             if value is None:
                 continue
             at = 0 if norm else axis - (rank - len(value.shape))
-            if at < 0 or value.shape[at] != count:
+            if at < 0 or shape(operand)[at - len(value.shape)] != count:
                 continue
-            sizes_ = (*value.shape[:at], int(index.numel()), *value.shape[at + 1 :])
-            selected = value.map(sizes_, partial(torch.index_select, dim=at, index=index))
+            if value.shape[at] == count:  # else one value for all, expanded
+                sizes_ = (*value.shape[:at], int(index.numel()), *value.shape[at + 1 :])
+                value = value.map(sizes_, partial(torch.index_select, dim=at, index=index))
             with edit.before(node):
                 name = f"{node.name}.{operand.name}"
-                new = edit.constant(name, selected, operand.meta["val"])
+                new = edit.constant(name, value, operand.meta["val"])
             edit.set_operand(node, operand, new)
 
 
@@ -410,7 +411,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
         if len(tensors) == 1 and node.args and tensors[0] is node.args[0]:
             return tensors
     binary = is_call(node, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
-    if binary and all(is_tensor(a) and constants.exact(a) is None for a in node.args):
+    if binary and all(is_tensor(a) and constants.compact(a) is None for a in node.args):
         return list(node.args)  # type: ignore[arg-type]
     raise _Refused(node, f"nothing is known of how {name} keeps channels apart")
 

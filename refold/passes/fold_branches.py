@@ -12,7 +12,9 @@ is known here: RepVGG, ACNet, DBB, MobileOne, ECBSR and LoRA are one rule.
 The choice is forward and greedy: in topological order, at each node, the root with the largest
 gain (cost of the nodes that die minus cost of the merged one). At least one convolution or matrix
 product must die. Terms of a sum on other roots stay as addends.
-Terms that a sum adds and subtracts go: a straight-through ``x + (q - x)`` is ``q``.
+Terms that a sum adds and subtracts go: a straight-through ``x + (q - x)`` is ``q``, where ``x`` has
+bounds (a clamp, a tanh) and ``q`` is computed from it element by element, so that it is NaN where
+``x`` is. Of another ``x`` the sum stays: at infinity it is NaN, and ``q`` need not be.
 Branches that look one way (causal convolutions) become one pad and one convolution.
 
 A constant matrix on the left, ``W @ x`` over tokens, is a pointwise convolution with them as its
@@ -52,7 +54,7 @@ from torch import fx
 from refold.algebra import affine_map as am
 from refold.algebra.affine_map import AffineMap
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes, records
+from refold.graph import bounds, constants, nodes, records
 from refold.graph.kinds import kind, op_name
 from refold.graph.nodes import aten, hint, hints, same, shape
 from refold.rewrite import cost, layout, maps
@@ -160,19 +162,28 @@ class _Folder:
     def _cancelled(self, node: fx.Node, result: PassResult) -> fx.Node:
         """A sum without the terms that it adds and subtracts: ``x + (q - x)`` is ``q``.
 
+        Infinity minus infinity is NaN, so the terms that go must be finite, or NaN with what stays.
         A single term takes the sum's place only where nobody sees other strides or storage.
         """
         if records.add(node) is None or nodes.pinned(node):
             return node
         leaves, inner = self._leaves(node)
         totals: dict[fx.Node, float] = {}
-        cancels = False
+        cancels: dict[fx.Node, None] = {}
         for factor, leaf in leaves:
-            cancels = cancels or factor * totals.get(leaf, 0.0) < 0
+            if factor * totals.get(leaf, 0.0) < 0:
+                cancels[leaf] = None
             totals[leaf] = totals.get(leaf, 0.0) + factor
         rest = sorted(((f, leaf) for leaf, f in totals.items() if f), key=lambda t: t[0] != 1.0)
         if not cancels or not rest or rest[0][0] != 1.0:
             return node
+        for leaf in cancels:
+            if not any(bounds.nan_follows(leaf, kept) for _, kept in rest):
+                self.reader.refusals[node] = (
+                    f"{leaf.name} is added and subtracted, but infinity minus infinity is NaN and "
+                    f"{leaf.name} has no bounds, or what stays is not computed from it alone"
+                )
+                return node
         new = rest[0][1]
         gone = [*sorted(inner), node]
         done = applied(self.options.name, gone, [], f"terms of {node.name} that cancel")

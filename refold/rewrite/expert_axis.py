@@ -214,7 +214,7 @@ class _Axis:
         terms = inputs.split(",")
         if not arrow or len(terms) != 2 or "." in equation or records.einsum_broadcasts(node):
             raise Refusal("the einsum is not understood")
-        if constants.exact(operands[0]) is not None:
+        if constants.compact(operands[0]) is not None:
             terms, operands = terms[::-1], operands[::-1]
         left, right = terms
         letter = result[axis]
@@ -271,7 +271,7 @@ class _Axis:
         if not isinstance(node, fx.Node) or named(node) != "index":
             return None
         indices: Any = node.args[1]
-        if len(indices) != 1 or constants.exact(node.args[0]) is None:
+        if len(indices) != 1 or constants.compact(node.args[0]) is None:
             return None
         self.chosen.append(indices[0])
         return self._slices(node.args[0], 0)

@@ -245,7 +245,7 @@ def _experts(
 def _common(values: tuple[fx.Node, ...]) -> fx.Node | None:
     """The node that all experts read, where their operands are one node that is not constant."""
     first = values[0]
-    if any(v is not first for v in values) or constants.exact(first) is not None:
+    if any(v is not first for v in values) or constants.compact(first) is not None:
         return None
     return first
 
@@ -266,7 +266,7 @@ def _check_rows(steps: Sequence[Step]) -> None:
             fits = all(
                 s.dim() < 2 or s.shape[0] == 1
                 for s in (a.meta["val"] for a in node.all_input_nodes)
-                if constants.exact(_node_of(s, node)) is not None
+                if constants.compact(_node_of(s, node)) is not None
             )
         elif name in ("linear", "addmm", "mm", "matmul"):
             fits = _row_product(step)
@@ -556,7 +556,7 @@ def gated(node: Any) -> tuple[fx.Node, fx.Node] | None:
     if not is_call(node, aten.mul.Tensor):
         return None
     for value, gate in (node.args, node.args[::-1]):
-        if not is_tensor(value) or not is_tensor(gate) or constants.exact(gate) is not None:
+        if not is_tensor(value) or not is_tensor(gate) or constants.compact(gate) is not None:
             continue
         sizes, wide = shape(gate), shape(value)
         if sizes and len(sizes) == len(wide) and same(sizes[-1], 1) and known(wide[-1] != 1):
@@ -567,12 +567,12 @@ def gated(node: Any) -> tuple[fx.Node, fx.Node] | None:
 def _is_number(value: Any) -> bool:
     if isinstance(value, (int, float)):
         return not isinstance(value, bool)
-    lazy = constants.exact(value)
+    lazy = constants.compact(value)
     return lazy is not None and lazy.numel() == 1
 
 
 def _number(value: Any) -> float:
-    lazy = constants.exact(value)
+    lazy = constants.compact(value)
     return float(value if lazy is None else lazy.get())
 
 

@@ -180,13 +180,12 @@ class MapReader:
         if set(conv.stride) == {1}:
             return self._after(outer, conv.x, conv.node, "conv")
         out: Maps = {("transposed", conv.x): outer}
-        eps = torch.finfo(nodes.dtype(conv.node)).eps
         for (kind, root), inner in self.of(conv.x).items():
             if kind != "conv" or root is conv.x or not inner.is_pointwise:
                 continue
             if not same(shape(root)[2:], shape(conv.x)[2:]):
                 continue  # a crop: the root goes on where the layer's input has ended
-            if not inner.bias_is(0.0, eps):
+            if not inner.bias_is(0.0):
                 self.refusals[conv.node] = (
                     f"the kernel taps that meet an output of {conv.node.name} differ in number, so "
                     f"the bias of {conv.x.name} adds no constant to it"
@@ -349,6 +348,8 @@ class MapReader:
                 continue
             if not inner.is_pointwise or len(shape(key[1])) != len(shape(pad.node)):
                 continue
+            if not same(shape(key[1])[2:], shape(pad.x)[2:]):
+                continue  # a crop: the pad repeats pixels of what is left of the root
             target: Any = pad.node.target
             args, kwargs = (key[1], *pad.node.args[1:]), dict(pad.node.kwargs)
             graph = pad.node.graph
@@ -362,8 +363,7 @@ class MapReader:
 
     def _settle(self, node: fx.Node, key: Key, border: _Border, out: Maps) -> None:
         """A bordered map is a map once every side equals the bias."""
-        eps = torch.finfo(nodes.dtype(node)).eps
-        if all(border.base.bias_is(v, eps) for _, v in border.sides.values()):
+        if all(border.base.bias_is(v) for _, v in border.sides.values()):
             out[key] = border.base
         self.borders.setdefault(node, {})[key] = border
 
@@ -379,7 +379,7 @@ class MapReader:
         end = args["end"] if args["end"] is not None else extent
         if not isinstance(start, int) or not isinstance(end, (int, torch.SymInt)):
             return {}
-        value = constants.exact(source)
+        value = constants.compact(source)
         out: Maps = {}
         for key, border in self.borders[base].items():
             sides = dict(border.sides)
@@ -666,7 +666,7 @@ def border_reason(
         high.append(0 if known(last < extents[axis]) else 1)
     if not any(low) and not any(high):
         return None
-    if not inner.bias_is(0.0, torch.finfo(nodes.dtype(node)).eps):
+    if not inner.bias_is(0.0):
         return (
             f"{node.name} pads with zeros where {middle.name} would have its bias "
             f"(exact inside, wrong at the border)"

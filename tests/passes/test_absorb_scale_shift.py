@@ -11,6 +11,7 @@ from torch import nn
 
 from refold.graph import printer
 from refold.passes.absorb_scale_shift import AbsorbScaleShift
+from refold.passes.fold_batch_norm import FoldBatchNorm
 from tests import golden
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
@@ -394,3 +395,144 @@ def test_two_outputs_never_come_to_share_storage() -> None:
 
     gm, _ = run(AbsorbScaleShift(), Net(forward, c=conv()), image())
     assert left(gm)["mul"] == 1
+
+
+ROW = torch.zeros(2, 3, 4, dtype=torch.float64)  # the shape of what the pads below read
+PADS = {
+    "time shift": ((1, -1), 0.0, True),
+    "shifted back": ((-1, 1), 0.0, True),
+    "one longer": ((1, 0), 0.0, True),
+    "one shorter": ((0, -1), 0.0, True),
+    "both sides": ((2, 1), 0.0, True),
+    "another constant": ((1, -1), 0.5, True),
+    "the axis before": ((0, 0, 1, -1), 0.0, True),
+    "both axes": ((1, -1, 1, 0), 0.0, True),
+    "both axes, another constant": ((1, -1, 1, 0), 0.5, False),
+    "a crop of both axes": ((-1, 0, 0, -1), 0.5, True),
+}
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("name", PADS)
+def test_a_scale_behind_a_pad_of_its_axis_is_padded_too(name, shift) -> None:
+    """What the pad writes is not scaled, and what it moves takes its own factor along."""
+    amounts, value, folds = PADS[name]
+    width = F.pad(ROW, amounts).shape[-1]
+
+    def forward(s, x):
+        x = x.tanh() * s.g
+        return s.l(F.pad(x + s.h if shift else x, amounts, value=value))
+
+    net = Net(forward, l=nn.Linear(width, 5), g=mixed(4), h=mixed(4))
+    gm, declined = run(AbsorbScaleShift(), net, torch.randn_like(ROW))
+    # a shift that the pad's own zeros do not take is another one in the rows that it adds
+    folds = folds and not (shift and len(amounts) > 2 and max(amounts[2:]) > 0)
+    assert left(gm).keys().isdisjoint({"mul", "add"}) is folds, declined
+
+
+PADDED_CHANNELS = {
+    "channels": lambda x: F.pad(x, (0, 0, 0, 0, 1, -1)),
+    "channels, cut": lambda x: F.pad(x, (0, 0, 0, 0, -1, 1)),
+    "all": lambda x: F.pad(x, (1, -1, 0, 0, 2, -2)),
+    "rolled": lambda x: x.roll(1, 1),
+    "flipped": lambda x: x.flip(1),
+    "every other, twice": lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1),
+    "moved by a slice": lambda x: torch.cat([x[:, 1:], x[:, :1]], 1),
+    "picked": lambda x: x.index_select(1, torch.tensor([3, 3, 0, 1])),
+}
+
+
+@pytest.mark.parametrize("name", PADDED_CHANNELS)
+@pytest.mark.parametrize("kind", ["scale", "norm"])
+def test_what_moves_channels_moves_their_scales(name, kind) -> None:
+    """As many channels come out as go in: their count says nothing of which they are."""
+    net = Net(
+        lambda s, x: s.c(PADDED_CHANNELS[name](x.tanh() * s.g if kind == "scale" else s.b(x))),
+        c=conv(), g=mixed(4, 1, 1), b=nn.BatchNorm2d(4),
+    )  # fmt: skip
+    run((AbsorbScaleShift(), FoldBatchNorm()), net, image())
+
+
+PRODUCTS = {
+    "matrix and vector": lambda s, x: (x @ s.w) * s.v,
+    "matrix and vector, by rows": lambda s, x: (s.m @ x[0]) * s.v,
+    "vector and matrix": lambda s, x: (s.w @ x) * s.v,
+    "vector and vector": lambda s, x: (x[0] @ s.w) * 0.5,
+    "vector and vector, made": lambda s, x: (s.l(x)[0] @ x[1]) * s.v[0],
+    "stacked matrices and vector": lambda s, x: (torch.stack([x, x]) @ s.w) * s.v,
+    "vector and stacked matrices": lambda s, x: (s.w @ torch.stack([x, x])) * s.v,
+    "both of the data": lambda s, x: (s.l(x) @ s.l(x)[0]) * s.v,
+    "a made matrix": lambda s, x: (s.l(x) @ x.amax(0)) * s.v,
+    "a made matrix behind": lambda s, x: (x.amax(0) @ s.l(x)) * s.v,
+    "one number": lambda s, x: (x @ s.w) * 0.5,
+    "a scale of rows": lambda s, x: (x @ s.m) * s.v[:, None],
+    "mv": lambda s, x: torch.mv(x, s.w) * s.v,
+    "dot": lambda s, x: torch.dot(x[0], s.w) * s.v,
+    "outer": lambda s, x: torch.outer(x[0], s.w) * s.v,
+    "inner": lambda s, x: torch.inner(x, s.m) * s.v,
+    "tensordot": lambda s, x: torch.tensordot(x, s.m, ([0], [0])) * s.v,
+    "einsum of a vector": lambda s, x: torch.einsum("ij,j->i", x, s.w) * s.v,
+    "bilinear": lambda s, x: F.bilinear(x, x, s.t) * s.v,
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_with_a_vector(name) -> None:
+    """The result of ``A @ v`` has the rows of ``A``: its last axis is not one of ``v``."""
+    net = Net(lambda s, x: PRODUCTS[name](s, x[0]), l=nn.Linear(4, 4),
+              w=mixed(4), v=mixed(4), m=mixed(4, 4), t=mixed(4, 4, 4))  # fmt: skip
+    run(AbsorbScaleShift(), net, torch.randn(2, 4, 4, dtype=torch.float64), dynamic=False)
+
+
+def test_a_scale_goes_into_the_matrix_that_a_vector_is_multiplied_with() -> None:
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    for forward in (
+        lambda s, x: (s.l(x) @ x.amax((0, 1))) * s.g,
+        lambda s, x: (x.amax((0, 2)) @ s.l(x)) * s.h,
+        lambda s, x: (x @ s.w) * 0.5,
+    ):
+        net = Net(
+            forward, l=nn.Linear(4, 4, bias=False), g=torch.tensor(0.3), h=mixed(4), w=mixed(4)
+        )
+        gm, declined = run(AbsorbScaleShift(), net, x)
+        assert "mul" not in left(gm), declined
+
+
+EXPANDED = {
+    "depthwise": lambda s, x: F.conv2d(x, s.k.expand(4, 1, 3, 3), None, 1, 1, 1, 4),
+    "dense": lambda s, x: F.conv2d(x, s.k.expand(4, 4, 3, 3)),
+    "transposed": lambda s, x: F.conv_transpose2d(x, s.k.expand(4, 4, 3, 3)),
+    "transposed, depthwise": lambda s, x: F.conv_transpose2d(x, s.k.expand(4, 1, 3, 3), groups=4),
+    "its bias": lambda s, x: F.conv2d(x, s.w, s.o.expand(4)),
+    "linear": lambda s, x: F.linear(x, s.r.expand(6, 6), s.o.expand(6)),
+    "matmul": lambda s, x: x @ s.r.expand(6, 6),
+    "a norm": lambda s, x: F.batch_norm(x, s.o.expand(4), s.p.expand(4), s.o.expand(4)),
+    "a group norm": lambda s, x: F.group_norm(x, 2, s.o.expand(4), s.o.expand(4)),
+    "a layer norm": lambda s, x: F.layer_norm(x, [6], s.o.expand(6), s.o.expand(6)),
+    "an embedding": lambda s, x: F.embedding(x.sign().long() + 1, s.o.expand(3, 6)),
+    "a view": lambda s, x: F.conv2d(x, s.w.transpose(0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", EXPANDED)
+@pytest.mark.parametrize("after", [False, True])
+def test_expanded_weights_have_the_shape_that_they_are_expanded_to(name, after) -> None:
+    def forward(s, x):
+        if after:
+            return EXPANDED[name](s, x) * s.g
+        return EXPANDED[name](s, x * s.g)
+
+    net = Net(
+        forward, k=mixed(1, 1, 3, 3), w=mixed(4, 4, 3, 3), o=mixed(1), r=mixed(1, 6),
+        p=positive(1), g=torch.tensor(-0.7),
+    )  # fmt: skip
+    gm, declined = run((AbsorbScaleShift(), FoldBatchNorm()), net, image(4, 6, 6))
+    assert "mul" not in left(gm) or name == "an embedding" or "norm" in name, declined
+
+
+def test_an_expanded_weight_is_not_written_out_past_the_growth() -> None:
+    net = Net(lambda s, x: F.conv2d(x, s.k.expand(512, 1, 7, 7), None, 1, 3, 1, 512) * 0.5,
+              k=mixed(1, 1, 7, 7))  # fmt: skip
+    gm, declined = run(AbsorbScaleShift(), net, image(512, 4, 4))
+    assert left(gm) == {"conv": 1, "mul": 1}
+    assert any("repeats what it stores" in d.reason for d in declined)

@@ -548,3 +548,57 @@ def test_any_chain_keeps_its_numbers_strides_and_sharing(sizes, steps, dynamic) 
     if dynamic:
         other = torch.randn(3, *example.shape[1:])
         assert_equal(graph(other.clone()), model(other))
+
+
+NORMS = {
+    "group": lambda v: F.group_norm(v, 2),
+    "group, behind a function": lambda v: F.group_norm(v.abs() + 1, 2),
+    "group, behind a convolution": lambda v: F.group_norm(
+        F.conv2d(v, torch.ones(4, 1, 1, 1), groups=4), 2
+    ),
+    "group, behind layouts": lambda v: F.group_norm(v.flip(1)[:, :, 1:], 2),
+    "statistics of the batch": lambda v: F.batch_norm(v, None, None, training=True),
+    "of several axes": lambda v: v / torch.linalg.vector_norm(v, dim=(2, 3), keepdim=True),
+}
+FORMATS = {
+    "contiguous": lambda v: v.contiguous(),
+    "clone": lambda v: v.clone(memory_format=torch.contiguous_format),
+    "to": lambda v: v.to(memory_format=torch.contiguous_format),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("turned", [True, False])
+def test_a_copy_that_chooses_the_kernel_of_a_norm_stays(norm, format, turned) -> None:
+    """Channels last, group norm loses half of its digits; the caller may hand in either."""
+    if format == "contiguous" and not turned:
+        pytest.skip("the trace does not have it")
+    model = lambda v: NORMS[norm](FORMATS[format](v.permute(0, 3, 1, 2) if turned else v)) * 2
+    shape = (2, 6, 6, 4) if turned else (2, 4, 6, 6)
+    x = 20 + 0.1 * torch.randn(shape)
+    graph, _ = clean(model, x)
+    for probe in (x, 20 + 0.1 * torch.randn(shape).contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(graph(probe), model(probe), rtol=1e-5, atol=1e-5)
+    assert ops(graph)[format] == 1
+
+
+def test_copies_before_other_calls_go_in_a_graph_with_a_norm() -> None:
+    def forward(v):
+        y = F.group_norm(v, 2)
+        y = F.linear(y.permute(0, 2, 3, 1).contiguous(), torch.ones(3, 4))
+        return F.layer_norm(y.transpose(1, 2).contiguous(), [3]) * 2
+
+    assert "contiguous" not in after(forward, 20 + T)
+
+
+def test_a_copy_is_not_merged_away_in_front_of_a_norm() -> None:
+    """``reshape(contiguous(permute(x)))`` is a view of the permutation where none is a copy."""
+    model = lambda v: F.group_norm(
+        v.view(2, 4, 6, 6).permute(0, 3, 1, 2).contiguous().view(2, 3, 2, 4, 6).flatten(1, 2), 2
+    ) * 2  # fmt: skip
+    x = 20 + 0.1 * torch.randn(2, 144)
+    graph, _ = clean(model, x)
+    exact = model(x.double())
+    own, got = ((f(x).double() - exact).abs().max() for f in (model, graph))
+    assert got <= own

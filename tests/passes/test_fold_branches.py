@@ -510,10 +510,54 @@ STRAIGHT = {
 
 @pytest.mark.parametrize("name", STRAIGHT)
 def test_terms_that_cancel_go(name) -> None:
-    gm, _ = run((CleanUp(), FOLD, CleanUp()), Net(lambda s, x: STRAIGHT[name](s, x) * 2), image())
+    net = Net(lambda s, x: STRAIGHT[name](s, x.clamp(-2, 2)) * 2)
+    gm, _ = run((CleanUp(), FOLD, CleanUp()), net, image())
     found = left(gm)
     found.pop("tanh", 0)
-    assert found == {"silu": 1, "mul": 1}
+    assert found == {"clamp": 1, "silu": 1, "mul": 1}
+    _check_beyond_numbers(gm, net)
+
+
+def _check_beyond_numbers(gm, net) -> None:
+    x = image()
+    x[0, 0, 0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x), net(x), rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+UNBOUNDED = {
+    "any tensor": lambda s, x: x + (F.silu(x) - x),
+    "a quantiser without a clamp": lambda s, x: x + (x.round() - x),
+    "twice and back": lambda s, x: x + x - x + F.silu(x),
+    "a code of NaN": lambda s, x: (lambda y: y + (y.sign() - y))(x.tanh()),
+    "another tensor": lambda s, x: (lambda y: y + (s.g.expand_as(x).relu() + y.abs().amax() - y))(
+        x.tanh()
+    ),
+    "a clamp on one side": lambda s, x: (lambda y: y + (y.round() - y))(x.clamp(min=0)),
+    "scaled past all bounds": lambda s, x: (lambda y: y + (y.round() - y))(x.tanh() / 1e-300),
+}
+
+
+@pytest.mark.parametrize("name", UNBOUNDED)
+def test_terms_that_may_be_infinite_do_not_cancel(name) -> None:
+    net = Net(lambda s, x: UNBOUNDED[name](s, x) * 2, g=torch.randn(4, 7, 6))
+    before = left(trace(net, image(), dynamic=True))
+    gm, declined = run(FOLD, net, image())
+    assert left(gm) == before
+    assert any("infinity minus infinity is NaN" in d.reason for d in declined)
+    _check_beyond_numbers(gm, net)
+
+
+@pytest.mark.parametrize("bound", ["tanh", "sigmoid", "hardtanh", "relu6", "sin"])
+def test_a_straight_through_quantiser_of_a_bounded_tensor_goes(bound) -> None:
+    def forward(s, x):
+        y = (getattr(torch, bound, None) or getattr(F, bound))(x) * 3.5
+        return (y + (y.round() - y).detach()) * s.g
+
+    net = Net(forward, g=torch.randn(4, 1, 1))
+    gm, _ = run((CleanUp(), FOLD, CleanUp()), net, image())
+    assert left(gm) == {bound: 1, "mul": 2, "round": 1}
+    _check_beyond_numbers(gm, net)
 
 
 def test_what_is_left_of_a_sum_goes_on_merging() -> None:
@@ -533,11 +577,13 @@ def test_what_is_left_of_a_sum_goes_on_merging() -> None:
         lambda s, x: (lambda y: (y, x + y))(F.silu(x) - x),
         lambda s, x: x + (s.g - x),
         lambda s, x: (lambda q: (q, x + (q - x)))(F.silu(x)),
-        lambda s, x: x + (F.silu(x).permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2) - x),
+        lambda s, x: (lambda q: (F.group_norm(q, 2), x + (q - x)))(
+            F.silu(x).contiguous(memory_format=torch.channels_last)
+        ),
     ],
 )
 def test_sums_whose_term_cannot_stand_for_them_stay(forward) -> None:
-    net = Net(forward, g=torch.randn(4, 7, 6))
+    net = Net(lambda s, x: forward(s, x.clamp(-2, 2)), g=torch.randn(4, 7, 6))
     before = left(trace(net, image(), dynamic=True))
     gm, _ = run(FOLD, net, image())
     assert left(gm) == before
@@ -563,3 +609,91 @@ def test_a_term_that_is_written_later_is_no_sum() -> None:
     FOLD.run(gm)
     gm.recompile()
     torch.testing.assert_close(gm(x), twin(x), rtol=1e-12, atol=1e-12)
+
+
+CROPS = {
+    "the end": lambda x: x[..., :-1],
+    "the start": lambda x: x[..., 1:],
+    "both": lambda x: x[..., 1:-1],
+    "every other": lambda x: x[..., ::2],
+    "a step from the second on": lambda x: x[..., 1::2],
+    "another axis": lambda x: x[..., :-1, :],
+    "a narrow": lambda x: x.narrow(-1, 0, 4),
+    "a crop by a pad": lambda x: F.pad(x, (0, -1)),
+    "a padded one": lambda x: F.pad(x, (1, 0)),
+    "nothing": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular", "constant"])
+@pytest.mark.parametrize("name", CROPS)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_pads_of_crops_repeat_what_the_crop_has_left(name, mode, dims) -> None:
+    layer = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dims - 1]
+    net = Net(
+        lambda s, x: s.c(F.pad(CROPS[name](s.p(x)), (1, 1) * dims, mode=mode)),
+        p=layer(4, 4, 1), c=layer(4, 4, 3),
+    )  # fmt: skip
+    if name == "another axis" and dims == 1:
+        pytest.skip("it has one axis")
+    gm, _ = run((CleanUp(), FOLD, CleanUp()), net, torch.randn(2, 4, *(6,) * dims).double())
+    if name == "nothing" and mode != "constant":
+        assert left(gm) == {"pad": 1, "conv": 1}
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_pads_of_pads_and_of_strided_layers(mode) -> None:
+    pad = lambda x: F.pad(x, (1, 1, 1, 1), mode=mode)
+    for forward in (
+        lambda s, x: s.c(pad(pad(s.p(x)))),
+        lambda s, x: s.c(pad(F.pad(s.p(x), (1, 1, 1, 1)))),
+        lambda s, x: s.c(F.pad(pad(s.p(x)), (1, 1, 1, 1))),
+        lambda s, x: s.c(pad(s.q(x))) + s.c(pad(s.p(x)[..., ::2, ::2])),
+        lambda s, x: s.c(pad(x)) + s.p(x),
+        lambda s, x: s.c(pad(x))[..., :-1, :] + s.p(x)[..., :-1, :],
+        lambda s, x: s.c(pad(x[..., :-1])) + s.p(x)[..., :-1],
+        lambda s, x: s.c(pad(x[..., 1:])) + s.p(x)[..., 1:],
+    ):
+        net = Net(forward, p=conv(k=1), q=conv(k=1, stride=2), c=conv())
+        run((CleanUp(), FOLD, CleanUp()), net, image(4, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rest", [0.05, 1e-3, 0.0])
+def test_a_bias_is_zero_only_if_it_is(dtype, rest) -> None:
+    """What half precision would round away beside the parts of a bias is all of a border."""
+    net = Net(lambda s, x: s.c(s.p(x) - s.b), p=conv(k=1), c=conv(padding=1), b=torch.ones(4, 1, 1))
+    with torch.no_grad():
+        net.p.bias.copy_(1 + 2 * torch.rand(4))
+        net.to(dtype)
+        net.b.copy_((net.p.bias.double() * (1 + rest))[:, None, None].to(dtype))
+        gm = trace(net, image().to(dtype), dynamic=True)
+        PIPELINES["default"].run(gm)
+        exact = deepcopy(net).double()
+        x = image().to(dtype)
+        own = (net(x).double() - exact(x.double())).abs().max()
+        got = (gm(x).double() - exact(x.double())).abs().max()
+    assert got <= max(4 * own, 4 * torch.finfo(dtype).eps), (float(got), float(own))
+    if bool((net.b.flatten() == net.p.bias).all()):
+        assert left(gm) == {"conv": 1}
+    else:
+        assert left(gm)["conv"] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_bias_of_a_norm_is_folded_to_its_last_digit(dtype) -> None:
+    """``(b - mean) * s`` is small beside ``b * s``, and all that the layer's output is."""
+    torch.manual_seed(1)
+    net = nn.Sequential(conv(16, 16, padding=1), nn.BatchNorm2d(16), nn.ReLU()).eval()
+    with torch.no_grad():
+        net[0].weight.mul_(0.05), net[0].bias.normal_()
+        net[1].running_mean.copy_(net[0].bias + 0.05 * torch.randn(16))
+        net[1].running_var.uniform_(0.01, 0.02)
+        net.to(dtype)
+        x = torch.randn(2, 16, 8, 8).to(dtype)
+        exact = deepcopy(net).double()(x.double())
+        gm = trace(net, x, dynamic=True)
+        PIPELINES["default"].run(gm)
+        own, got = ((f(x).double() - exact).abs().max() for f in (net, gm))
+    assert left(gm) == {"conv": 1, "relu": 1}
+    assert got <= own

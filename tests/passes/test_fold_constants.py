@@ -569,3 +569,62 @@ def test_golden() -> None:
     before = render(gm)
     run(gm)
     golden.check("fold_constants", f"before:\n{before}\nafter:\n{render(gm)}")
+
+
+def _waves(t: float, width: int = 32) -> Tensor:
+    steps = torch.exp(-math.log(10000) * torch.arange(width, dtype=torch.float32) / width)
+    return t * steps
+
+
+TABLES: dict[str, Callable[..., Tensor]] = {
+    "a step of diffusion": lambda s, x: x + torch.cat([_waves(5000).sin(), _waves(5000).cos()]),
+    "rotary frequencies": lambda s, x: (
+        x
+        * torch.outer(torch.arange(4990, 5000.0), 1 / 10000 ** (torch.arange(0, 64) / 64))
+        .cos()
+        .amax(0)
+    ),
+    "complex rotary frequencies": lambda s, x: (
+        x * torch.view_as_real(torch.polar(torch.ones(32), _waves(5000.0))).flatten()
+    ),
+    "of a buffer": lambda s, x: x * (5000 * s.f).sin(),
+    "a ramp": lambda s, x: x + (torch.linspace(0, 1, 64) * 31415.9).sin(),
+    "a tangent": lambda s, x: x + (torch.arange(64.0) * 100.7).tan().clamp(-1, 1),
+    "positions that cancel": lambda s, x: x + (1e4 + s.f - 1e4),
+    "times that add up": lambda s, x: x + torch.full((5000,), 0.1).cumsum(0)[-64:].sin(),
+    "a large power": lambda s, x: x + torch.full((64,), 1.0001).pow(50000 + torch.arange(64)) / 200,
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tables_are_what_the_model_computes(name, dtype) -> None:
+    """``sin(5000 * f)`` in float32 is 1e-4 away from the exact one; the model knows its own."""
+    net = Does(TABLES[name], f=torch.rand(64)).to(dtype).eval()
+    x = torch.randn(3, 64, dtype=dtype)
+    gm = trace(net, (x,)).graph_module
+    exact = Oracle(gm)(x)
+    run(gm, max_growth=math.inf)
+    assert len(calls(gm)) <= 2
+    with torch.no_grad():
+        want, got = net(x), gm(x)
+    scale = float(want.abs().max())
+    limit = 4 * torch.finfo(dtype).eps * scale
+    assert float((got - want).abs().max()) <= limit
+    assert float((want.double() - exact).abs().max()) <= limit, "the oracle has the same table"
+
+
+def test_what_rounding_explains_is_computed_in_float64() -> None:
+    net = Does(lambda s, x: x * F.normalize(s.w, dim=1), w=torch.randn(6, 6))
+    gm, _ = folded(net, image())
+    stored = next(b for n, b in gm.named_buffers() if n.startswith("folded"))
+    assert torch.equal(stored, F.normalize(net.w.double(), dim=1).float())
+
+
+def test_a_constant_that_overflows_stays_what_it_was() -> None:
+    net = Does(lambda s, x: x * (s.w * 60000 / 60000), w=torch.full((6,), 2.0)).half()
+    x = image(torch.float16)
+    gm = trace(net, (x,)).graph_module
+    run(gm, max_growth=math.inf)
+    assert torch.equal(gm(x), net(x))
+    assert gm(x).isinf().any()

@@ -198,8 +198,7 @@ class Downward(Walk):
         if is_call(c, aten.mul.Tensor, aten.div.Tensor) and not factor.shifts:
             return self._down_product(c, n, factor, plan)
         if (pad := records.pad(c)) is not None and pad.x is n and pad.mode == "constant":
-            self._down_pad(pad, factor, plan)
-            return self._down(c, factor, plan)
+            return self._down(c, self._padded(pad, factor, plan), plan)
         if c.args and c.args[0] is n and self._commutes(c, factor):
             if is_call(c, aten.mean.dim) and not nodes.arguments(c)["keepdim"]:
                 reduced = self._reduced(c) or set()
@@ -297,13 +296,24 @@ class Downward(Walk):
         wide = [t.reshape(*lead, *t.shape) for t in (factor.scale, factor.shift)]
         self._down(c, Factor(*wide), plan)
 
-    def _down_pad(self, pad: records.Pad, factor: Factor, plan: Plan) -> None:
+    def _padded(self, pad: records.Pad, factor: Factor, plan: Plan) -> Factor:
+        """The factor behind a pad with a constant: one, and no shift, where the pad has written.
+
+        An axis on which the factor is one value stays such an axis: the pad takes the constant
+        that the scale and shift take to its own. A crop takes nothing but its part of the factor.
+        """
+        first = factor.scale.dim() - len(pad.low)
+        amounts = {a: p for a, p in enumerate(zip(pad.low, pad.high, strict=True), first) if any(p)}
+        along = sorted(factor.varies() & amounts.keys())
+        written = any(max(p) > 0 for a, p in amounts.items() if a not in along)
+        if written and (factor.shifts or pad.value != 0):
+            if along:
+                raise Refused("the constant varies along a padded axis")
+            self._pad_preimage(pad, factor, plan)
+        return factor.padded({a: amounts[a] for a in along})
+
+    def _pad_preimage(self, pad: records.Pad, factor: Factor, plan: Plan) -> None:
         """Pads with the value that the scale and shift take to the pad's own."""
-        padded = len(factor.scale.shape) - len(pad.low)
-        if any(axis >= padded for axis in factor.varies()):
-            raise Refused("the constant varies along a padded axis")
-        if not factor.shifts and pad.value == 0:
-            return
         value = preimage(factor, pad.value)
         if value is None:
             raise Refused(f"{pad.node.name} would have to pad each channel with another value")

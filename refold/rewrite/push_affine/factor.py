@@ -46,11 +46,31 @@ class Factor:
         """Axes along which the scale or the shift varies."""
         return {a for t in (self.scale, self.shift) for a in range(t.dim()) if t.shape[a] != 1}
 
+    def padded(self, amounts: dict[int, tuple[int, int]]) -> Factor:
+        """One, and no shift, in front of and behind axes on which the factor varies.
+
+        Negative amounts cut off.
+        """
+        if not amounts:
+            return self
+        sizes = list(torch.broadcast_shapes(self.scale.shape, self.shift.shape))
+        wide = [s if a in amounts else 1 for a, s in enumerate(sizes)]
+        flat = [n for a in reversed(range(len(sizes))) for n in amounts.get(a, (0, 0))]
+
+        def extended(t: torch.Tensor, fill: float) -> torch.Tensor:
+            full = t.expand(torch.broadcast_shapes(t.shape, wide))
+            return torch.nn.functional.pad(full, flat, value=fill)
+
+        return Factor(extended(self.scale, 1.0), extended(self.shift, 0.0))
+
     def vectors(self, axis: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and shift as ``[size]`` vectors along the one axis they may vary on."""
         if self.varies() - {axis % self.scale.dim()}:
             raise Refused("the constant varies along another axis than the channels")
-        return self.scale.reshape(-1).expand(size), self.shift.reshape(-1).expand(size)
+        scale, shift = self.scale.reshape(-1), self.shift.reshape(-1)
+        if {scale.numel(), shift.numel()} - {1, size}:
+            raise Refused("the constant has another length than the channels")
+        return scale.expand(size), shift.expand(size)
 
 
 Mark = tuple[

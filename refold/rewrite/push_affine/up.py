@@ -108,7 +108,7 @@ class Upward(Walk):
             weight = conv.weight.times(rows)
             if conv.transposed:
                 weight = conv.weight.map(conv.weight.shape, lambda w: scale_outputs(w, conv, scale))
-            bias = shifted(conv.bias, scale, shift, u)
+            bias = shifted(conv.bias, scale, shift)
             self._check_range(u, weight)
             self._check_range(u, bias)
             plan.edits.append(
@@ -118,7 +118,7 @@ class Upward(Walk):
             scale, shift = factor.vectors(-1, linear.weight.shape[0])
             self._check_sharing(linear.weight_node)
             weight = linear.weight.times(scale[:, None])
-            bias = shifted(linear.bias, scale, shift, u)
+            bias = shifted(linear.bias, scale, shift)
             self._check_range(u, weight)
             self._check_range(u, bias)
             plan.edits.append(lambda: self._set_linear(linear, weight, bias))
@@ -154,7 +154,7 @@ class Upward(Walk):
         weight = constants.exact(norm.weight) if norm.weight is not None else None
         bias = constants.exact(norm.bias) if norm.bias is not None else None
         new_weight = Lazy(target, lambda: scale if weight is None else scale * weight.get())
-        new_bias = shifted(bias, scale, shift, u) if norm.shifts else None
+        new_bias = shifted(bias, scale, shift) if norm.shifts else None
         plan.edits.append(
             lambda: self._set_weights(
                 u, norm.weight_index, norm.weight, new_weight, norm.bias_index, norm.bias, new_bias
@@ -174,7 +174,7 @@ class Upward(Walk):
         new_scales = layer.scales.map(
             layer.scales.shape, lambda d: torch.where(scale == 0, d, d * scale.abs())
         )
-        bias = shifted(layer.bias, scale, shift, u)
+        bias = shifted(layer.bias, scale, shift)
         self._check_range(u, new_scales)
         self._check_range(u, bias)
         zeros = layer.zeros.to(torch.int64)
@@ -385,6 +385,8 @@ class Upward(Walk):
         left, right = u.args[0], u.args[1]
         if not (is_tensor(left) and is_tensor(right)):
             raise Refused("not a product of two tensors")
+        if min(len(nodes.shape(left)), len(nodes.shape(right))) < 2:  # type: ignore[arg-type]
+            return self._up_vector_product(u, factor, plan)
         side = right if rank - 2 not in factor.varies() else left
         free = rank - 2 if side is right else rank - 1
         if free in factor.varies() or len(nodes.shape(side)) != rank:  # type: ignore[arg-type]
@@ -398,6 +400,35 @@ class Upward(Walk):
         ):
             raise Refused("the product broadcasts this operand")
         return self._up(side, u, factor, plan)  # type: ignore[arg-type]
+
+    def _up_vector_product(self, u: fx.Node, factor: Factor, plan: Plan) -> None:
+        """``s * (A @ v) = (s[:, None] * A) @ v``, and into ``v`` where ``s`` is one number.
+
+        The result has no axis of the vector; from the left it is ``(v @ A) * s = v @ (A * s)``.
+        """
+        left, right = u.args[0], u.args[1]
+        assert isinstance(left, fx.Node)
+        assert isinstance(right, fx.Node)
+        columns = len(nodes.shape(right)) == 1
+        vector, matrix = (right, left) if columns else (left, right)
+        wanted: list[tuple[fx.Node, Factor]] = []
+        if factor.scale.numel() == 1:
+            wanted.append((vector, _reshaped_to(factor, (1,))))
+        if len(nodes.shape(matrix)) > 1:
+            sizes = list(factor.scale.shape)
+            sizes.insert(len(sizes) if columns else -1, 1)
+            wanted.append((matrix, _reshaped_to(factor, tuple(sizes))))
+        elif factor.scale.numel() == 1:
+            wanted.append((matrix, _reshaped_to(factor, (1,))))
+        reason = "neither factor can take the scale"
+        for side, moved in wanted:
+            mark = plan.mark()
+            try:
+                return self._up(side, u, moved, plan)
+            except Refused as refusal:
+                reason = str(refusal)
+                plan.rewind(mark)
+        raise Refused(reason)
 
     def _up_einsum(self, u: fx.Node, factor: Factor, plan: Plan) -> None:
         """Into one operand: a sum of products is linear in each.
@@ -426,6 +457,10 @@ class Upward(Walk):
                 reason = str(refusal)
                 plan.rewind(mark)
         raise Refused(reason)
+
+
+def _reshaped_to(factor: Factor, sizes: tuple[int, ...]) -> Factor:
+    return Factor(factor.scale.reshape(sizes), torch.zeros(sizes, dtype=torch.float64))
 
 
 def _for_term(scale: torch.Tensor, result: str, term: str) -> torch.Tensor:

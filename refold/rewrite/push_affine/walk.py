@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from refold.algebra import affine_map as am
 from refold.algebra.lazy import Lazy
 from refold.graph import constants, nodes, records
 from refold.graph.evaluate import discontinuous
@@ -196,13 +197,15 @@ class Walk:
     def _check_sharing(self, weight: fx.Node) -> None:
         readers = len(weight.users)
         size = constants.size_in_bytes(weight)
-        if readers < 2 or size <= SMALL:
+        held = constants.compact(weight) if weight.op == "call_function" else None
+        repeats = held is not None and held.numel() < weight.meta["val"].numel()
+        if (readers < 2 and not repeats) or size <= SMALL:
             return
         if size > self.budget:
-            raise Refused(
-                f"{weight.name} is shared by {readers} layers, and storing it once more would grow "
-                f"the constants past max_growth"
-            )
+            why = f"is shared by {readers} layers, and storing it once more"
+            if readers < 2:
+                why = "repeats what it stores, and storing it in full"
+            raise Refused(f"{weight.name} {why} would grow the constants past max_growth")
         self.budget -= size
 
 
@@ -255,24 +258,22 @@ def scale_outputs(w: torch.Tensor, conv: records.Conv, scale: torch.Tensor) -> t
     return (blocks * rows).reshape(w.shape)
 
 
-def shifted(
-    bias: Lazy | None, scale: torch.Tensor, shift: torch.Tensor, node: fx.Node
-) -> Lazy | None:
-    """``scale * bias + shift``; what cancels to the rounding of the node's dtype is zero.
+def shifted(bias: Lazy | None, scale: torch.Tensor, shift: torch.Tensor) -> Lazy | None:
+    """``scale * bias + shift``; what cancels to the rounding of float64 is zero.
 
-    A network that subtracts its own bias before a zero pad (Diverse Branch Block) does so up to
-    rounding; the zero is what lets the pad be seen through.
+    A network that subtracts its own bias before a zero pad (Diverse Branch Block) does so exactly
+    over the reals; the zero is what lets the pad be seen through. A difference that its own dtype
+    would round away is a bias nevertheless: the layers behind may make it large.
     """
     if bias is None and not bool(shift.any()):
         return None
-    eps = torch.finfo(nodes.dtype(node)).eps
 
     def compute() -> torch.Tensor:
         if bias is None:
             return shift.clone()
         moved = bias.get() * scale
         total = moved + shift
-        noise = 8 * eps * torch.maximum(moved.abs(), shift.abs())
+        noise = am.ROUNDING * torch.maximum(moved.abs(), shift.abs())
         return torch.where((total.abs() <= noise) & (shift != 0), 0.0, total)
 
     return Lazy(tuple(scale.shape), compute)
