@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from refold.backends import inductor
+from refold.backends.own_outputs import OwnOutputs
 from refold.compile_lock import one_at_a_time
 from refold.errors import RefoldError, UsageError, did_you_mean
 from refold.frontends.dynamo import Captured, NotFoldable, capture, hold
@@ -183,7 +184,7 @@ class _Compiler:
         if self.inner != "inductor":
             return self._other(gm, fakes)
         try:
-            return inductor.compile_graph(gm, fakes, self.settings)
+            return OwnOutputs(gm).of(inductor.compile_graph(gm, fakes, self.settings))
         except InductorError as error:
             first = (str(error).splitlines() or [""])[0]
             raise NotFoldable(
@@ -201,7 +202,7 @@ class _Compiler:
             return gm
         compiler = torch._dynamo.lookup_backend(self.inner)
         compiled: Flat = compiler(gm, list(inputs))
-        return compiled
+        return OwnOutputs(gm).of(compiled)
 
 
 @dataclass

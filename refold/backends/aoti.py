@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ from torch import fx
 from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
-from refold.backends.base import Artifact, Runner
+from refold.backends.base import Artifact, Runner, places
 from refold.backends.inductor import Layouts, may_freeze, missing_compiler, mode_settings
+from refold.backends.own_outputs import OwnOutputs
 from refold.backends.torch import re_export
 from refold.errors import BackendError, UsageError
 from refold.graph import constants
@@ -57,8 +59,16 @@ class AotiOptions:
 class _Content:
     folder: tempfile.TemporaryDirectory[str]  # lives as long as the artifact
     layouts: Layouts
+    own: OwnOutputs
+    computed: tuple[bool, ...]  # of the leaves of the output: the others are numbers
     in_spec: TreeSpec
     nodes: int
+
+    def owned(self, results: Any, inputs: Sequence[Any]) -> Any:
+        leaves, spec = pytree.tree_flatten(results)
+        own = iter(self.own([v for v, c in zip(leaves, self.computed, strict=True) if c], inputs))
+        leaves = [next(own) if c else v for v, c in zip(leaves, self.computed, strict=True)]
+        return pytree.tree_unflatten(leaves, spec)
 
     @property
     def path(self) -> Path:
@@ -90,15 +100,17 @@ class AotiTarget:
         if notes:  # with the kernel or without, the operator's implementation is a Python function
             notes = (*notes, _NEEDS_PYTHON)
         exported = re_export(gm, program.args, program.kwargs)
+        outputs = pytree.tree_leaves(gm.graph.output_node().args)
         content = _Content(
             tempfile.TemporaryDirectory(prefix="refold-"),
             Layouts.of(gm),
+            OwnOutputs(gm),
+            tuple(isinstance(leaf, fx.Node) for leaf in outputs),
             gm.graph._codegen.pytree_info.in_spec,  # type: ignore[attr-defined]
             sum(census(gm.graph).values()),
         )
         # Freezing takes every output for a computed value; a package returns constants too.
-        outputs = pytree.tree_leaves(gm.graph.output_node().args)
-        freeze = may_freeze(gm) and all(isinstance(leaf, fx.Node) for leaf in outputs)
+        freeze = may_freeze(gm) and all(content.computed)
         settings = {**mode_settings(options.mode), "freezing": freeze}
         try:
             torch._inductor.aoti_compile_and_package(
@@ -108,6 +120,7 @@ class AotiTarget:
             first = (str(error).strip().splitlines() or [""])[0][:300]
             raise BackendError(
                 f"AOTInductor cannot compile the graph: {type(error).__name__}: {first}"
+                f"{places(gm.graph, str(error))}"
             ) from error
         return Artifact(content, notes)
 
@@ -123,7 +136,7 @@ class AotiTarget:
 
             def call(*inputs: Any) -> Any:
                 args, kwargs = pytree.tree_unflatten(inputs, content.in_spec)
-                return package(*args, **kwargs)
+                return content.owned(package(*args, **kwargs), inputs)
 
             return content.layouts.call(call, leaves)
 

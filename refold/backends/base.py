@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -17,6 +18,8 @@ import torch
 from torch import fx
 
 from refold.errors import BackendError, MissingDependencyError, UsageError, did_you_mean
+from refold.graph import provenance
+from refold.graph.kinds import op_name
 
 if TYPE_CHECKING:
     from refold.frontends.export import Program
@@ -198,6 +201,34 @@ class LoadsFile(Protocol):
         Raises:
             BackendError: it is damaged, or has other inputs or results than the model.
         """
+
+
+def places(graph: fx.Graph, text: str) -> str:
+    """Where in the model lies what a message of a runtime or converter names: lines, or nothing.
+
+    Args:
+        graph: that was to be lowered.
+        text: the message; it names nodes (``%amax``) or operators (``aten::foo_copy.out``,
+            ``aten_foo_default``, ``torch.ops.aten.foo.default``).
+    """
+    calls = [n for n in graph.nodes if n.op == "call_function"]
+    named = re.search(r"%(\w+)", text)  # what follows the first are its operands
+    found = [n for n in calls if named and n.name == named.group(1)]
+    operators = {_operator(w) for w in re.findall(r"aten(?:::|[._])(\w+)", text)}
+    found = found or [n for n in calls if op_name(n).split(".")[0] in operators]
+    if not found:
+        words = {_operator(w) for w in re.findall(r"[a-z]\w*", text)}
+        found = [n for n in calls if op_name(n).split(".")[0] in words]
+    lines = []
+    for node in found[:3]:
+        module, source = provenance.module_path(node), provenance.source_line(node)
+        where = f" of module {module!r}" if module else ""
+        lines.append(f"\n  {node.name}{where}{f' at {source}' if source else ''}")
+    return "".join(lines)
+
+
+def _operator(word: str) -> str:
+    return word.removeprefix("aten_").removesuffix("_default").removesuffix("_copy")
 
 
 _BUILT_IN = {

@@ -21,7 +21,8 @@ from torch import fx
 from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
-from refold.backends.base import Artifact, Runner
+from refold.backends.base import Artifact, Runner, places
+from refold.backends.own_outputs import OwnOutputs
 from refold.backends.torch import constant_bytes
 from refold.errors import BackendError, UsageError, did_you_mean
 from refold.graph import constants, nodes
@@ -73,22 +74,30 @@ class InductorTarget:
         return Artifact(_Content(gm, mode_settings(options.mode)), notes)
 
     def load(self, artifact: Artifact, options: InductorOptions) -> Runner:
+        from torch._inductor.exc import InductorError
+
         gm, settings = artifact.content.graph_module, artifact.content.settings
         info = gm.graph._codegen.pytree_info
         flat, rebuild = _flat_graph(gm)
         sizes = _name_sizes(flat)
         fakes = [n.meta["val"] for n in flat.graph.find_nodes(op="placeholder")]
-        with torch.no_grad():
-            compiled, guards = compile_outside(
-                flat, fakes, lambda g, f: compile_graph(g, f, settings)
-            )
-        conform = Layouts.of(gm)
+        try:
+            with torch.no_grad():
+                compiled, guards = compile_outside(
+                    flat, fakes, lambda g, f: compile_graph(g, f, settings)
+                )
+        except InductorError as error:
+            first = (str(error).strip().splitlines() or [""])[0][:300]
+            raise BackendError(
+                f"Inductor cannot compile the graph: {first}{places(gm.graph, str(error))}"
+            ) from error
+        conform, own = Layouts.of(gm), OwnOutputs(gm)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             leaves = fx_pytree.tree_flatten_spec((args, kwargs), info.in_spec)
             named = [leaves[i].shape[axis] for i, axis in sizes]
             chosen = compiled if guards.hold([*leaves, *named]) else flat
-            results = conform.call(lambda *inputs: chosen(*inputs, *named), leaves)
+            results = conform.call(lambda *inputs: own(chosen(*inputs, *named), inputs), leaves)
             return pytree.tree_unflatten(rebuild(results), info.out_spec)
 
         return run

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.export import Dim
 
-from refold.backends import flat, initializers, quantised
+from refold.backends import base, flat, initializers, quantised
 from refold.backends.base import Artifact, Checked, Runner, missing
 from refold.backends.shift_add import choice as shift_add
 from refold.backends.shift_add import rewrite as shift_add_layers
@@ -148,7 +148,13 @@ def lower(
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
     wanted = [symbolic_dims(n) for n in inputs]
     exported = _re_export(module, signature.tensors(program.args, program.kwargs), wanted)
-    onnx_program, raw = _to_onnx(exported, opset, keep=program.recorded)
+    try:
+        onnx_program, raw = _to_onnx(exported, opset, keep=program.recorded)
+    except torch.onnx.OnnxExporterError as error:
+        raise BackendError(
+            f"the ONNX exporter cannot translate the folded graph: {_root_cause(error)}"
+            f"{base.places(module.graph, _translating(error))}\n  fix: {_remedy(error)}"
+        ) from error
     model = onnx_program.model
     if model.opset_imports.get("") != opset:
         raise BackendError(
@@ -221,18 +227,13 @@ def _re_export(
 def _to_onnx(exported: torch.export.ExportedProgram, opset: int, *, keep: bool) -> tuple[Any, Any]:
     """The exported model and, if it is kept, what it was before it was optimized."""
     with _quiet():
-        try:
-            made: Any = torch.onnx.export(
-                exported, dynamo=True, opset_version=opset, verbose=False, optimize=not keep
-            )
-            raw = made.model.clone() if keep else None
-            if keep:
-                made.optimize()
-            return made, raw
-        except torch.onnx.OnnxExporterError as error:
-            raise BackendError(
-                f"the ONNX exporter cannot translate the folded graph: {_root_cause(error)}"
-            ) from error
+        made: Any = torch.onnx.export(
+            exported, dynamo=True, opset_version=opset, verbose=False, optimize=not keep
+        )
+        raw = made.model.clone() if keep else None
+        if keep:
+            made.optimize()
+        return made, raw
 
 
 def _optimized(model: Any) -> Any:
@@ -245,6 +246,23 @@ def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _translating(error: BaseException) -> str:
+    """What the exporter says of the node that it was at; its other sentences name none."""
+    current: BaseException | None = error
+    while current is not None:
+        if "translating node" in str(current):
+            return str(current).partition("translating node")[2]
+        current = current.__cause__
+    return str(error)
+
+
+def _remedy(error: BaseException) -> str:
+    missing_argument = re.search(r"Required parameter '(\w+)' is not provided", _root_cause(error))
+    if missing_argument:
+        return f"give that call its argument {missing_argument.group(1)!r}, which ONNX must know"
+    return "write that operation with others, or keep it outside of the compiled module"
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ import torch
 from torch import fx
 
 from refold.backends import flat
+from refold.backends.base import places
 from refold.backends.torch import symbolic_dims
 from refold.errors import BackendError, UsageError
-from refold.graph import provenance
 from refold.graph.kinds import op_name
 
 if TYPE_CHECKING:
@@ -93,16 +92,7 @@ class StaticProgram:
 
     def places(self, text: str) -> str:
         """Where the operators come from that a converter's message names: lines, or nothing."""
-        # Converters say aten::foo_copy.out, aten_foo_default, torch.ops.aten.foo.default.
-        words = {w.removesuffix("_copy") for w in re.findall(r"[a-z]\w*", text)}
-        words |= {w.removeprefix("aten_").removesuffix("_default") for w in words}
-        lines = []
-        for node in self.module.graph.nodes:
-            if node.op == "call_function" and op_name(node).split(".")[0] in words:
-                module, source = provenance.module_path(node), provenance.source_line(node)
-                where = f" of module {module!r}" if module else ""
-                lines.append(f"\n  {node.name}{where}{f' at {source}' if source else ''}")
-        return "".join(lines[:3])
+        return places(self.module.graph, text)
 
 
 def keep_pooled_dims(graph: fx.Graph) -> None:
