@@ -639,8 +639,10 @@ class Tracer:
     def call(self, inputs: Any) -> Any:
         """What a model returns that writes none of its tensors, as its trace says."""
         with torch.no_grad():
-            calls = self._calls_of(inputs, set())
-        self._calls[id(inputs)] = calls
+            if any(not calls.changed for calls in self._calls.values()):
+                args, kwargs = fresh(inputs)  # it keeps nothing, as another call has shown
+                return self.fresh_module()(*args, **kwargs)
+            calls = self._calls[id(inputs)] = self._calls_of(inputs, set())
         return calls.outputs[0]
 
     def refuse_lost_state(self, program: Program, inputs: Any, written: set[str]) -> None:
@@ -658,7 +660,7 @@ class Tracer:
 
     def _calls_of(self, inputs: Any, written: set[str]) -> state.Calls:
         module = self.fresh_module()
-        return state.Calls.of(module, inputs, state.named(module, written))
+        return state.Calls.of(module, inputs, state.named(module, written) if written else None)
 
 
 class _DataDetaches(TorchFunctionMode):

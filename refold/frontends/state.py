@@ -31,6 +31,7 @@ from refold.graph import constants
 _DEEPEST = 6  # containers in containers that are looked into
 _NO_STATE = frozenset(vars(nn.Module())) | {"_initialize_hook", "_load_hook"}
 _VALUES = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Size)
+_PLAIN = frozenset(_VALUES) | {bool, types.FunctionType, types.MethodType, type}
 _CONTAINERS = (list, dict, set, deque)
 _SHOWN = 3
 _SHRINK = 0.75
@@ -218,7 +219,9 @@ class Snapshot:
                 _put(held, [copy(v) for v in held.content])
 
     def _look(self, value: Any, path: str, depth: int) -> None:
-        if depth > _DEEPEST or id(value) in self._seen or isinstance(value, _VALUES):
+        if type(value) in _PLAIN or depth > _DEEPEST or id(value) in self._seen:
+            return
+        if isinstance(value, _VALUES):
             return
         if isinstance(value, tuple):
             for item in value:
@@ -248,9 +251,7 @@ class _Held:
 
 
 @contextlib.contextmanager
-def kept(
-    module: nn.Module, written: Callable[[torch.Tensor], bool] | None = None
-) -> Iterator[None]:
+def kept(module: nn.Module, written: Callable[[torch.Tensor], bool]) -> Iterator[None]:
     """Leaves what a model holds as it was, whatever calls do to it.
 
     Args:
@@ -258,8 +259,7 @@ def kept(
         written: the tensors that calls may write: copies stand for them meanwhile.
     """
     before = Snapshot(module)
-    if written is not None:
-        before.own(written)
+    before.own(written)
     try:
         yield
     finally:
@@ -383,23 +383,32 @@ class Calls:
     changed: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, module: nn.Module, inputs: Any, written: Callable[[torch.Tensor], bool]) -> Calls:
+    def of(
+        cls, module: nn.Module, inputs: Any, written: Callable[[torch.Tensor], bool] | None = None
+    ) -> Calls:
         """Calls a module with ``inputs``; if that changes something, with others, then again.
 
         Args:
             module: it is left as it was.
             inputs: positional and keyword inputs.
-            written: the tensors that a call may write.
+            written: the tensors that a call may write, if it writes any.
         """
         made, changed = cls(), dict[str, None]()
-        with kept(module, written):
+        before = whole = Snapshot(module)
+        if written is not None:
+            whole.own(written)
+            before = Snapshot(module)
+        try:
             for given in (inputs, _others(inputs), inputs):
-                before = Snapshot(module)
                 made._call(module, given)
                 now = before.changed()
                 changed.update(dict.fromkeys(now))
                 if not now:
                     break
+                before = Snapshot(module)
+        finally:
+            if changed or written is not None or not made.outputs:
+                whole.restore()
         made.changed.extend(changed)
         return made
 

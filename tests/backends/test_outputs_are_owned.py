@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -104,8 +104,18 @@ def owned(model: nn.Module, run: Callable[[Tensor], Any], x: Tensor) -> None:
         assert torch.equal(given, x)
 
 
-@pytest.mark.parametrize("target", HERE)
-@pytest.mark.parametrize("case", CASES)
+# Inductor takes seconds for each: the slow suite has them all.
+QUICK = (constant, parts)
+
+
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [
+        pytest.param(c, t, marks=() if c in QUICK or t == "torch" else pytest.mark.slow)
+        for c in CASES
+        for t in HERE
+    ],
+)
 def test_outputs_are_owned(case: Callable[..., Any], target: str) -> None:
     if find_target(target).available():
         pytest.skip("not installed")
@@ -114,10 +124,20 @@ def test_outputs_are_owned(case: Callable[..., Any], target: str) -> None:
     owned(model, refold.compile_for_inference(model, x, target=target), x)
 
 
-@pytest.mark.parametrize("inner", ["inductor", "aot_eager", "eager"])
+@pytest.mark.parametrize(
+    ("inner", "cases"),
+    [
+        pytest.param("inductor", CASES, marks=pytest.mark.slow),
+        pytest.param("aot_eager", CASES, marks=pytest.mark.slow),
+        ("eager", CASES),
+        ("inductor", QUICK),
+    ],
+)
 @pytest.mark.parametrize("frozen", [False, True])
-def test_outputs_of_the_torch_compile_backend_are_owned(frozen: bool, inner: str) -> None:
-    for case in CASES:
+def test_outputs_of_the_torch_compile_backend_are_owned(
+    frozen: bool, inner: str, cases: Sequence[Callable[..., Any]]
+) -> None:
+    for case in cases:
         torch._dynamo.reset()
         torch.manual_seed(0)
         model, x = Model(case).eval().requires_grad_(False), torch.randn(2, 3, 4, 4)
