@@ -251,7 +251,9 @@ class _Held:
 
 
 @contextlib.contextmanager
-def kept(module: nn.Module, written: Callable[[torch.Tensor], bool]) -> Iterator[None]:
+def kept(
+    module: nn.Module, written: Callable[[torch.Tensor], bool] | None = None
+) -> Iterator[None]:
     """Leaves what a model holds as it was, whatever calls do to it.
 
     Args:
@@ -259,7 +261,8 @@ def kept(module: nn.Module, written: Callable[[torch.Tensor], bool]) -> Iterator
         written: the tensors that calls may write: copies stand for them meanwhile.
     """
     before = Snapshot(module)
-    before.own(written)
+    if written is not None:
+        before.own(written)
     try:
         yield
     finally:
