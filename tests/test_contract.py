@@ -164,7 +164,10 @@ def test_patterns(name: str) -> None:
     keeps_the_contract(model, inputs, strided=name not in OTHER_STRIDES)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if i % 3 == 0 else pytest.mark.slow) for i, n in enumerate(MODELS)],
+)
 def test_models(name: str) -> None:
     keeps_the_contract(MODELS[name].model(), MODELS[name].inputs())
 
@@ -177,7 +180,7 @@ def test_random_graphs(seed: int) -> None:
 
 def _systems() -> list[Any]:
     kept = [(name, s) for name, s in SYSTEMS.items() if not s.refused]
-    quick = {name for name, s in kept[::5] if not s.slow}
+    quick = {name for name, s in kept[::12] if not s.slow}
     return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n, _ in kept]
 
 
