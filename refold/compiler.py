@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +36,7 @@ from refold.compiled import Compilation, CompiledModel, weight_origins
 from refold.errors import (
     ExpectationError,
     MissingDependencyError,
+    RefoldError,
     UsageError,
     VerificationError,
     did_you_mean,
@@ -52,7 +53,7 @@ from refold.report import GraphRecord, InputRecord, PassRecord, Report, counts, 
 from refold.rewrite.calibration import divergence, logits
 from refold.rewrite.join_experts import state_expectation
 from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
-from refold.rewrite.result import Substitution
+from refold.rewrite.result import Declined, Substitution, failed
 from refold.shared_weights import SharedWeights, copy_shared, tensors
 from refold.verify.compare import verify_widely
 from refold.verify.randomness import draws
@@ -420,7 +421,9 @@ def _fold(
     before = _graph_record(gm)
     bound = binding.records(gm, program.bound)
     serving = binding.generator(gm, program.bound)
-    dead, warnings = tuple(dead_parameters(gm)), tuple(axis_collisions(gm.graph))
+    failures: list[Declined] = []
+    dead = _analysed("dead-parameters", lambda: dead_parameters(gm), failures)
+    warnings = _analysed("axis-collisions", lambda: axis_collisions(gm.graph), failures)
     with clock("fold"):
         run_passes = functools.partial(pipeline.run, gm, exclude=exclude, consumed=consumed)
         if recorded:
@@ -440,6 +443,9 @@ def _fold(
         )
         for run in result.runs
     )
+    if failures:
+        calls = sum(before.census.values())
+        passes = (PassRecord("analyses", 0.0, calls, calls, (), tuple(failures)), *passes)
     notes = result.notes
     if serving:
         read = {str(n.target) for n in gm.graph.find_nodes(op="get_attr") if n.users}
@@ -464,6 +470,19 @@ def _fold(
         substitutions,
         recipe,
     )
+
+
+def _analysed(
+    name: str, analyse: Callable[[], Iterable[Any]], failures: list[Declined]
+) -> tuple[Any, ...]:
+    """What an analysis for the report finds; where it fails, the report goes without."""
+    try:
+        return tuple(analyse())
+    except RefoldError:
+        raise
+    except Exception as error:
+        failures.append(failed(name, None, error))
+        return ()
 
 
 def _graph_record(gm: fx.GraphModule) -> GraphRecord:

@@ -273,15 +273,17 @@ class _Renderer:
                 self._row("nothing", f"to fold: {_nothing(r.before.census)}", "33")
         shown = 0
         groups = _grouped(r.declined)
+        groups.sort(key=lambda group: not group[0].failed)
         for first, members in groups:
             if shown == _SHOWN_DECLINES:
                 rest = sum(len(m) for _, m in groups[shown:])
                 self._row("", f"... and {rest} more, see --json")
                 break
-            where = f"module {first.module}" if first.module else first.node
+            where = f"module {first.module}" if first.module else first.node or "the pass"
             count = f" (and {len(members) - 1} like it)" if len(members) > 1 else ""
             source = f"  {_short(first.source)}" if first.source else ""
-            self._row("declined", f"{where}{count}  {first.rule}: {first.reason}{source}", "33")
+            label, colour = ("failed", "31") if first.failed else ("declined", "33")
+            self._row(label, f"{where}{count}  {first.rule}: {first.reason}{source}", colour)
             if first.hint:
                 self._row("", f"hint: {first.hint}")
             shown += 1
@@ -469,7 +471,7 @@ def standing(passes: Iterable[PassRecord], remaining: set[str]) -> tuple[Decline
     seen: dict[tuple[str, str, str], Declined] = {}
     for record in passes:
         for d in record.declined:
-            if d.node in remaining:
+            if d.node in remaining or d.failed:
                 seen.setdefault((d.rule, d.node, d.reason), d)
     return tuple(seen.values())
 

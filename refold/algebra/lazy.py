@@ -9,6 +9,7 @@ import torch
 
 # What several parents share in the constant that is being computed: its tensor, once it is known.
 _SHARED: ContextVar[dict[Lazy, torch.Tensor | None] | None] = ContextVar("shared", default=None)
+_STEPS = 20  # computed one inside the other, each a few frames; a longer chain is held in between
 
 
 class Lazy:
@@ -29,6 +30,10 @@ class Lazy:
         parents: Sequence[Lazy] = (),
     ) -> None:
         self._parents = tuple(parents)
+        steps = 1 + max((p._steps for p in self._parents), default=0)
+        self._held = steps >= _STEPS  # so that what is made of it does not reach deeper
+        self._steps = 0 if self._held else steps
+        self._deep = self._held or any(p._deep for p in self._parents)
         self.shape = tuple(int(s) for s in shape)
         self._compute = compute
         self._factors: tuple[Lazy, Lazy] | None = None
@@ -48,29 +53,55 @@ class Lazy:
         """Computes the tensor (float64). Callers may write into it only if it is ``fresh``."""
         shared = _SHARED.get()
         if shared is None or self not in shared:
-            return self._checked()
+            beyond = self._deep and (shared is None or not self._held_above(shared))
+            return self.evaluate() if beyond else self._checked()
         known = shared[self]
         if known is None:
             known = shared[self] = self._checked()
         return known.clone() if self.fresh else known
 
     def evaluate(self) -> torch.Tensor:
-        """:meth:`get`, computing what is shared once."""
-        seen: set[Lazy] = set()
-        shared: dict[Lazy, torch.Tensor | None] = {}
-        stack: list[Lazy] = [self]
-        while stack:
-            current = stack.pop()
-            if current in seen:
-                shared[current] = None
-                continue
-            seen.add(current)
-            stack.extend(current._parents)
+        """:meth:`get`, computing what is shared once, and long chains piece by piece."""
+        shared, held = self._plan()
         token = _SHARED.set(shared)
         try:
-            return self.get()
+            for piece in held:
+                piece.get()
+            return self.get() if self in shared else self._checked()
         finally:
             _SHARED.reset(token)
+
+    def _plan(self) -> tuple[dict[Lazy, torch.Tensor | None], list[Lazy]]:
+        """What several parents share, and what is to be held, each after what it is made of."""
+        seen: set[Lazy] = set()
+        shared: dict[Lazy, torch.Tensor | None] = {}
+        held: list[Lazy] = []
+        stack = [(self, False)]
+        while stack:
+            current, ready = stack.pop()
+            if ready:
+                held.append(current)
+            elif current in seen:
+                shared[current] = None
+            else:
+                seen.add(current)
+                if current._held:
+                    shared[current] = None
+                    stack.append((current, True))
+                stack.extend((parent, False) for parent in current._parents)
+        return shared, held
+
+    def _held_above(self, shared: dict[Lazy, torch.Tensor | None]) -> bool:
+        """True if the pieces that this is made of are held while a constant is computed."""
+        stack = [p for p in self._parents if p._deep]
+        while stack:
+            current = stack.pop()
+            if current._held:
+                if current not in shared:
+                    return False
+            else:
+                stack.extend(p for p in current._parents if p._deep)
+        return True
 
     def _checked(self) -> torch.Tensor:
         with torch.no_grad():

@@ -494,7 +494,11 @@ def _constant(value: Any, rank: int) -> Lazy | None:
 
 
 def _combine(a: Lazy, b: Lazy, function: Any) -> Lazy:
-    return Lazy(tuple(torch.broadcast_shapes(a.shape, b.shape)), lambda: function(a.get(), b.get()))
+    return Lazy(
+        tuple(torch.broadcast_shapes(a.shape, b.shape)),
+        lambda: function(a.get(), b.get()),
+        parents=(a, b),
+    )
 
 
 def affine(node: object) -> Affine | None:

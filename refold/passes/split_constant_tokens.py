@@ -59,11 +59,11 @@ from refold.graph.nodes import (
     is_call,
     is_tensor,
     pinned,
-    replace,
     same,
     shape,
 )
 from refold.rewrite import cost
+from refold.rewrite.edit import Editor
 from refold.rewrite.result import PassResult, applied, declined
 
 _PRODUCTS = ("linear", "matmul", "attention")
@@ -111,6 +111,7 @@ class _Splitter:
     result: PassResult = field(default_factory=PassResult)
 
     def __post_init__(self) -> None:
+        self.editor = Editor(self.gm, self.rule, self.result)
         self._constant = constants.constant_nodes(self.gm.graph)
         self._known = set(
             self._constant
@@ -123,25 +124,29 @@ class _Splitter:
         for node in list(graph.nodes):
             if node in self._constant or not _is_plain(node) or self._is_written(node):
                 continue
-            self._note(node)
-            split = self._concatenation(node) or self._derived(node)
-            if split is None:
-                continue
-            if any(p in self._known for p in split.parts):
-                self.found[node] = split
-            elif len(split.parts) == 1:
-                self.picked[node] = split
+            with self.editor.candidate(node):
+                self._read(node)
         groups: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
             if node in self.found or node in self.picked:
                 groups.setdefault(self._leader(node), []).append(node)
         for held in groups.values():
-            self._settle(held)
-        for node in reversed(self.made):
-            if not node.users:
-                graph.erase_node(node)
+            with self.editor.candidate(held[0]):
+                self._settle(held)
+        with self.editor.edit() as edit:
+            edit.remove(self.made)
         self.result.modified = bool(self.result.applied)
         return self.result
+
+    def _read(self, node: fx.Node) -> None:
+        self._note(node)
+        split = self._concatenation(node) or self._derived(node)
+        if split is None:
+            return
+        if any(p in self._known for p in split.parts):
+            self.found[node] = split
+        elif len(split.parts) == 1:
+            self.picked[node] = split
 
     def _is_written(self, node: fx.Node) -> bool:
         return bool(self._written) and bool(self._written & aliasing.roots(node))
@@ -465,8 +470,7 @@ class _Splitter:
         inside = dict.fromkeys(held)
         while True:
             self._prune(inside)
-            border = [n for n in inside if any(u not in inside for u in n.users)]
-            kept = [n for n in border if self._is_root(n)]
+            border, kept = self._border(inside)
             dying = [n for n in inside if n not in kept]
             new = {n: self._whole(n) for n in border if n not in kept}
             needed = self._needed(new.values())
@@ -491,12 +495,26 @@ class _Splitter:
                 return
             for node in refused:
                 del inside[node]  # it stays, and reads what is put together in front of it
-        for old, made in new.items():
-            replace(old, made)
         detail = f"{len(products)} products need no constant tokens"
-        self.result.applied.append(applied(self.rule, dying, needed, detail))
-        for node in reversed(dying):
-            node.graph.erase_node(node)
+        done = applied(self.rule, dying, needed, detail)
+        with self.editor.edit() as edit:
+            for old, made in new.items():
+                edit.replace(old, made)
+            edit.remove(dying)
+        self.result.applied.append(done)
+
+    def _border(self, inside: dict[fx.Node, None]) -> tuple[list[fx.Node], set[fx.Node]]:
+        """What is read from outside, and the concatenations among it, which stay as they are.
+
+        What such a one reads is then read from outside, too: tokens that are put back.
+        """
+        kept: set[fx.Node] = set()
+        while True:
+            border = [n for n in inside if any(u not in inside or u in kept for u in n.users)]
+            more = {n for n in border if self._is_root(n)} - kept
+            if not more:
+                return border, kept
+            kept |= more
 
     def _prune(self, inside: dict[fx.Node, None]) -> None:
         """Drops layouts at the border: a layout of what is put together is as good."""

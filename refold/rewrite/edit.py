@@ -470,6 +470,7 @@ class Snapshot:
         for node, target, args, kwargs, meta in self._nodes:
             if node._erased:
                 node._erased = False
+                node._prev = node._next = node  # its old neighbours may be others' by now
                 graph._find_nodes_lookup_table.insert(node)
                 graph._len += 1
             graph._root.prepend(node)

@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from refold.errors import UsageError, VerifierError, did_you_mean
+from refold.errors import RefoldError, UsageError, VerifierError, did_you_mean
 from refold.graph import constants, provenance, subgraphs
 from refold.graph.kinds import census
 from refold.graph.verifier import Signature, signature, verify
-from refold.rewrite.result import Pass, PassResult
+from refold.rewrite.edit import Snapshot
+from refold.rewrite.result import Pass, PassResult, failed
 
 ENTRY_POINT_GROUP = "refold.passes"
 _EXACTNESS = ("exact", "reassociates", "approximate")
@@ -190,7 +191,8 @@ class Pipeline:
 
         Raises:
             UsageError: a glob matches no module.
-            VerifierError: a pass left an invalid graph; the message names the pass.
+            VerifierError: in debug mode, a pass failed or left an invalid graph; the message names
+                the pass. Otherwise it is undone and recorded.
         """
         subgraphs.own(gm)
         pin(gm, exclude)
@@ -258,24 +260,50 @@ def _run_pass(
     debug: bool,
     compare: Compare | None,
 ) -> tuple[PassRun, Signature]:
-    """Runs one pass; ``before`` and ``contract`` are what the one before it left."""
+    """Runs one pass; ``before`` and ``contract`` are what the one before it left.
+
+    A pass that raises, or leaves an invalid graph, is undone as a whole, and recorded. In debug
+    mode it raises, as what fails at one candidate does.
+    """
     copy = copy_sharing_tensors(gm) if debug and compare is not None else None
+    snapshot = Snapshot(gm)
     started = time.perf_counter()
-    result = item.run(gm)
-    seconds = time.perf_counter() - started
-    after = census(gm.graph)
     try:
+        result = item.run(gm)
+        seconds = time.perf_counter() - started
+        after = census(gm.graph)
         if result.modified:
             contract = verify(gm, contract, repropagate=debug)
         elif before != after:
             raise VerifierError("it says that it changed nothing, but the calls are not the same")
     except VerifierError as error:
-        raise VerifierError(f"after pass {item.name!r}: {error}") from error
+        blamed = VerifierError(f"after pass {item.name!r}: {error}")
+        if debug:
+            raise blamed from error
+        return _undone(item, snapshot, blamed, before, started), contract
+    except RefoldError:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        return _undone(item, snapshot, error, before, started), contract
+    broken = next((d for d in result.declined if d.failed), None)
+    if debug and broken is not None:
+        raise VerifierError(f"pass {item.name!r} failed at %{broken.node}: {broken.reason}")
     if copy is not None and compare is not None and result.modified:
         constants.materialise_all(gm, forget=False)
         gm.recompile()
         compare(copy, gm, item.name)
     return PassRun(item.name, result, seconds, before, after), contract
+
+
+def _undone(
+    item: Pass, snapshot: Snapshot, error: Exception, before: Counter[str], started: float
+) -> PassRun:
+    """The record of a pass that failed as a whole: the graph is what it was before it."""
+    snapshot.restore()
+    result = PassResult(declined=[failed(item.name, None, error)])
+    return PassRun(item.name, result, time.perf_counter() - started, before, before)
 
 
 def copy_sharing_tensors(gm: fx.GraphModule) -> fx.GraphModule:

@@ -149,7 +149,44 @@ def test_an_invalid_graph_is_blamed_on_the_pass() -> None:
         del find(gm, "relu").meta["val"]
 
     with pytest.raises(VerifierError, match="after pass 'doing': %relu"):
-        Pipeline("test", (Doing(drop_value),)).run(trace(Blocks(), T))
+        Pipeline("test", (Doing(drop_value),)).run(trace(Blocks(), T), debug=True)
+
+
+def test_a_pass_that_fails_is_undone_and_recorded(failures) -> None:
+    def drop_value(gm):
+        del find(gm, "relu").meta["val"]
+
+    def break_off(gm):
+        FoldConstants().run(gm)
+        relu = find(gm, "relu")
+        relu.replace_all_uses_with(relu.args[0])
+        gm.graph.erase_node(relu)
+        gm.added = torch.ones(3)
+        raise KeyError("half-way")
+
+    def share(gm):
+        gm.graph.output_node().args = (next(iter(gm.graph.nodes)),)
+
+    for do, words in (
+        (drop_value, "after pass 'doing': %relu"),
+        (break_off, "KeyError: 'half-way'"),
+        (share, "structure"),
+    ):
+        graph = trace(Blocks(), T)
+        before, expected = str(graph.graph), graph(T)
+        result = Pipeline("test", (Doing(do), CleanUp())).run(graph)
+        (record,) = failures
+        failures.clear()
+        assert result.runs[0].result.declined == [record]
+        assert words in record.reason
+        assert not result.runs[0].result.modified
+        assert ops(graph)["relu"] == 2, "the passes after it run"
+        torch.testing.assert_close(graph(T), expected)
+        assert not hasattr(graph, "added")
+        undone = trace(Blocks(), T)
+        Pipeline("test", (Doing(do),)).run(undone)
+        failures.clear()
+        assert str(undone.graph) == before
 
 
 def test_a_pass_that_hides_its_changes_is_caught() -> None:
@@ -157,7 +194,7 @@ def test_a_pass_that_hides_its_changes_is_caught() -> None:
         find(gm, "relu").target = torch.ops.aten.abs.default
 
     with pytest.raises(VerifierError, match="changed nothing"):
-        Pipeline("test", (Doing(swap, modified=False),)).run(trace(Blocks(), T))
+        Pipeline("test", (Doing(swap, modified=False),)).run(trace(Blocks(), T), debug=True)
 
 
 def test_debug_propagates_and_compares() -> None:

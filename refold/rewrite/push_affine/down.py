@@ -67,7 +67,10 @@ class Downward(Walk):
                 return extra if conv.bias is None else extra + conv.bias.get()
 
             weight = conv.weight.map(conv.weight.shape, scaled)
-            bias = Lazy((conv.out_channels,), moved) if factor.shifts else conv.bias
+            parents = [part for part in (conv.weight, conv.bias) if part is not None]
+            bias = conv.bias
+            if factor.shifts:
+                bias = Lazy((conv.out_channels,), moved, parents=parents)
             self._check_range(c, weight)
             self._check_range(c, bias)
             plan.edits.append(
@@ -82,7 +85,10 @@ class Downward(Walk):
                 extra = linear.weight.get() @ shift
                 return extra if linear.bias is None else extra + linear.bias.get()
 
-            bias = Lazy((weight.shape[0],), total) if factor.shifts else linear.bias
+            parents = [part for part in (linear.weight, linear.bias) if part is not None]
+            bias = linear.bias
+            if factor.shifts:
+                bias = Lazy((weight.shape[0],), total, parents=parents)
             self._check_range(c, weight)
             self._check_range(c, bias)
             plan.edits.append(lambda: self._set_linear(linear, weight, bias))
@@ -150,7 +156,7 @@ class Downward(Walk):
             out: torch.Tensor = c.target(shift, conv.weight.get(), None, *rest)  # type: ignore[operator]
             return out
 
-        added = Lazy(shape, compute)
+        added = Lazy(shape, compute, parents=(conv.weight,))
         width = c.meta["val"].element_size()
         plan.price += cost.elementwise(nodes.hints(c), 1, width, added.numel())
         now = cost.of(self.record.node)

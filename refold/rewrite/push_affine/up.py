@@ -153,7 +153,9 @@ class Upward(Walk):
         shift = factor.shift.expand(full).reshape(target)
         weight = constants.exact(norm.weight) if norm.weight is not None else None
         bias = constants.exact(norm.bias) if norm.bias is not None else None
-        new_weight = Lazy(target, lambda: scale if weight is None else scale * weight.get())
+        new_weight = Lazy(target, lambda: scale)
+        if weight is not None:
+            new_weight = weight.map(target, lambda w: scale * w)
         new_bias = shifted(bias, scale, shift) if norm.shifts else None
         plan.edits.append(
             lambda: self._set_weights(

@@ -276,7 +276,7 @@ def shifted(bias: Lazy | None, scale: torch.Tensor, shift: torch.Tensor) -> Lazy
         noise = am.ROUNDING * torch.maximum(moved.abs(), shift.abs())
         return torch.where((total.abs() <= noise) & (shift != 0), 0.0, total)
 
-    return Lazy(tuple(scale.shape), compute)
+    return Lazy(tuple(scale.shape), compute, parents=() if bias is None else (bias,))
 
 
 def uneven(conv: records.Conv, factor: Factor) -> str | None:
