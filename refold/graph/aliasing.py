@@ -246,22 +246,33 @@ def _takes_tensor(node: fx.Node) -> bool:
     return any(nodes.is_tensor(n) for n in node.all_input_nodes)
 
 
+OUTPUT_STRIDES = "the strides of an output would change"
+
+
 def unsettled_strides(
-    old: fx.Node, new: fx.Node, also: Mapping[fx.Node, Any] | None = None
+    old: fx.Node,
+    new: fx.Node,
+    also: Mapping[fx.Node, Any] | None = None,
+    moved: dict[fx.Node, Any] | None = None,
 ) -> str | None:
     """Why users of ``old`` cannot read ``new`` if its strides differ, or ``None``.
 
-    ``also`` holds the values of other nodes that are replaced with it.
+    ``also`` holds the values of other nodes that are replaced with it. ``moved`` takes up the
+    fake values that later calls have from now on, where their strides are others.
 
     The users are run on fake values with the new strides, onwards until every stride is again
     what it was. An output whose strides would change, a call that reads strides, and a view that
     does not work any more are reasons to decline.
     """
-    return unsettled(old, old.meta.get("val"), new.meta.get("val"), also)
+    return unsettled(old, old.meta.get("val"), new.meta.get("val"), also, moved)
 
 
 def unsettled(
-    node: fx.Node, before: Any, after: Any, also: Mapping[fx.Node, Any] | None = None
+    node: fx.Node,
+    before: Any,
+    after: Any,
+    also: Mapping[fx.Node, Any] | None = None,
+    moved: dict[fx.Node, Any] | None = None,
 ) -> str | None:
     """Why a node's value may not have the strides of ``after``; see :func:`unsettled_strides`."""
     if _same_strides(before, after):
@@ -275,7 +286,7 @@ def unsettled(
         user = heapq.heappop(heap)
         visited += 1
         if user.op == "output":
-            return "the strides of an output would change"
+            return OUTPUT_STRIDES
         if visited > _SETTLE_LIMIT:
             return "too many later calls would see other strides"
         if _stride_sensitive(user) or reads_format(user) or constants.is_mutation(user):
@@ -286,6 +297,8 @@ def unsettled(
             return f"{user.name} does not accept other strides ({str(error).splitlines()[0]})"
         if not _same_strides(user.meta.get("val"), value):
             shadow[user] = value
+            if moved is not None:
+                moved[user] = value
             for following in user.users:
                 if following not in seen:
                     seen.add(following)

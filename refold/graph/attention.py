@@ -147,7 +147,7 @@ def _is_even(factor: object) -> bool:
 
 def _hiding(mask: fx.Node) -> str | None:
     """Why a mask may hide every key of some row, or ``None``: a constant one is looked at."""
-    if not constants.is_get_attr(mask) or any(constants.is_mutation(u) for u in mask.users):
+    if not constants.is_fixed(mask):
         return "its mask is not constant: where it hides every key of a row, the row is zero"
     value = constants.tensor(mask)
     shown = value if value.dtype == torch.bool else value.isfinite()

@@ -71,7 +71,7 @@ def compact(node: object) -> Lazy | None:
     if not is_get_attr(node):
         return _compact_layout(node)
     assert isinstance(node, fx.Node)
-    if any(is_mutation(user) for user in node.users) or not node.meta["val"].is_floating_point():
+    if not is_fixed(node) or not node.meta["val"].is_floating_point():
         return None
     pending: Lazy | None = node.meta.get("refold_exact")
     return pending if pending is not None else Lazy.of(tensor(node))
@@ -106,6 +106,38 @@ def is_get_attr(node: object) -> bool:
         and node.op == "get_attr"
         and isinstance(node.meta.get("val"), torch.Tensor)
     )
+
+
+def is_fixed(node: object) -> bool:
+    """True for a stored tensor that the graph never writes: the door to reading it as a constant.
+
+    A buffer that a call writes, itself or a view of it, has other numbers on the next call.
+    """
+    return is_get_attr(node) and not _is_written(node)  # type: ignore[arg-type]
+
+
+def _is_written(node: fx.Node) -> bool:
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        for user in current.users:
+            if is_mutation(user) and current in _written_by(user):
+                return True
+            if user not in seen and _views(user):
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def _views(node: fx.Node) -> bool:
+    return node.op == "call_function" and _returns_views(node.target)
+
+
+@functools.cache
+def _returns_views(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    return any(result.alias_info is not None for result in target._schema.returns)
 
 
 def add(
@@ -219,7 +251,22 @@ def written(graph: fx.Graph) -> set[fx.Node]:
 
 
 def targets_of(mutation: fx.Node) -> list[fx.Node]:
-    """The constants and inputs that a call writes; what it copies from is only read."""
+    """The constants and inputs that a call writes, themselves or a view of them.
+
+    What it copies from is only read.
+    """
+    found: dict[fx.Node, None] = {}
+    stack = _written_by(mutation)
+    while stack:
+        node = stack.pop()
+        if node.op in ("get_attr", "placeholder"):
+            found[node] = None
+        elif _views(node):
+            stack.extend(node.all_input_nodes)
+    return list(found)
+
+
+def _written_by(mutation: fx.Node) -> list[fx.Node]:
     assert isinstance(mutation.target, torch._ops.OpOverload)
     given = nodes.arguments(mutation)
     writes = [
@@ -227,11 +274,7 @@ def targets_of(mutation: fx.Node) -> list[fx.Node]:
         for a in mutation.target._schema.arguments
         if a.alias_info is not None and a.alias_info.is_write
     ]
-    return [
-        leaf
-        for leaf in pytree.tree_leaves(writes)
-        if isinstance(leaf, fx.Node) and leaf.op in ("get_attr", "placeholder")
-    ]
+    return [leaf for leaf in pytree.tree_leaves(writes) if isinstance(leaf, fx.Node)]
 
 
 def own_written(gm: fx.GraphModule) -> None:

@@ -612,11 +612,13 @@ def drop_no_ops(gm: fx.GraphModule) -> None:
     leaks = leaking(graph)
     sensitive = any(_reads_strides(n) for n in graph.nodes)
     formats = any(map(aliasing.reads_format, graph.nodes))
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in (
+            aten.view.default, aten._unsafe_view.default,
+        ):  # fmt: skip
+            node.target = aten.reshape.default  # also where a copy before it is dropped
     for node in list(graph.nodes):
         if node.op != "call_function":
-            continue
-        if node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default  # also where a copy before it is dropped
             continue
         source = node.args[0] if node.args else None
         if not is_tensor(node) or not isinstance(source, fx.Node) or not is_tensor(source):
@@ -625,6 +627,11 @@ def drop_no_ops(gm: fx.GraphModule) -> None:
             continue
         if formats and op_name(node) in _COPIES and aliasing.chooses_kernel(node) is not None:
             continue
+        moved: dict[fx.Node, Any] = {}
+        if aliasing.unsettled_strides(node, source, moved=moved) == aliasing.OUTPUT_STRIDES:
+            continue  # the caller sees the layout that it asks for
+        for other, value in moved.items():
+            other.meta["val"] = value
         node.replace_all_uses_with(source, propagate_meta=False)
         graph.erase_node(node)
         if node in leaks:

@@ -343,7 +343,7 @@ def quantised(node: object) -> Quantised | None:
         return None
     given = arguments(weight)
     integers, zeros = given["input"], given.get("zero_points", given.get("zero_point"))
-    if not constants.is_get_attr(integers) or any(constants.is_mutation(u) for u in integers.users):
+    if not constants.is_fixed(integers):
         return None
     count = int(shape(integers)[0])
     if name.endswith("_channel") and given["axis"] == 0:
@@ -356,7 +356,7 @@ def quantised(node: object) -> Quantised | None:
     bias = constants.exact(bias_node) if bias_node is not None else None
     if scales is None or scales.shape != (count,) or (bias is None) != (bias_node is None):
         return None
-    if isinstance(zeros, fx.Node) and not constants.is_get_attr(zeros):
+    if isinstance(zeros, fx.Node) and not constants.is_fixed(zeros):
         return None
     origin = (
         constants.tensor(zeros).cpu() if isinstance(zeros, fx.Node) else torch.tensor(zeros or 0)

@@ -301,7 +301,7 @@ def _holds(number: int) -> Callable[[Any], bool]:
     def predicate(value: Any) -> bool:
         if not isinstance(value, fx.Node):
             return bool(value == number)
-        if not constants.is_get_attr(value):
+        if not constants.is_fixed(value):
             return False
         data = constants.tensor(value)
         if isinstance(data, FakeTensor) or data.is_meta or not data.numel():

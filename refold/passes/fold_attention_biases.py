@@ -39,11 +39,12 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes, provenance, records
+from refold.graph import nodes, records
 from refold.graph.attention import Attention, Operand, attention
 from refold.graph.kinds import kind
 from refold.graph.nodes import aten, is_tensor, shape
 from refold.rewrite import layout
+from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.push_affine.walk import constant_name, overflows, reads
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
@@ -101,6 +102,9 @@ class _Folder:
     rule: str
     result: PassResult = field(default_factory=PassResult)
 
+    def __post_init__(self) -> None:
+        self.editor = Editor(self.gm, self.rule, self.result)
+
     def run(self) -> PassResult:
         while any(_projects(reader) for reader in self._round()):
             pass  # what a reader took in may leave the attention that it projects for
@@ -115,22 +119,31 @@ class _Folder:
             found = attention(node)
             if found is None or nodes.pinned(node):
                 continue
-            if self._is_fused(found):
-                self._decline_fused(found)
-                continue
-            for make in (self._keys, self._values):
-                try:
-                    claim = make(found)
-                except (_Refused, layout.Unproven) as refusal:
-                    self.result.declined.append(declined(self.rule, node, str(refusal)))
-                    continue
-                if claim is not None:
+            with self.editor.candidate(node):
+                for claim in self._claims(found):
                     claims.setdefault(claim.projection.layer, []).append(claim)
         took: set[fx.Node] = set()
         for layer, held in claims.items():
-            if layer not in took and self._settle(layer, held):
-                took.update(c.reader.node for c in held if c.reader is not None)
+            with self.editor.candidate(layer):
+                if layer not in took and self._settle(layer, held):
+                    took.update(c.reader.node for c in held if c.reader is not None)
         return took
+
+    def _claims(self, found: Attention) -> list[_Claim]:
+        """What an attention lets go; why it lets nothing go is recorded."""
+        if self._is_fused(found):
+            self._decline_fused(found)
+            return []
+        claims = []
+        for make in (self._keys, self._values):
+            try:
+                claim = make(found)
+            except (_Refused, layout.Unproven) as refusal:
+                self.result.declined.append(declined(self.rule, found.node, str(refusal)))
+                continue
+            if claim is not None:
+                claims.append(claim)
+        return claims
 
     def _is_fused(self, found: Attention) -> bool:
         """Whether one layer makes queries, keys and values, as most do."""
@@ -243,28 +256,30 @@ class _Folder:
                 )
             )  # fmt: skip
             return False
-        layer.args = (*layer.args[:2], *((None, *layer.args[3:]) if len(layer.args) > 3 else ()))
-        layer.kwargs = {k: v for k, v in layer.kwargs.items() if k != "bias"}
+        args = (*layer.args[:2], *((None, *layer.args[3:]) if len(layer.args) > 3 else ()))
+        kwargs = {k: v for k, v in layer.kwargs.items() if k != "bias"}
         changed = [layer, *(n for n, _ in projection.path)]
-        for claim in claims:
-            changed += [n for n, _ in claim.projection.path] + list(claim.passed)
-            if claim.reader is not None:
-                self._take(claim.reader.node, claim)
-        for node in dict.fromkeys(changed):
-            provenance.derive(node, [node], self.rule, value=None)
+        with self.editor.edit() as edit:
+            edit.set(layer, args=args, kwargs=kwargs)
+            for claim in claims:
+                changed += [n for n, _ in claim.projection.path] + list(claim.passed)
+                if claim.reader is not None:
+                    self._take(edit, claim.reader.node, claim)
+            for node in dict.fromkeys(changed):
+                edit.stamp(node, [node], value=None)
         self.result.applied.append(_record(self.rule, projection, claims))
         return True
 
-    def _take(self, reader: fx.Node, claim: _Claim) -> None:
+    def _take(self, edit: Edit, reader: fx.Node, claim: _Claim) -> None:
         now = records.linear(reader)
         assert now is not None
         assert claim.added is not None
         added, bias = claim.added, now.bias
         total = Lazy.of(added) if bias is None else bias.map(bias.shape, lambda b: b + added)
-        with self.gm.graph.inserting_before(reader):
-            data = constants.add(self.gm, f"{reader.name}.bias", total, reader.meta["val"])
-        reader.args, reader.kwargs = (now.x, now.weight_node, data), {}
-        provenance.derive(reader, [claim.projection.layer, reader], self.rule)
+        with edit.before(reader):
+            data = edit.constant(f"{reader.name}.bias", total, reader.meta["val"])
+        edit.set(reader, args=(now.x, now.weight_node, data), kwargs={})
+        edit.stamp(reader, [claim.projection.layer, reader])
 
 
 def _dead(claim: _Claim) -> str:

@@ -166,7 +166,7 @@ def _checked(layer: Layer) -> Layer | Refusal:
 
 def _attribute(node: fx.Node) -> fx.Node | None:
     """The stored tensor behind a weight, through what only lays it out."""
-    while not constants.is_get_attr(node):
+    while not constants.is_fixed(node):
         if len(node.all_input_nodes) != 1:
             return None
         node = node.all_input_nodes[0]

@@ -52,6 +52,7 @@ class Editor:
     def __init__(self, gm: fx.GraphModule, rule: str, result: PassResult | None = None) -> None:
         self.gm, self.graph, self.rule = gm, gm.graph, rule
         self.result = PassResult() if result is None else result
+        self.failed: set[fx.Node] = set()  # where something went wrong: not to be tried again
         self.writes = [n for n in gm.graph.nodes if constants.is_mutation(n)]
         self.written = aliasing.mutated(gm.graph) if self.writes else set()
 
@@ -73,11 +74,10 @@ class Editor:
             yield
         except Refused as refusal:
             self.result.declined.append(declined(self.rule, node, str(refusal)))
-        except VerifierError as error:
-            self.result.declined.append(failed(self.rule, node, error))
-        except RefoldError:
-            raise
         except Exception as error:
+            if isinstance(error, RefoldError) and not isinstance(error, VerifierError):
+                raise  # on purpose, for the user
+            self.failed.add(node)
             self.result.declined.append(failed(self.rule, node, error))
 
 
@@ -156,12 +156,16 @@ class Edit:
         """
         own = self._made_of(new)
         users = [u for u in old.users if u not in own]
-        reason = self._objection(old, new, users, beside or {})
+        moved: dict[fx.Node, Any] = {}
+        reason = self._objection(old, new, users, beside or {}, moved)
         if reason is not None:
             raise Refused(reason)
         for user in users:
             self._remember(user, (old, new))
             user.replace_input_with(old, new)
+        for node, value in moved.items():
+            self._remember_meta(node)
+            node.meta["val"] = value
         self._replaced[old] = new
 
     def set(
@@ -298,6 +302,7 @@ class Edit:
         new: fx.Node,
         users: list[fx.Node],
         beside: Mapping[fx.Node, fx.Node],
+        moved: dict[fx.Node, Any],
     ) -> str | None:
         """Why ``new`` may not take the place of ``old``, or ``None``."""
         if nodes.pinned(old):
@@ -311,7 +316,7 @@ class Edit:
         if self.editor.written and self.editor.written & aliasing.roots(new):
             return "it reads storage that the graph writes"
         also = {node: other.meta["val"] for node, other in beside.items()}
-        return aliasing.new_sharing(old, new) or aliasing.unsettled_strides(old, new, also)
+        return aliasing.new_sharing(old, new) or aliasing.unsettled_strides(old, new, also, moved)
 
     def _reads_alike(self, node: fx.Node) -> bool:
         """True if a call that was changed in place reads tensors of the kinds that it read.
@@ -390,8 +395,8 @@ class Edit:
                 raise Refused("it reads storage that the graph writes")
 
     def _made_of(self, node: fx.Node) -> set[fx.Node]:
-        """A node, and what this edit made that it is computed from."""
-        found, stack = {node}, [node]
+        """What this edit made that a node is computed from, itself too."""
+        found, stack = {node} & self.made.keys(), [node]
         while stack:
             for source in stack.pop().all_input_nodes:
                 if source in self.made and source not in found:

@@ -324,7 +324,7 @@ class _Axis:
 
 def _view(node: fx.Node) -> torch.Tensor | None:
     """The stored tensor behind a constant, as it is or transposed; ``None`` if it is not stored."""
-    if constants.is_get_attr(node):
+    if constants.is_fixed(node):
         return None if "refold_exact" in node.meta else constants.tensor(node)
     if named(node) not in ("transpose", "permute"):
         return None

@@ -424,7 +424,7 @@ def _inverted(index: Any) -> fx.Node | None:
 
 def _counts_up(node: Any) -> bool:
     """True for ``0, 1, 2, ...``."""
-    if constants.is_get_attr(node):  # folded, where the number of tokens is static
+    if constants.is_fixed(node):  # folded, where the number of tokens is static
         held = constants.tensor(node)
         return torch.equal(held, torch.arange(held.numel(), device=held.device))
     if not isinstance(node, fx.Node) or named(node) != "arange":

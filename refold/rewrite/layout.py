@@ -87,7 +87,7 @@ def is_layout(node: fx.Node) -> bool:
         return len(node.args) > 2 and node.args[2] is False
     if name == "index":
         return all(
-            i is None or (isinstance(i, fx.Node) and i.op == "get_attr")
+            i is None or constants.is_fixed(i)
             for i in node.args[1]  # type: ignore[union-attr]
         )
     return False
@@ -125,7 +125,7 @@ def _execute(node: fx.Node, data: torch.Tensor, symbols: Symbols) -> Any:
         value = arg.meta.get("val")
         if isinstance(value, (int, torch.SymInt)):
             return symbols.size(value)
-        if arg.op == "get_attr":
+        if constants.is_fixed(arg):
             return constants.tensor(arg).cpu()
         raise Unproven("its layout depends on data")
 

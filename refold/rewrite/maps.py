@@ -543,7 +543,7 @@ def _order(node: fx.Node, args: Any, axis: int, size: int) -> torch.Tensor | Non
 
 def _picks(index: Any, every: torch.Tensor) -> torch.Tensor | None:
     """What a constant index picks."""
-    if not constants.is_get_attr(index) or any(constants.is_mutation(u) for u in index.users):
+    if not constants.is_fixed(index):
         return None
     picked = constants.tensor(index).to(every.device)
     return every[picked] if picked.dim() == 1 else None

@@ -112,7 +112,7 @@ class Match:
         value = self.bindings[name]
         if isinstance(value, (bool, int, float)):
             return torch.tensor(value)
-        if not constants.is_get_attr(value):
+        if not constants.is_fixed(value):
             raise Decline(f"{name} is computed in the graph; fold-constants did not fold it")
         return constants.tensor(value)
 

@@ -49,6 +49,8 @@ class Pusher(Upward, Downward):
             for node in list(self.graph.nodes):
                 if node.op != "call_function" or not node.users or nodes.pinned(node):
                     continue  # erased nodes have no users
+                if node in self.editor.failed:
+                    continue
                 with self.editor.candidate(node):
                     changed |= self.push_at(node)
             if changed:

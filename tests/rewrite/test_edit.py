@@ -1,0 +1,375 @@
+"""The door for edits: what it refuses, what it rolls back, and what a failure costs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import fx, nn
+
+import refold
+from refold.graph import constants, nodes
+from refold.graph.aliasing import storage
+from refold.passes.absorb_scale_shift import AbsorbScaleShift
+from refold.passes.fold_batch_norm import FoldBatchNorm
+from refold.passes.fold_branches import FoldBranches, _Folder
+from refold.rewrite.edit import Edit, Editor, Refused
+from refold.rewrite.push_affine.pusher import Pusher
+from refold.rewrite.result import Declined
+from tests.tracing import find, ops, trace
+
+aten = torch.ops.aten
+T = torch.randn(2, 4, 3, 5)
+
+
+class Fn(nn.Module):
+    """A formula over the modules and buffers given."""
+
+    def __init__(self, formula, **held) -> None:
+        super().__init__()
+        self.formula = formula
+        for name, value in held.items():
+            if isinstance(value, torch.Tensor):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def forward(self, x):
+        return self.formula(self, x)
+
+
+def state(gm: fx.GraphModule) -> tuple[object, ...]:
+    """All that a rollback has to bring back."""
+    held = [
+        (n.name, str(n.target), str(n.args), str(n.kwargs), [u.name for u in n.users], {**n.meta})
+        for n in gm.graph.nodes
+    ]
+    return str(gm.graph), held, sorted(gm.state_dict()), sorted(dict(gm.named_buffers()))
+
+
+def refusal(
+    gm: fx.GraphModule, old: str, make: Callable[[Edit, fx.Node], fx.Node]
+) -> tuple[str, bool]:
+    """Why ``make``'s node may not stand for ``old``; and whether all is as it was."""
+    before, node = state(gm), find(gm, old)
+
+    def attempt() -> None:
+        with Editor(gm, "test").edit() as edit:
+            with edit.before(node):
+                edit.constant("spare", torch.ones(3))
+                new = make(edit, node)
+            edit.stamp(node.args[0], [node])
+            edit.replace(node, new)
+
+    with pytest.raises(Refused) as caught:
+        attempt()
+    return str(caught.value), state(gm) == before
+
+
+RELU: Callable[..., object] = lambda s, x: torch.relu(x.abs()) + 1
+
+
+@pytest.mark.parametrize(
+    ("formula", "old", "make", "words"),
+    [
+        (RELU, "relu", lambda e, n: e.call(aten.amax.default, (n.args[0], [1]), sources=[n]),
+         "shape would be"),
+        (RELU, "relu", lambda e, n: e.call(aten.gt.Scalar, (n.args[0], 0), sources=[n]),
+         "would be torch.bool"),
+        (RELU, "relu",
+         lambda e, n: e.call(aten.to.device, (n.args[0], "meta", torch.float32), sources=[n]),
+         "would be on meta"),
+        (RELU, "relu", lambda e, n: next(iter(n.users)), "comes after what reads it"),
+        (RELU, "relu", lambda e, n: n, "cannot stand"),
+        (lambda s, x: x * 1.0, "mul", lambda e, n: n.args[0], "storage of the input x"),
+        (lambda s, x: (x * 1.0).transpose(1, 2), "mul", lambda e, n: n.args[0],
+         "storage of the input x"),
+        (lambda s, x: (x + 2, (s.c * 1.0)), "mul", lambda e, n: n.args[0],
+         "storage of the constant c"),
+        (lambda s, x: (lambda r: (r, r * 1.0))(torch.relu(x)), "mul", lambda e, n: n.args[0],
+         "two outputs"),
+        (lambda s, x: torch.relu(x[:, :1].expand(-1, 4, -1, -1) + 0.0), "relu",
+         lambda e, n: e.call(aten.expand.default, (
+             e.call(aten.amax.default, (n.args[0], [1], True), sources=[n]), [-1, 4, -1, -1],
+         ), sources=[n]), "strides of an output"),
+        (lambda s, x: torch.relu(x).contiguous() * 1, "mul",
+         lambda e, n: e.call(aten.permute.default, (e.call(aten.clone.default, (e.call(
+             aten.permute.default, (n.args[0], [0, 2, 3, 1]), sources=[n]),), {
+                 "memory_format": torch.contiguous_format}, sources=[n]), [0, 3, 1, 2]),
+             sources=[n]), "strides of an output"),
+        (lambda s, x: torch.as_strided(torch.relu(x), (2, 2), (1, 1)) + 1, "relu",
+         lambda e, n: e.call(aten.expand.default, (
+             e.call(aten.amax.default, (n.args[0], [1], True), sources=[n]), [-1, 4, -1, -1],
+         ), sources=[n]), "depends on the strides"),
+    ],
+    ids=[
+        "shape", "dtype", "device", "order", "itself", "input", "view-of-input", "constant",
+        "two-outputs", "zero-strides", "permuted-strides", "stride-reader",
+    ],
+)  # fmt: skip
+def test_what_the_door_refuses_leaves_the_graph_as_it_was(formula, old, make, words) -> None:
+    gm = trace(Fn(formula, c=torch.ones(3)), T)
+    reason, unchanged = refusal(gm, old, make)
+    assert words in reason
+    assert unchanged
+
+
+def test_what_the_graph_writes_is_not_read_later() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(3))
+
+        def forward(self, x):
+            before = self.count * 1.0
+            self.count.add_(1)
+            return x.sum() + before
+
+    reason, unchanged = refusal(trace(Counter(), T), "mul", lambda e, n: n.args[0])
+    assert "writes" in reason
+    assert unchanged
+
+
+def test_in_place_changes_are_checked_where_they_take_effect() -> None:
+    gm = trace(Fn(lambda s, x: torch.relu(x.sum(1)) + x.sum(2).sum(), c=torch.ones(3)), T)
+    before, relu = state(gm), find(gm, "relu")
+    with pytest.raises(Refused, match="shape would be"), Editor(gm, "test").edit() as edit:
+        edit.set(relu, args=(next(iter(relu.args[0].all_input_nodes)),))
+    assert state(gm) == before
+    with pytest.raises(Refused, match="whose shape would change"), Editor(gm, "x").edit() as edit:
+        edit.set(relu, value=relu.meta["val"].new_empty(7))
+    assert state(gm) == before
+    with Editor(gm, "test").edit() as edit:
+        edit.set(relu, target=aten.abs.default)
+    assert ops(gm)["abs"] == 1
+
+
+def test_excluded_nodes_are_not_edited() -> None:
+    gm = trace(Fn(RELU), T)
+    relu = find(gm, "relu")
+    relu.meta["refold_pinned"] = True
+    for change in (
+        lambda e: e.set(relu, target=aten.abs.default),
+        lambda e: e.replace(relu, relu.args[0]),
+    ):
+        with pytest.raises(Refused, match="excluded"), Editor(gm, "test").edit() as edit:
+            change(edit)
+
+
+def test_an_error_rolls_back_and_so_does_an_interrupt() -> None:
+    gm = trace(Fn(RELU), T)
+    before, relu = state(gm), find(gm, "relu")
+
+    def break_off(error: BaseException) -> None:
+        with Editor(gm, "test").edit() as edit:
+            with edit.before(relu):
+                new = edit.call(aten.abs.default, (relu.args[0],), sources=[relu])
+            edit.replace(relu, new)
+            edit.remove([relu])
+            raise error
+
+    for error in (KeyError("half-way"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            break_off(error)
+        assert state(gm) == before
+
+
+# --- outputs: memory and strides ------------------------------------------------------------------
+
+
+def layout_of(values: object, x: torch.Tensor) -> list[object]:
+    """Strides of all outputs, and which of them and the input share storage."""
+    leaves = [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
+    stores = [storage(v) for v in (x, *leaves)]
+    return [[v.stride() for v in leaves], [stores.index(s) for s in stores]]
+
+
+LINEAR: dict[str, nn.Module] = {"l": nn.Linear(4, 4)}
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        lambda s, x: s.l(x).unsqueeze(1).expand(-1, 3, -1) * s.g,
+        lambda s, x: s.l(x).unsqueeze(1).broadcast_to(2, 3, 4) * s.g,
+        lambda s, x: s.l(x).unsqueeze(1).repeat(1, 3, 1) * s.g,
+        lambda s, x: s.l(x).unsqueeze(1).expand(-1, 3, -1) + s.g,
+        lambda s, x: (s.l(x), x * 1 + 0),
+        lambda s, x: (s.l(x), x - 0.5 + 0.5),
+        lambda s, x: (s.l(x), (x / 2) * 2),
+        lambda s, x: (s.l(x), (x - 0.5) / 0.25 * 0.25 + 0.5),
+        lambda s, x: {"a": [s.l(x), (x * 4) / 4], "b": (x.neg().neg(),)},
+        lambda s, x: (s.l(x).t() * 2.0, s.l(x).t()),
+        lambda s, x: s.l(x).t().contiguous() * 1.0,
+        lambda s, x: s.l(x).t().contiguous().relu().contiguous().sigmoid(),
+        lambda s, x: (s.l(x) * s.g, s.l(x) * s.g),
+        lambda s, x: (lambda y: (y, y[:, 1:], y[:, 1:] * 1.0))(s.l(x)),
+        lambda s, x: (x[:1], x[:1] * 1.0, s.l(x)),
+        lambda s, x: (lambda q: (x + (q - x), q))(s.l(x)),
+        lambda s, x: (lambda q: q[:1] + x - x)(s.l(x)),
+        lambda s, x: s.l(x).chunk(2, 1)[1] * 3.0,
+        lambda s, x: [part * 3.0 for part in s.l(x).chunk(2, 1)],
+    ],
+)
+def test_outputs_keep_strides_and_memory(formula) -> None:
+    net = Fn(formula, g=torch.rand(4) + 0.5, **LINEAR).eval()
+    x = torch.randn(2, 4)
+    done = refold.compile_for_inference(copy.deepcopy(net), x)
+    with torch.no_grad():
+        want, got = net(x), done(x)
+    torch.testing.assert_close(got, want)
+    (strides, shared), (got_strides, got_shared) = layout_of(want, x), layout_of(got, x)
+    assert got_strides == strides
+    assert all(b in (a, i) for i, (a, b) in enumerate(zip(shared, got_shared, strict=True)))
+
+
+def test_a_stretched_sum_whose_rest_is_smaller_stays() -> None:
+    net = Fn(lambda s, x: torch.sigmoid(s.l(x)[:1] + x - x), **LINEAR)
+    gm = trace(net, torch.randn(2, 4))
+    assert gm(torch.ones(2, 4)).shape == (2, 4)
+    FoldBranches().run(gm)
+    gm.recompile()
+    assert gm(torch.ones(2, 4)).shape == (2, 4)
+
+
+# --- what the model writes is no constant ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        lambda s, x: (x * s.scale)[:, s.index],
+        lambda s, x: (x * s.scale).index_select(1, s.index),
+        lambda s, x: s.conv(x)[:, s.index],
+        lambda s, x: s.conv(x).index_select(1, s.index) * s.scale,
+        lambda s, x: torch.gather(x, 1, s.index.view(1, 4, 1, 1).expand_as(x)) * s.scale,
+    ],
+)
+def test_an_index_that_the_model_writes_is_no_constant(formula) -> None:
+    class Rotating(Fn):
+        def forward(self, x):
+            y = self.conv(self.formula(self, x))
+            self.index.copy_(self.index.roll(1))
+            return y
+
+    net = Rotating(
+        formula, conv=nn.Conv2d(4, 4, 1), index=torch.tensor([1, 2, 3, 0]),
+        scale=torch.rand(4, 1, 1) + 0.5,
+    ).eval()  # fmt: skip
+    done = refold.compile_for_inference(copy.deepcopy(net), T)
+    for _ in range(3):
+        with torch.no_grad():
+            torch.testing.assert_close(done(T), net(T))
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+def conv_and_norm(count: int = 3) -> nn.Module:
+    layers = [nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(count)]
+    net = nn.Sequential(*layers).eval()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2)
+    return net
+
+
+def fail_at(monkeypatch, kind: type, method: str, name: str, *, after: bool) -> None:
+    """Lets a method fail where it comes upon the node of a name."""
+    original = getattr(kind, method)
+
+    def failing(self, first, *rest):
+        node = getattr(first, "node", first)
+        if not after and node.name == name:
+            raise ZeroDivisionError("planted")
+        out = original(self, first, *rest)
+        if after and node.name == name:
+            raise ZeroDivisionError("planted")
+        return out
+
+    monkeypatch.setattr(kind, method, failing)
+
+
+@pytest.mark.parametrize("method", ["push", "_plan_up"])
+def test_a_failure_costs_the_one_rewrite(
+    method: str, monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+) -> None:
+    fail_at(monkeypatch, Pusher, method, "batch_norm_1", after=method == "_plan_up")
+    net = conv_and_norm()
+    gm = trace(net, T)
+    result = FoldBatchNorm().run(gm)
+    assert ops(gm)["batch_norm"] == 1
+    (record,) = failures
+    failures.clear()
+    assert record in result.declined
+    assert (record.node, record.failed) == ("batch_norm_1", True)
+    constants.materialise_all(gm)
+    gm.recompile()
+    torch.testing.assert_close(gm(T), net(T), rtol=1e-4, atol=1e-4)
+
+
+def test_a_failure_leaves_no_compilation_and_is_said(
+    monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+) -> None:
+    fail_at(monkeypatch, _Folder, "_visit", "conv2d_1", after=False)
+    monkeypatch.setattr("refold.compiler.dead_parameters", lambda gm: 1 / 0)
+    net = conv_and_norm()
+    done = refold.compile_for_inference(net, T)
+    torch.testing.assert_close(done(T), net(T), rtol=1e-4, atol=1e-4)
+    failed = [d for d in done.report.declined if d.failed]
+    assert {d.rule for d in failed} == {"fold-branches", "dead-parameters"}
+    assert "internal error: ZeroDivisionError: planted" in str(done.report)
+    assert failures
+    failures.clear()
+
+
+# --- deep graphs ----------------------------------------------------------------------------------
+
+
+def deep(step: Callable[..., torch.Tensor], count: int, **held) -> Fn:
+    def formula(s, x):
+        for i in range(count):
+            x = step(s, x, i)
+        return x
+
+    return Fn(formula, **held)
+
+
+def orthogonal(count: int) -> nn.ModuleList:
+    layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(count)])
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight)
+    return layers
+
+
+@pytest.mark.parametrize(
+    ("net", "left"),
+    [
+        (lambda n: nn.Sequential(*orthogonal(n)), 1),
+        (lambda n: Fn(lambda s, x: sum((m(x) for m in s.l), x * 0.5), l=orthogonal(n)), 1),
+        (lambda n: deep(lambda s, x, i: x + s.c, n, c=torch.randn(8)), 1),
+        (lambda n: deep(lambda s, x, i: x + 0.01 * s.l[i](x), n, l=orthogonal(n)), 1),
+        (lambda n: deep(lambda s, x, i: torch.cat([x, x.relu()], 1)[:, 2:10], n), None),
+        (lambda n: Fn(lambda s, x: deep(lambda s, x, i: x.relu() + x.tanh(), n)(s.l(x)) * s.g,
+                      l=nn.Linear(8, 8), g=torch.rand(8)), None),
+        (lambda n: Fn(lambda s, x: deep(lambda s, x, i: x.relu(), n)(s.l(x).t()).t() * 3.0,
+                      l=nn.Linear(8, 8)), None),
+    ],
+    ids=["linears", "sum", "shifts", "residuals", "cats", "activations", "path"],
+)  # fmt: skip
+def test_deep_graphs_fold_or_stay(net, left) -> None:
+    made, x = net(250).eval(), torch.randn(3, 8)
+    gm = trace(made, x)
+    for pass_ in (AbsorbScaleShift(), FoldBranches(prefer="nodes"), AbsorbScaleShift()):
+        pass_.run(gm)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    constants.materialise_all(gm)
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x), made(x), rtol=1e-3, atol=1e-3)
+    if left is not None:
+        calls = [n for n in gm.graph.nodes if n.op == "call_function" and nodes.is_tensor(n)]
+        assert len(calls) == left
