@@ -216,7 +216,7 @@ def _verify(arguments: argparse.Namespace, progress: _Progress) -> int:
     progress("load")
     candidate = _load_artifact(path, loader, program, trust=arguments.trust)
     progress("verify")
-    known = references(program.graph_module, program, module=program.module)
+    known = references(program.graph_module, program, module=program.module).leaving_inputs()
     result, _ = verify_widely(program.graph_module, candidate, program, known)
     progress.close()
     if arguments.json:

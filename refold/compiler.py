@@ -329,6 +329,8 @@ def _compile(
                 report.notes = (*report.notes, *checked.notes)
                 if checked.known is not None:
                     whole, known = None, checked.known
+            if artifact.leaves_inputs:
+                known = known.leaving_inputs()
             result, known = verify_widely(whole, runner, program, known)
         report.artifact_numerics = result.to_dict()
     kept = None if folded.recipe is None else Kept(folded.recipe, program, original)

@@ -325,6 +325,8 @@ def refit(
     if verify:
         original = with_tensors(kept.original, recipe.values)
         known = references(original, kept.program, most=_INPUTS)
+        if artifact.leaves_inputs:
+            known = known.leaving_inputs()
         result, known = verify_widely(original, runner, kept.program, known)
         report.numerics = result.to_dict()  # of what runs, which is the graph or was made from it
     return replace(

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Runner = Callable[..., Any]
 
+LEFT_ALONE = "the artifact leaves it alone"  # how a note on an input that the model writes ends
+
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
@@ -39,6 +41,11 @@ class Artifact:
 
     content: Any
     notes: tuple[str, ...] = ()
+
+    @property
+    def leaves_inputs(self) -> bool:
+        """Whether inputs that the model writes are not written, which a note says."""
+        return any(note.endswith(LEFT_ALONE) for note in self.notes)
 
 
 @runtime_checkable

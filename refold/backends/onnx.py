@@ -17,7 +17,7 @@ from torch import fx
 from torch.export import Dim
 
 from refold.backends import base, flat, initializers, quantised
-from refold.backends.base import Artifact, Checked, Runner, missing
+from refold.backends.base import LEFT_ALONE, Artifact, Checked, Runner, missing
 from refold.backends.shift_add import choice as shift_add
 from refold.backends.shift_add import rewrite as shift_add_layers
 from refold.backends.torch import symbolic_dims
@@ -176,7 +176,7 @@ def lower(
         )
     if signature.written:
         names = ", ".join(signature.written)
-        notes.append(f"the model writes its input {names}; the artifact leaves it alone")
+        notes.append(f"the model writes its input {names}; {LEFT_ALONE}")
     return Artifact(OnnxContent(model, signature, written, related), tuple(notes))
 
 

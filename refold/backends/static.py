@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from refold.backends import flat
-from refold.backends.base import places
+from refold.backends.base import LEFT_ALONE, places
 from refold.backends.torch import symbolic_dims
 from refold.errors import BackendError, UsageError
 from refold.graph.kinds import op_name
@@ -74,7 +74,7 @@ class StaticProgram:
         notes = [f"{runtime} needs fixed shapes, the batch's too: {', '.join(shapes)}"]
         if signature.written:
             names = ", ".join(signature.written)
-            notes.append(f"the model writes its input {names}; the artifact leaves it alone")
+            notes.append(f"the model writes its input {names}; {LEFT_ALONE}")
         return cls(module, tensors, signature, tuple(notes))
 
     def export(self) -> torch.export.ExportedProgram:

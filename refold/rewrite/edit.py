@@ -332,7 +332,8 @@ class Edit:
         )
         for key in {**old, **new}:
             before, after = old.get(key), new.get(key)
-            if before is after:
+            # literals are copied where arguments are set: they are compared, nodes are themselves
+            if before is after or before == after:
                 continue
             if not nodes.is_tensor(after):
                 if after is None and nodes.is_tensor(before) and nodes.value(before).dim() == 1:

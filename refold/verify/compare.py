@@ -164,7 +164,9 @@ def verify_widely(
         if original is None:
             raise
     known = replace(
-        references(original, program, runs=MORE_RUNS, module=known.module), allowed=known.allowed
+        references(original, program, runs=MORE_RUNS, module=known.module),
+        allowed=known.allowed,
+        manners=known.manners,
     )
     add_nearby(original, known)
     return verify(original, candidate, known, folded_gm=folded), known

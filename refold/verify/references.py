@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,11 @@ class References:
     allowed: float = 0.0
     manners: Manners | None = None
     module: Factory | None = None
+
+    def leaving_inputs(self) -> References:
+        """The same for a candidate that may leave alone what the original writes into inputs."""
+        kept = None if self.manners is None else replace(self.manners, may_leave=True)
+        return replace(self, manners=kept)
 
 
 def references(
