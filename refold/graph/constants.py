@@ -117,6 +117,9 @@ def is_fixed(node: object) -> bool:
 
 
 def _is_written(node: fx.Node) -> bool:
+    calls = node.graph._find_nodes_lookup_table.table  # the nodes of each operator
+    if not any(held and _is_mutable(target) for (_, target), held in calls.items()):
+        return False
     stack, seen = [node], {node}
     while stack:
         current = stack.pop()

@@ -361,7 +361,7 @@ def orthogonal(count: int) -> nn.ModuleList:
     ids=["linears", "sum", "shifts", "residuals", "cats", "activations", "path"],
 )  # fmt: skip
 def test_deep_graphs_fold_or_stay(net, left) -> None:
-    made, x = net(250).eval(), torch.randn(3, 8)
+    made, x = net(400).eval(), torch.randn(3, 8)
     gm = trace(made, x)
     for pass_ in (AbsorbScaleShift(), FoldBranches(prefer="nodes"), AbsorbScaleShift()):
         pass_.run(gm)

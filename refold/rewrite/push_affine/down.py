@@ -39,7 +39,8 @@ class Downward(Walk):
             if is_tensor(user) and nodes.is_empty(user):
                 continue  # it takes nothing of what it reads
             if not self._down_terminal(user, n, factor, plan):
-                self._down_passing(user, n, factor, plan)
+                with self._step(user):
+                    self._down_passing(user, n, factor, plan)
 
     def _down_terminal(self, c: fx.Node, n: fx.Node, factor: Factor, plan: Plan) -> bool:
         if (conv := records.conv(c)) is not None and conv.x is n:

@@ -52,9 +52,10 @@ class Upward(Walk):
         return self._into(u, factor, plan)
 
     def _into(self, u: fx.Node, factor: Factor, plan: Plan) -> None:
-        for step in (self._up_terminal, self._up_affine, self._up_layout, self._up_passing):
-            if step(u, factor, plan):
-                return
+        with self._step(u):
+            for step in (self._up_terminal, self._up_affine, self._up_layout, self._up_passing):
+                if step(u, factor, plan):
+                    return
         several = u.target is operator.getitem and isinstance(u.args[0], fx.Node)
         raise Refused(not_linear(u.args[0] if several else u))  # type: ignore[arg-type]
 

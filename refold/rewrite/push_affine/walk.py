@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from refold.graph.nodes import aten, is_call
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.push_affine.factor import Factor, Refused
 
+_LONGEST = 80  # calls on a path; a plan takes some frames of Python's stack for each
 SMALL = 1 << 13  # bytes below which un-sharing a weight is never refused
 _HOMOGENEOUS = {"relu", "leaky_relu", "prelu", "_prelu_kernel"}
 _MAX_POOLS = {
@@ -52,6 +54,7 @@ class Walk:
         self.refusals: dict[fx.Node, tuple[str, str]] = {}
         self.escapes = False
         self.record: records.Affine | None = None
+        self.steps = 0  # calls between the scale-shift and where its plan has come to
         self.joins = True  # whether a tensor may take what all of its readers want
         self.joined = False  # whether that made a difference to the plan
 
@@ -122,6 +125,17 @@ class Walk:
             return t.reshape(sizes)
 
         return Factor(spread(factor.scale), spread(factor.shift))
+
+    @contextmanager
+    def _step(self, node: fx.Node) -> Iterator[None]:
+        """One call further on a path, which is planned by recursion."""
+        if self.steps == _LONGEST:
+            raise Refused(f"{node.name} is more than {_LONGEST} calls away")
+        self.steps += 1
+        try:
+            yield
+        finally:
+            self.steps -= 1
 
     @property
     def door(self) -> Edit:
