@@ -214,11 +214,15 @@ class Pipeline:
         compare: Compare | None = None,
     ) -> PipelineResult:
         result = PipelineResult()
-        before, contract = census(gm.graph), signature(gm)
+        before, contract, snapshot = census(gm.graph), signature(gm), Snapshot(gm)
         for item in self.passes:
             if progress is not None:
                 progress(item.name)
-            run, contract = _run_pass(item, gm, before, contract, debug=debug, compare=compare)
+            run, contract = _run_pass(
+                item, gm, before, contract, snapshot, debug=debug, compare=compare
+            )
+            if run.result.modified:
+                snapshot = Snapshot(gm)
             result.runs.append(run)
             before = run.after
         for cond in subgraphs.conds(gm):
@@ -256,17 +260,17 @@ def _run_pass(
     gm: fx.GraphModule,
     before: Counter[str],
     contract: Signature,
+    snapshot: Snapshot,
     *,
     debug: bool,
     compare: Compare | None,
 ) -> tuple[PassRun, Signature]:
-    """Runs one pass; ``before`` and ``contract`` are what the one before it left.
+    """Runs one pass; ``before``, ``contract`` and ``snapshot`` are what the last left.
 
     A pass that raises, or leaves an invalid graph, is undone as a whole, and recorded. In debug
     mode it raises, as what fails at one candidate does.
     """
     copy = copy_sharing_tensors(gm) if debug and compare is not None else None
-    snapshot = Snapshot(gm)
     started = time.perf_counter()
     try:
         result = item.run(gm)
