@@ -37,7 +37,7 @@ FOLDED = {
     "experts, averaged inside": lambda s, x: torch.einsum("btd,edh,e->bth", x, s.w, s.a) + s.l(x),
     "the constant first, an ellipsis": lambda s, x: torch.einsum(
         "edh, e, ...d -> ...h", s.w, s.a, s.l(x) @ s.u[0, :, :1] @ s.p[:1]
-    ),
+    ).flatten(1),  # as it comes its axes lie otherwise, which the caller of the model would see
     "blocks before a linear": lambda s, x: s.l12(
         torch.einsum("...gi,gio->...go", x.unflatten(-1, (3, 2)), s.g).flatten(-2)
     ),

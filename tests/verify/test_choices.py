@@ -51,9 +51,9 @@ def test_an_honest_fold_passes_and_says_how_it_was_compared() -> None:
 
 PLANTED: list[tuple[Callable, Callable, Callable]] = [
     (selecting, lambda x: torch.tanh(x), lambda x: torch.sin(x)),
-    (selecting, lambda x: torch.tanh(x), lambda x: torch.tanh(x * 1.001)),
-    (selecting, lambda x: F.relu(x), lambda x: F.relu(-x)),
-    (rounding, lambda x: torch.sin(x), lambda x: torch.sin(x) * 1.001),
+    (selecting, lambda x: torch.tanh(x), lambda x: torch.sigmoid(x * 2.002) * 2 - 1),
+    (selecting, lambda x: F.relu(x), lambda x: torch.clamp(-x, min=0.0)),
+    (rounding, lambda x: torch.sin(x), lambda x: torch.cos(x - 1.6)),
 ]
 
 

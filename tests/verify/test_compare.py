@@ -424,7 +424,7 @@ def test_an_artifact_too_is_judged_on_more_inputs() -> None:
     def candidate(x: Tensor) -> object:
         out = original(x)
         seen.append(x)
-        first = len(seen) == 1
+        first = len(seen) <= 2  # the first input is run twice
         return torch.utils._pytree.tree_map(lambda t: t + 1 if first else t, out)
 
     result, _ = verify_widely(original, candidate, program, known)
