@@ -60,15 +60,16 @@ class _Content:
     folder: tempfile.TemporaryDirectory[str]  # lives as long as the artifact
     layouts: Layouts
     own: OwnOutputs
-    computed: tuple[bool, ...]  # of the leaves of the output: the others are numbers
+    outputs: tuple[Any, ...]  # the graph's: nodes, and numbers, which a package makes tensors
     in_spec: TreeSpec
     nodes: int
 
     def owned(self, results: Any, inputs: Sequence[Any]) -> Any:
         leaves, spec = pytree.tree_flatten(results)
-        own = iter(self.own([v for v, c in zip(leaves, self.computed, strict=True) if c], inputs))
-        leaves = [next(own) if c else v for v, c in zip(leaves, self.computed, strict=True)]
-        return pytree.tree_unflatten(leaves, spec)
+        computed = [isinstance(given, fx.Node) for given in self.outputs]
+        own = iter(self.own([v for v, c in zip(leaves, computed, strict=True) if c], inputs))
+        pairs = zip(self.outputs, computed, strict=True)
+        return pytree.tree_unflatten([next(own) if c else given for given, c in pairs], spec)
 
     @property
     def path(self) -> Path:
@@ -105,12 +106,12 @@ class AotiTarget:
             tempfile.TemporaryDirectory(prefix="refold-"),
             Layouts.of(gm),
             OwnOutputs(gm),
-            tuple(isinstance(leaf, fx.Node) for leaf in outputs),
+            tuple(outputs),
             gm.graph._codegen.pytree_info.in_spec,  # type: ignore[attr-defined]
             sum(census(gm.graph).values()),
         )
         # Freezing takes every output for a computed value; a package returns constants too.
-        freeze = may_freeze(gm) and all(content.computed)
+        freeze = may_freeze(gm) and all(isinstance(leaf, fx.Node) for leaf in outputs)
         settings = {**mode_settings(options.mode), "freezing": freeze}
         try:
             torch._inductor.aoti_compile_and_package(

@@ -171,7 +171,7 @@ def collect(leaves: dict[int, Leaf], got: Any, own: Any, reference: Any, call: C
     for index, (a, b, r) in enumerate(zip(ours, theirs, exact, strict=True)):
         name = f"output {index}" if len(ours) > 1 else "the output"
         if not isinstance(b, torch.Tensor):
-            if a != b:
+            if isinstance(a, torch.Tensor) or a != b:
                 raise VerificationError(f"{name} is {a!r}, the original's is {b!r}")
             continue
         if not isinstance(a, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
