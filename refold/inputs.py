@@ -161,14 +161,14 @@ class InputCheck:
                 f"the trace does not hold for inputs of shape {got}: it needs {broken}: compile "
                 "again with inputs of these sizes"
             )
-        for symbol, got in sizes.items():
+        for symbol, extent in sizes.items():
             low, high = self.ranges.get(symbol, (0, None))
             # A lower bound of 2 is the tracer's own, for want of a better one.
-            if (low > 2 and got < low) or (high is not None and got > high):
+            if (low > 2 and extent < low) or (high is not None and extent > high):
                 bounds = f"at least {low}" if high is None else f"from {low} to {high}"
                 name, dim = self._where(symbol)
                 raise UsageError(
-                    f"input {name!r}: dimension {dim} must be {bounds}, as traced, got {got}"
+                    f"input {name!r}: dimension {dim} must be {bounds}, as traced, got {extent}"
                 )
 
     def _shapes(self, sizes: Mapping[str, int]) -> Iterator[list[int]]:

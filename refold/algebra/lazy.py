@@ -32,8 +32,8 @@ class Lazy:
         self._parents = tuple(parents)
         steps = 1 + max((p._steps for p in self._parents), default=0)
         self._held = steps >= _STEPS  # so that what is made of it does not reach deeper
-        self._steps = 0 if self._held else steps
-        self._deep = self._held or any(p._deep for p in self._parents)
+        self._steps: int = 0 if self._held else steps
+        self._deep: bool = self._held or any(p._deep for p in self._parents)
         self.shape = tuple(int(s) for s in shape)
         self._compute = compute
         self._factors: tuple[Lazy, Lazy] | None = None

@@ -58,7 +58,7 @@ class OnnxRuntimeTarget:
 
     name = "ort"
     suffix = ".onnx"
-    shares_weights = ("files",)
+    shares_weights: tuple[str, ...] = ("files",)
     complex_calls = False
     layers_on = "onnxruntime"
     dtypes = ("float32", "float16")

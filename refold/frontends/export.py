@@ -501,7 +501,8 @@ class Tracer:
         """Dynamic shapes by the names that inputs of ``*args`` and ``**kwargs`` are traced with."""
         forward = inspect.signature(self.original.forward)
         free = binding.free_signature(forward, self.bind)
-        return variadic.flat_shapes(free, *self.example, dynamic_shapes)
+        args, kwargs = self.example
+        return variadic.flat_shapes(free, args, kwargs, dynamic_shapes)
 
     def check(self, inputs: Any) -> None:
         """Runs the module once: a trace does not see every wrong dtype."""

@@ -292,7 +292,7 @@ def _is_plain_object(value: Any) -> bool:
     kind = type(value)
     if issubclass(kind, (nn.Module, type)):
         return False
-    if _is_known(kind) and kind is not types.SimpleNamespace:
+    if _is_known(kind) and kind is not types.SimpleNamespace:  # type: ignore[arg-type]
         return False
     return isinstance(getattr(value, "__dict__", None), dict)
 

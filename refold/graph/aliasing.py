@@ -210,8 +210,10 @@ def chooses_kernel(node: fx.Node) -> fx.Node | None:
     that is not settled by a layer on the way follows them.
     """
     source = node.args[0]
+    if _keeps_format(node):
+        return None
     settled = isinstance(source, fx.Node) and _settles(source)
-    if _keeps_format(node) or (settled and _same_strides(source.meta["val"], node.meta["val"])):
+    if settled and _same_strides(source.meta["val"], node.meta["val"]):  # type: ignore[union-attr]
         return None
     seen, stack = {node}, [node]
     while stack:

@@ -164,9 +164,9 @@ def of(node: fx.Node) -> float:
     if op_name(node) == "einsum":
         return _einsum(node, width)
     if kind(node) in ("conv", "conv-transpose", "linear", "matmul"):
-        inner = hints(node.all_input_nodes[0])[-1:] or (1,)
+        summed = (hints(node.all_input_nodes[0])[-1:] or (1,))[0]
         columns = shape[-1] if shape else 1  # two vectors make a number
-        return matrix(math.prod(shape) // max(columns, 1), columns, *inner, width)
+        return matrix(math.prod(shape) // max(columns, 1), columns, summed, width)
     if op_name(node) in LAYOUT and op_name(node) not in ("cat", "clone", "repeat", "contiguous"):
         return 0.0
     if "upsample" in op_name(node):

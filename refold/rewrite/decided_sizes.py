@@ -190,7 +190,7 @@ def _commit(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> list[fx.Node]:
         for user in list(node.users):
             user.args, user.kwargs = fx.map_arg(
                 (user.args, user.kwargs),
-                lambda n, node=node, value=value: value if n is node else n,
+                lambda n, node=node, value=value: value if n is node else n,  # type: ignore[misc]
             )
             if is_call(user, *_CHECKS) and not user.all_input_nodes:
                 gone.append(user)

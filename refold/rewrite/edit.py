@@ -21,6 +21,7 @@ a pass as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from typing import Any
 
@@ -326,12 +327,13 @@ class Edit:
         target, args, kwargs = self._calls[node]
         if node.target is not target:
             return False
-        own = node.meta.get("val")
+        own: Any = node.meta.get("val")
         old, new = (
             {**dict(enumerate(a)), **k} for a, k in ((args, kwargs), (node.args, node.kwargs))
         )
         for key in {**old, **new}:
-            before, after = old.get(key), new.get(key)
+            before: Any = old.get(key)
+            after: Any = new.get(key)
             # literals are copied where arguments are set: they are compared, nodes are themselves
             if before is after or before == after:
                 continue
@@ -395,7 +397,7 @@ class Edit:
             if any(write < node and owners & read for write, owners in writes):
                 raise Refused("it reads storage that the graph writes")
 
-    def _made_of(self, node: fx.Node) -> set[fx.Node]:
+    def _made_of(self, node: fx.Node) -> AbstractSet[fx.Node]:
         """What this edit made that a node is computed from, itself too."""
         found, stack = {node} & self.made.keys(), [node]
         while stack:
@@ -485,7 +487,7 @@ class Snapshot:
             node.meta.update(meta)
         for store, held in self._tensors:
             store.clear()
-            store.update(held)
+            store.update(held)  # type: ignore[arg-type]
         for name in [k for k, v in vars(self._gm).items() if isinstance(v, torch.Tensor)]:
             delattr(self._gm, name)
         vars(self._gm).update(self._plain)

@@ -383,7 +383,7 @@ class _SideBySide:
             raise Refusal("an expert splits something else than its hidden units")
         if op_name(source.node) in SPLITS or source.target is not aten.linear.default:
             raise Refusal("an expert splits its hidden units later than at its first product")
-        return sizes
+        return sizes  # type: ignore[return-value]
 
 
 # --- random partitions ----------------------------------------------------------------------------

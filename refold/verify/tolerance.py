@@ -105,12 +105,13 @@ class Leaf:
         if not found and not hidden:
             return
         found = found or hidden
-        _, at, kind, where, self.error, self.own_error, self.tolerance = max(found)
-        self.worst_call = int(at)
-        part = self.parts[self.worst_call][int(kind)]
-        self.scale = float(part.scale[int(where)]) or wholes[self.worst_call]
+        worst = max(found)
+        self.error, self.own_error, self.tolerance = worst[4:]
+        self.worst_call, of, index = (int(v) for v in worst[1:4])
+        part = self.parts[self.worst_call][of]
+        self.scale = float(part.scale[index]) or wholes[self.worst_call]
         if part.axis is not None:
-            self.place = f" at index {int(where)} of axis {part.axis}"
+            self.place = f" at index {index} of axis {part.axis}"
 
     def widen(self, at: int, b: torch.Tensor, r: torch.Tensor) -> None:
         """Takes another run of the original as a measure of its own rounding in a call."""
