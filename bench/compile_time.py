@@ -112,7 +112,9 @@ def main() -> None:
         print(row, flush=True)
     for form in packages:
         print(summary(rows, form))
-    print(save(options.output, {k: str(v) for k, v in vars(options).items()}, rows))
+    # where another version lies is of this machine alone
+    settings = {"networks": options.networks, "repeats": options.repeats, "forms": list(packages)}
+    print(save(options.output, settings, rows))
 
 
 if __name__ == "__main__":

@@ -200,5 +200,5 @@ def test_nearly_every_operator_is_called() -> None:
     """What is left out says why; of the rest, eager PyTorch takes some guess of nearly each."""
     taken, left_out = operators()
     called = [n for n in taken if calls_of(taken[n])]
-    assert len(called) >= 745, f"{len(called)} of {len(taken)}"
+    assert len(called) >= 740, f"{len(called)} of {len(taken)}"
     assert all(left_out.values())

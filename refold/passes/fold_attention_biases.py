@@ -354,9 +354,3 @@ def _channels(layer: fx.Node) -> int:
 
 def _pair(shift: torch.Tensor) -> layout.Pair:
     return torch.ones((1,) * shift.dim(), dtype=torch.float64), shift
-
-
-def _readers(source: fx.Node) -> list[fx.Node]:
-    """The tensors that are read off a node, parts of a split one by one."""
-    split = [u for u in source.users if isinstance(nodes.value(u), (list, tuple))]
-    return [u for u in source.users if u not in split] + [part for u in split for part in u.users]
