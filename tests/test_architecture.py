@@ -91,7 +91,6 @@ _BESIDE_THE_DOOR = {
     "refold.passes.clean_up": "common subexpressions, and dead code, which has no readers",
     "refold.passes.defer_expands": "its candidates are made before it is known which are taken",
     "refold.passes.fold_constants": "a constant, or a copy of one, stands for what computed it",
-    "refold.passes.merge_parallel_layers": "its parts are taken, or all of them undone",
     "refold.passes.substitute_shift_add": "an approximation, whose graph before it is kept whole",
     "refold.rewrite.decided_sizes": "all sizes behind it change: worked out before anything is",
     "refold.rewrite.join_experts": "the stated expectation is no pass: it makes the reference",

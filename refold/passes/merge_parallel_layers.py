@@ -34,7 +34,7 @@ are smaller than networks have them, and lose in ONNX Runtime, which keeps chann
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -42,9 +42,10 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import aliasing, constants, nodes, provenance, records
-from refold.graph.nodes import aten, dtype, hints, shape
+from refold.graph import aliasing, nodes, provenance, records
+from refold.graph.nodes import aten, hints
 from refold.rewrite import cost
+from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.push_affine.walk import constant_name
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
@@ -84,18 +85,18 @@ class _Merger:
     backend: str
     result: PassResult = field(default_factory=PassResult)
 
+    def __post_init__(self) -> None:
+        self.editor = Editor(self.gm, self.rule, self.result)
+
     def run(self) -> PassResult:
         groups = self._groups()
         reason = self._no_costs(groups)
         if reason is not None:
             self._decline(groups[0][0], f"{_count(groups)} stay apart: {reason}")
             return self.result
-        written = aliasing.mutated(self.gm.graph) if groups else set()
         for group in groups:
-            if written & aliasing.roots(group[0].x):
-                self._decline(group[0], f"the graph writes {group[0].x.name}, which they read")
-                continue
-            self._merge(self._unshared(group))
+            with self.editor.candidate(group[0].node):
+                self._merge(self._unshared(group))
         self.result.modified = bool(self.result.applied)
         return self.result
 
@@ -136,28 +137,35 @@ class _Merger:
         chosen, before, saved = self._choose(group)
         if len(chosen) < 2:
             return
-        made = self._make(chosen)
-        parts = made[-len(chosen) :]
-        values = {layer.node: part.meta["val"] for layer, part in zip(chosen, parts, strict=True)}
-        refused = [
-            (layer, reason)
-            for layer, part in zip(chosen, parts, strict=True)
-            if (reason := _refusal(layer.node, part, values)) is not None
-        ]
-        if refused:
-            for node in reversed(made):
-                self.gm.graph.erase_node(node)
-                if node.op == "get_attr":
-                    delattr(self.gm, str(node.target))
-            for layer, reason in refused:
-                self._decline(layer, reason)
-            kept = {layer.node for layer, _ in refused}
-            self._merge([layer for layer in group if layer.node not in kept])
+        refused = self._replace(chosen, before, saved)
+        if not refused:
             return
-        self.result.applied.append(self._record(chosen, parts, before, saved))
-        for layer, part in zip(chosen, parts, strict=True):
-            nodes.replace(layer.node, part)
-            self.gm.graph.erase_node(layer.node)
+        for layer in chosen:
+            if layer.node in refused:
+                self._decline(layer, refused[layer.node])
+        self._merge([layer for layer in group if layer.node not in refused])
+
+    def _replace(
+        self, layers: Sequence[records.Linear], before: float, saved: float
+    ) -> dict[fx.Node, str]:
+        """Makes layers one; where some of them may not be parts of it, says why, and makes none."""
+        with self.editor.edit() as edit:
+            parts = self._make(edit, layers)
+            together = dict(zip([layer.node for layer in layers], parts, strict=True))
+            refused = {
+                old: reason
+                for old in together
+                if (reason := _refusal(edit, old, together)) is not None
+            }
+            if refused:
+                edit.roll_back()
+                return refused
+            record = self._record(layers, parts, before, saved)
+            for old, part in together.items():
+                edit.replace(old, part, beside=together)
+            edit.remove(together)
+        self.result.applied.append(record)
+        return {}
 
     def _choose(self, group: list[records.Linear]) -> tuple[list[records.Linear], float, float]:
         """The layers that gain by being one, what they take now, and what that saves."""
@@ -190,31 +198,23 @@ class _Merger:
         own = costs.call + (costs.bias if biased else 0.0)
         return sum(found[1] for found in gains), sum(found[2] for found in gains) - own
 
-    def _make(self, layers: Sequence[records.Linear]) -> list[fx.Node]:
-        """New nodes: constants, the merged layer, its cut, and a part for each layer."""
-        graph, old = self.gm.graph, [layer.node for layer in layers]
+    def _make(self, edit: Edit, layers: Sequence[records.Linear]) -> list[fx.Node]:
+        """Makes constants, the merged layer and its cut; returns a part for each layer."""
+        old = [layer.node for layer in layers]
         sizes = [layer.weight.shape[0] for layer in layers]
         like = layers[0].node.meta["val"]
-        made: list[fx.Node] = []
-        with graph.inserting_before(min(old)):
+        with edit.before(min(old)):
             name = f"{layers[0].node.name}_to_{layers[-1].node.name}"
-            made.append(constants.add(self.gm, f"{name}.weight", _stacked_weights(layers), like))
+            operands = [edit.constant(f"{name}.weight", _stacked_weights(layers), like)]
             if any(layer.bias is not None for layer in layers):
-                made.append(constants.add(self.gm, f"{name}.bias", _stacked_biases(layers), like))
-            operands = (layers[0].x, *made)
-            merged = nodes.call(graph, aten.linear.default, operands, rule=self.rule, sources=old)
-            cut = nodes.call(
-                graph, aten.split_with_sizes.default, (merged, sizes, -1),
-                rule=self.rule, sources=old,
-            )  # fmt: skip
+                operands.append(edit.constant(f"{name}.bias", _stacked_biases(layers), like))
+            merged = edit.call(aten.linear.default, (layers[0].x, *operands), sources=old)
+            cut = edit.call(aten.split_with_sizes.default, (merged, sizes, -1), sources=old)
             for node in (merged, cut):
                 provenance.derive(node, old, self.rule, value=None)
-            made += [merged, cut]
-            made += [
-                nodes.call(graph, operator.getitem, (cut, i), rule=self.rule, sources=[node])
-                for i, node in enumerate(old)
+            return [
+                edit.call(operator.getitem, (cut, i), sources=[node]) for i, node in enumerate(old)
             ]
-        return made
 
     def _record(
         self, layers: Sequence[records.Linear], parts: list[fx.Node], before: float, saved: float
@@ -277,10 +277,8 @@ def _stacked_biases(layers: Sequence[records.Linear]) -> Lazy:
     return Lazy(size, lambda: torch.cat([b.get() for b in biases]), fresh=True, parents=biases)
 
 
-def _refusal(old: fx.Node, part: fx.Node, values: dict[fx.Node, torch.Tensor]) -> str | None:
+def _refusal(edit: Edit, old: fx.Node, parts: Mapping[fx.Node, fx.Node]) -> str | None:
     """Why a part may not take the place of a layer's result, all parts being in place."""
-    if not nodes.same(shape(part), shape(old)) or dtype(part) != dtype(old):
-        return "its result is no part of the merged layer's"
     if aliasing.reached_outputs(old):
         return "the caller gets its result, in memory of its own"
-    return aliasing.unsettled_strides(old, part, values)
+    return edit.objection(old, parts[old], parts)

@@ -33,6 +33,7 @@ from refold.errors import RefoldError, VerifierError
 from refold.graph import aliasing, constants, nodes, provenance
 from refold.rewrite.result import Applied, PassResult, applied, declined, failed
 
+WRITTEN = "it reads storage that the graph writes"
 _UNSET: Any = object()
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # target, args, kwargs
 
@@ -155,8 +156,7 @@ class Edit:
         Raises:
             Refused: ``new`` may not stand for ``old``.
         """
-        own = self._made_of(new)
-        users = [u for u in old.users if u not in own]
+        users = self._readers(old, new)
         moved: dict[fx.Node, Any] = {}
         reason = self._objection(old, new, users, beside or {}, moved)
         if reason is not None:
@@ -168,6 +168,12 @@ class Edit:
             self._remember_meta(node)
             node.meta["val"] = value
         self._replaced[old] = new
+
+    def objection(
+        self, old: fx.Node, new: fx.Node, beside: Mapping[fx.Node, fx.Node]
+    ) -> str | None:
+        """Why :meth:`replace` would refuse, or ``None``: for a pass that can do with less."""
+        return self._objection(old, new, self._readers(old, new), beside, {})
 
     def set(
         self,
@@ -314,10 +320,15 @@ class Edit:
         reason = difference(old.meta.get("val"), new.meta.get("val"))
         if reason is not None:
             return None if resized else reason  # its readers change with it, and are checked
-        if self.editor.written and self.editor.written & aliasing.roots(new):
-            return "it reads storage that the graph writes"
+        if self.editor.written and self._is_written(old, new):
+            return WRITTEN
         also = {node: other.meta["val"] for node, other in beside.items()}
         return aliasing.new_sharing(old, new) or aliasing.unsettled_strides(old, new, also, moved)
+
+    def _is_written(self, old: fx.Node, new: fx.Node) -> bool:
+        """True if what stands for a value is written, or was computed at another time than it."""
+        read = [new] if new in self.made else [new, old, *old.all_input_nodes]
+        return any(self.editor.written & aliasing.roots(node) for node in read)
 
     def _reads_alike(self, node: fx.Node) -> bool:
         """True if a call that was changed in place reads tensors of the kinds that it read.
@@ -388,14 +399,24 @@ class Edit:
         return None
 
     def _check_reads(self) -> None:
-        """What the edit reads is read before it is written, as it was."""
+        """What the edit reads is read before it is written, as it was.
+
+        So it is where it was read: what stands for a call behind a write reads nothing before it.
+        """
+        last = max(self._replaced, default=None)
         writes = [(w, _written_by(w)) for w in self.editor.writes if not w._erased]
         for node in (*self.made, *self._set):
             known = self._calls[node][1:] if node in self._calls else ()
             held = {n for n in pytree.tree_leaves(known) if isinstance(n, fx.Node)} | {*self.made}
             read = {r for n in node.all_input_nodes if n not in held for r in aliasing.roots(n)}
-            if any(write < node and owners & read for write, owners in writes):
-                raise Refused("it reads storage that the graph writes")
+            until = node if last is None or last < node else last
+            if any(write < until and owners & read for write, owners in writes):
+                raise Refused(WRITTEN)
+
+    def _readers(self, old: fx.Node, new: fx.Node) -> list[fx.Node]:
+        """Who reads ``new`` instead of ``old``: not what it is made of."""
+        own = self._made_of(new)
+        return [user for user in old.users if user not in own]
 
     def _made_of(self, node: fx.Node) -> AbstractSet[fx.Node]:
         """What this edit made that a node is computed from, itself too."""

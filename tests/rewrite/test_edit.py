@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -15,9 +15,10 @@ from refold.graph.aliasing import storage
 from refold.passes.absorb_scale_shift import AbsorbScaleShift
 from refold.passes.fold_batch_norm import FoldBatchNorm
 from refold.passes.fold_branches import FoldBranches, _Folder
+from refold.passes.merge_parallel_layers import MergeParallelLayers
 from refold.rewrite.edit import Edit, Editor, Refused
 from refold.rewrite.push_affine.pusher import Pusher
-from refold.rewrite.result import Declined
+from refold.rewrite.result import Declined, Pass
 from tests.tracing import find, ops, trace
 
 aten = torch.ops.aten
@@ -130,6 +131,35 @@ def test_what_the_graph_writes_is_not_read_later() -> None:
     reason, unchanged = refusal(trace(Counter(), T), "mul", lambda e, n: n.args[0])
     assert "writes" in reason
     assert unchanged
+
+
+def test_what_stands_for_a_call_behind_a_write_reads_nothing_before_it() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("past", torch.ones(3))
+
+        def forward(self, x):
+            first = torch.relu(self.past)
+            self.past.add_(1)
+            return first, torch.relu(self.past) * x.sum()
+
+    gm = trace(Writes(), T)
+    early, late = (n for n in gm.graph.nodes if n.name.startswith("relu"))
+    before = state(gm)
+
+    def attempt(*, made: bool) -> None:
+        with Editor(gm, "test").edit() as edit:
+            new = early
+            if made:
+                with edit.before(early):
+                    new = edit.call(aten.relu.default, early.args, sources=[late])
+            edit.replace(late, new)
+
+    for made in (True, False):
+        with pytest.raises(Refused, match="storage that the graph writes"):
+            attempt(made=made)
+        assert state(gm) == before
 
 
 def test_in_place_changes_are_checked_where_they_take_effect() -> None:
@@ -329,6 +359,47 @@ def test_a_failure_leaves_no_compilation_and_is_said(
     assert {d.rule for d in failed} == {"fold-branches", "dead-parameters"}
     assert "internal error: ZeroDivisionError: planted" in str(done.report)
     assert failures
+    failures.clear()
+
+
+def linears(*names: str) -> dict[str, nn.Module]:
+    return {name: nn.Linear(4, 4) for name in names}
+
+
+# a pass, a model that it changes in one edit, and its input
+CHANGED: dict[str, tuple[Pass, Callable[[], nn.Module], torch.Tensor]] = {
+    "merge-parallel-layers": (
+        MergeParallelLayers(),
+        lambda: Fn(lambda s, x: s.p(x).tanh() * s.q(x).sigmoid(), **linears("p", "q")),
+        torch.randn(2, 3, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_failure_inside_an_edit_of_a_pass_leaves_the_graph_as_it_was(
+    name: str, monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+) -> None:
+    made, build, x = CHANGED[name]
+    net = build().eval()
+    assert made.run(trace(net, x)).applied
+    gm = trace(net, x)
+    before, replace = state(gm), Edit.replace
+
+    def failing(self: Edit, *args: fx.Node, **options: Mapping[fx.Node, fx.Node]) -> None:
+        replace(self, *args, **options)
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(Edit, "replace", failing)
+    result = made.run(gm)
+    assert (result.modified, result.applied) == (False, [])
+    assert state(gm) == before
+    gm.recompile()
+    torch.testing.assert_close(gm(x), net(x))
+    assert [d.reason for d in result.declined if d.failed] == [
+        "internal error: ZeroDivisionError: planted"
+    ]
+    assert [d for d in result.declined if d.failed] == failures
     failures.clear()
 
 
