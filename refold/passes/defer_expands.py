@@ -49,11 +49,11 @@ from refold.graph.nodes import (
     is_call,
     is_tensor,
     pinned,
-    replace,
     same,
     shape,
 )
-from refold.rewrite.result import PassResult, applied, declined
+from refold.rewrite.edit import Editor, Refused
+from refold.rewrite.result import PassResult, applied
 
 _ANYWHERE = frozenset({
     "permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "unsqueeze", "squeeze",
@@ -98,28 +98,30 @@ class _Deferral:
     rule: str
     found: dict[fx.Node, _Spread] = field(default_factory=dict)
     made: list[fx.Node] = field(default_factory=list)
-    unused: set[fx.Node] = field(default_factory=set)
     result: PassResult = field(default_factory=PassResult)
 
     def __post_init__(self) -> None:
+        self.editor = Editor(self.gm, self.rule, self.result)
         self._constant = constants.constant_nodes(self.gm.graph)
 
     def run(self) -> PassResult:
-        graph = self.gm.graph
-        written = aliasing.mutated(graph)
-        for node in list(graph.nodes):
+        written = self.editor.written
+        for node in list(self.gm.graph.nodes):
             if not _is_plain(node) or (written and written & aliasing.roots(node)):
                 continue
-            spread = self._expansion(node) or self._deferred(node)
-            if spread is not None:
-                self.found[node] = spread
-        replaced = [n for n in self.found if self._is_last(n) and self._replace(n)]
-        for node in reversed(self.made):
-            if not node.users:
-                graph.erase_node(node)
-                self.unused.add(node)
+            with self.editor.candidate(node):
+                spread = self._expansion(node) or self._deferred(node)
+                if spread is not None:
+                    self.found[node] = spread
+        replaced = 0
+        for node in filter(self._is_last, self.found):
+            with self.editor.candidate(node):
+                self._replace(node)
+                replaced += 1
+        with self.editor.edit() as edit:
+            edit.remove(self.made)
         if replaced:
-            self._record(len(replaced))
+            self._record(replaced)
         self.result.modified = bool(replaced)
         return self.result
 
@@ -270,33 +272,32 @@ class _Deferral:
         """True for a layer's result, or a layout of it, that something else reads."""
         return self.found[node].computed and any(u not in self.found for u in node.users)
 
-    def _replace(self, node: fx.Node) -> bool:
-        spread = self.found[node]
+    def _replace(self, node: fx.Node) -> None:
+        """Lets those that read a result read an expansion of its one copy.
+
+        Raises:
+            Refused: the caller would get a view of the copy, or a reader would see its strides.
+        """
         if aliasing.reached_outputs(node):
-            owned = "the caller gets its result, in memory of its own"
-            self.result.declined.append(declined(self.rule, node, owned))
-            return False
-        one = shape(spread.one)
-        sizes = [spread.extents.get(axis, size) for axis, size in enumerate(one)]
-        new = self._call(node, aten.expand.default, (spread.one, sizes))
-        provenance.derive(new, [node], self.rule)
-        reason = aliasing.unsettled_strides(node, new)
-        if reason is not None:
-            self.result.declined.append(declined(self.rule, node, reason))
-            return False
-        replace(node, new)
-        return True
+            raise Refused("the caller gets its result, in memory of its own")
+        spread = self.found[node]
+        sizes = [spread.extents.get(axis, size) for axis, size in enumerate(shape(spread.one))]
+        with self.editor.edit() as edit:
+            with edit.before(node):
+                new = edit.call(aten.expand.default, (spread.one, sizes), sources=[node])
+            edit.replace(node, new)
+        self.made.append(new)
 
     def _record(self, expansions: int) -> None:
         gone: dict[fx.Node, None] = {}
         for node in reversed(self.found):
             if all(user in gone for user in node.users):
                 gone[node] = None
-        kept = [n for n in self.made if n not in self.unused]
+        kept = [n for n in self.made if not n._erased]
         detail = f"{expansions} expanded {'result is' if expansions == 1 else 'results are'} one"
         self.result.applied.append(applied(self.rule, reversed(gone), kept, detail))
-        for node in gone:
-            node.graph.erase_node(node)
+        with self.editor.edit() as edit:
+            edit.remove(gone)
 
 
 def _is_plain(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ import refold
 from refold.graph import constants, nodes
 from refold.graph.aliasing import storage
 from refold.passes.absorb_scale_shift import AbsorbScaleShift
+from refold.passes.defer_expands import DeferExpands
 from refold.passes.fold_batch_norm import FoldBatchNorm
 from refold.passes.fold_branches import FoldBranches, _Folder
 from refold.passes.merge_parallel_layers import MergeParallelLayers
@@ -368,6 +369,15 @@ def linears(*names: str) -> dict[str, nn.Module]:
 
 # a pass, a model that it changes in one edit, and its input
 CHANGED: dict[str, tuple[Pass, Callable[[], nn.Module], torch.Tensor]] = {
+    "defer-expands": (
+        DeferExpands(),
+        lambda: Fn(
+            lambda s, x: s.p(s.c.expand(x.shape[0], -1, -1)) @ x.transpose(1, 2),
+            c=torch.randn(1, 3, 4),
+            **linears("p"),
+        ),
+        torch.randn(2, 3, 4),
+    ),
     "merge-parallel-layers": (
         MergeParallelLayers(),
         lambda: Fn(lambda s, x: s.p(x).tanh() * s.q(x).sigmoid(), **linears("p", "q")),
