@@ -187,6 +187,7 @@ def replace_inputs(
     gm.graph._codegen.pytree_info = info._replace(  # type: ignore[attr-defined]
         orig_args=[n for n in names if n not in bind], in_spec=spec
     )
+    constants.canonicalise(gm)
     gm.recompile()
     return buffers, None if whole is None else without(whole)
 

@@ -30,11 +30,13 @@ class Lazy:
         parents: Sequence[Lazy] = (),
     ) -> None:
         self._parents = tuple(parents)
-        steps = 1 + max((p._steps for p in self._parents), default=0)
+        steps, deep = 1, False
+        for parent in self._parents:
+            steps, deep = max(steps, parent._steps + 1), deep or parent._deep
         self._held = steps >= _STEPS  # so that what is made of it does not reach deeper
         self._steps: int = 0 if self._held else steps
-        self._deep: bool = self._held or any(p._deep for p in self._parents)
-        self.shape = tuple(int(s) for s in shape)
+        self._deep: bool = self._held or deep
+        self.shape = tuple(map(int, shape))
         self._compute = compute
         self._factors: tuple[Lazy, Lazy] | None = None
         self.fresh = fresh  # every call makes a tensor of its own, which may be written

@@ -477,6 +477,7 @@ class Tracer:
         self.used_original = False
         self._detaches = False
         self._module: nn.Module = model
+        self._untraced: tuple[nn.Module, state.Snapshot] | None = None
         self._parted: frozenset[str] = frozenset()
         self._calls: dict[int, state.Calls] = {}
 
@@ -493,6 +494,14 @@ class Tracer:
         if self._module is not self.original:
             variadic.name_inputs(self._module, *self.example)
         return self._module
+
+    def _untouched(self) -> tuple[nn.Module, state.Snapshot]:
+        """One copy for every call of the model, and what it holds: each puts that back."""
+        if self._untraced is None or self.used_original:
+            module = self.fresh_module()
+            self._untraced = module, state.Snapshot(module)
+        self._module = self._untraced[0]
+        return self._untraced
 
     def _reading(self) -> contextlib.AbstractContextManager[Any]:
         return _DataDetaches() if self._detaches else contextlib.nullcontext()
@@ -632,17 +641,16 @@ class Tracer:
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model returns, which is left as it is."""
-        module = self.fresh_module()
+        module, before = self._untouched()
         parameters = {id(p) for p in module.parameters()}
-        with torch.no_grad(), state.kept(module, lambda t: id(t) not in parameters):
+        with torch.no_grad(), state.restored(before, lambda t: id(t) not in parameters):
             return module(*args, **kwargs)
 
     def call(self, inputs: Any) -> Any:
         """What a model returns that writes none of its tensors, as its trace says."""
+        if any(not calls.changed for calls in self._calls.values()):
+            return self.run(inputs)  # it keeps nothing, as another call has shown
         with torch.no_grad():
-            if any(not calls.changed for calls in self._calls.values()):
-                args, kwargs = fresh(inputs)  # it keeps nothing, as another call has shown
-                return self.fresh_module()(*args, **kwargs)
             calls = self._calls[id(inputs)] = self._calls_of(inputs, set())
         return calls.outputs[0]
 
@@ -660,8 +668,9 @@ class Tracer:
             state.refuse_lost(name, calls, gm, lambda given: self._call(*fresh(given)))
 
     def _calls_of(self, inputs: Any, written: set[str]) -> state.Calls:
-        module = self.fresh_module()
-        return state.Calls.of(module, inputs, state.named(module, written) if written else None)
+        module, before = self._untouched()
+        touched = state.named(module, written) if written else None
+        return state.Calls.of(module, inputs, touched, before)
 
 
 class _DataDetaches(TorchFunctionMode):
@@ -881,11 +890,9 @@ def _finish(
     for node in gm.graph.nodes:
         if constants.is_mutation(node) and "val" not in node.meta:
             node.meta["val"] = node.args[0].meta["val"]  # a copy-back that unlifting added
-    constants.canonicalise(gm)
     constants.own_written(gm)  # the caller's stay as they are
     ranges = {str(s): _bounds(r) for s, r in program.range_constraints.items()}
     settle_squeezes(gm, {s: guards.least(s) if r[0] <= 2 else r[0] for s, r in ranges.items()})
-    gm.recompile()
     inputs = _input_specs(gm, traced)
     return Program(
         graph_module=gm,
@@ -958,6 +965,9 @@ def trains(node: fx.Node) -> bool:
 # --- the shallow copy -----------------------------------------------------------------------------
 
 
+_TABLES = frozenset(k for k, v in vars(nn.Module()).items() if isinstance(v, (dict, set)))
+
+
 def eval_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree in eval mode that shares every parameter and buffer.
 
@@ -973,7 +983,11 @@ def eval_copy(model: nn.Module) -> nn.Module:
     keep: list[Any] = []  # ids in the memo must not be reused
     for module in originals:
         copy = memo[id(module)]
-        state = {k: _rewired(v, memo, keep, 0) for k, v in vars(module).items()}
+        # most of what a module holds are empty tables of hooks, which no two modules share
+        state = {
+            k: type(v)() if k in _TABLES and not v else _rewired(v, memo, keep, 0)
+            for k, v in vars(module).items()
+        }
         state["training"] = False
         copy.__dict__.update(state)
     copied: nn.Module = memo[id(model)]

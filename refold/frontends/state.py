@@ -260,7 +260,15 @@ def kept(
         module: it may share containers, objects and tensors with others.
         written: the tensors that calls may write: copies stand for them meanwhile.
     """
-    before = Snapshot(module)
+    with restored(Snapshot(module), written):
+        yield
+
+
+@contextlib.contextmanager
+def restored(
+    before: Snapshot, written: Callable[[torch.Tensor], bool] | None = None
+) -> Iterator[None]:
+    """:func:`kept` for a module that is what it was when ``before`` was taken."""
     if written is not None:
         before.own(written)
     try:
@@ -387,7 +395,11 @@ class Calls:
 
     @classmethod
     def of(
-        cls, module: nn.Module, inputs: Any, written: Callable[[torch.Tensor], bool] | None = None
+        cls,
+        module: nn.Module,
+        inputs: Any,
+        written: Callable[[torch.Tensor], bool] | None = None,
+        whole: Snapshot | None = None,
     ) -> Calls:
         """Calls a module with ``inputs``; if that changes something, with others, then again.
 
@@ -395,9 +407,10 @@ class Calls:
             module: it is left as it was.
             inputs: positional and keyword inputs.
             written: the tensors that a call may write, if it writes any.
+            whole: of the module, where it is what it was then.
         """
         made, changed = cls(), dict[str, None]()
-        before = whole = Snapshot(module)
+        before = whole = whole or Snapshot(module)
         if written is not None:
             whole.own(written)
             before = Snapshot(module)

@@ -117,16 +117,15 @@ def is_fixed(node: object) -> bool:
 
 
 def _is_written(node: fx.Node) -> bool:
-    calls = node.graph._find_nodes_lookup_table.table  # the nodes of each operator
-    if not any(held and _is_mutable(target) for (_, target), held in calls.items()):
-        return False
     stack, seen = [node], {node}
     while stack:
         current = stack.pop()
         for user in current.users:
+            if user.op != "call_function":
+                continue
             if is_mutation(user) and current in _written_by(user):
                 return True
-            if user not in seen and _views(user):
+            if _views(user) and user not in seen:
                 seen.add(user)
                 stack.append(user)
     return False

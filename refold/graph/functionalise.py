@@ -23,7 +23,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from refold.graph import aliasing
-from refold.graph.constants import constant_nodes, drop_dead_code, is_mutation, is_transform
+from refold.graph.constants import (
+    canonicalise,
+    constant_nodes,
+    drop_dead_code,
+    is_mutation,
+    is_transform,
+)
 from refold.graph.kinds import op_name
 from refold.graph.nodes import (
     aten,
@@ -78,6 +84,7 @@ def functional_module(
         gm = _without_idle_calls(program).run_decompositions({}).module(check_guards=False)
         assert isinstance(gm, fx.GraphModule)
         _normalise(gm, scatters=True)
+    canonicalise(gm)
     gm.recompile()
     gm.validate_inputs = False  # type: ignore[assignment]  # calls are checked, see refold.inputs
     return gm, redone
@@ -487,6 +494,7 @@ def settle_squeezes(gm: fx.GraphModule, lowest: Mapping[str, int]) -> None:
             settled = True
     if settled:
         _unstamp(gm.graph)
+        gm.recompile()
 
 
 def fix_ranks(gm: fx.GraphModule) -> list[tuple[Any, fx.Node]]:

@@ -17,6 +17,7 @@ from torch import fx
 
 from refold.algebra.lazy import Lazy
 from refold.graph import constants
+from refold.graph.kinds import op_name
 from refold.graph.nodes import (
     arguments,
     aten,
@@ -507,9 +508,18 @@ def affine(node: object) -> Affine | None:
     The result must have the data operand's shape and dtype: a constant that broadcasts the data,
     or promotes its dtype, is not an affine map of it.
     """
-    if not isinstance(node, fx.Node) or node.op != "call_function" or not _fixed_float(node):
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    if op_name(node) not in _AFFINE or not _fixed_float(node):
         return None
     return batch_norm(node) or _arithmetic(node) or _pointwise_depthwise(node)
+
+
+_AFFINE = frozenset(
+    {"batch_norm", "instance_norm", "getitem", "neg", "mul", "div", "add", "sub", "rsub",
+     "addcmul", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
+     "conv_transpose3d", "convolution"}
+)  # fmt: skip
 
 
 def _pointwise_depthwise(node: fx.Node) -> Affine | None:
@@ -537,7 +547,9 @@ def widening_affine(node: object) -> Affine | None:
 
     It is a cast of ``x`` to the node's dtype, then the arithmetic.
     """
-    if not isinstance(node, fx.Node) or node.op != "call_function" or not _fixed_float(node):
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    if op_name(node) not in _AFFINE or not _fixed_float(node):
         return None
     if not any(is_tensor(a) and dtype(a) in _INTEGERS for a in node.all_input_nodes):
         return None
