@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from refold import bind as binding
 from refold.errors import FrontendError, UsageError
-from refold.frontends import archive, state, unusual, variadic
+from refold.frontends import archive, lengths, state, unusual, variadic
 from refold.frontends import guards as size_guards
 from refold.frontends.faithful import (
     DIFFERS,
@@ -476,6 +476,7 @@ class Tracer:
         self.bound: dict[str, str] = {}
         self.used_original = False
         self._detaches = False
+        self._lengths_vary = False
         self._module: nn.Module = model
         self._untraced: tuple[nn.Module, state.Snapshot] | None = None
         self._parted: frozenset[str] = frozenset()
@@ -503,8 +504,15 @@ class Tracer:
         self._module = self._untraced[0]
         return self._untraced
 
-    def _reading(self) -> contextlib.AbstractContextManager[Any]:
-        return _DataDetaches() if self._detaches else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """How ``t.data`` and ``len(t)`` are read in a trace."""
+        with contextlib.ExitStack() as stack:
+            if self._detaches:
+                stack.enter_context(_DataDetaches())
+            if self._lengths_vary:
+                stack.enter_context(lengths.symbolic())
+            yield
 
     def flat_shapes(self, dynamic_shapes: Any) -> Any:
         """Dynamic shapes by the names that inputs of ``*args`` and ``**kwargs`` are traced with."""
@@ -523,6 +531,19 @@ class Tracer:
             raise FrontendError(self._explain(error, *inputs)) from error
 
     def export(self, inputs: Any, dynamic_shapes: Any, *, copies: bool = True) -> ExportedProgram:
+        watch = lengths.Watch()
+        try:
+            with watch.on():
+                program = self._export(inputs, dynamic_shapes, copies=copies)
+        except FrontendError:
+            if not watch.fixed or self._lengths_vary:
+                raise
+        if not watch.fixed or self._lengths_vary:
+            return program
+        self._lengths_vary = True  # what it fixed need not be fixed
+        return self._export(inputs, dynamic_shapes, copies=copies)
+
+    def _export(self, inputs: Any, dynamic_shapes: Any, *, copies: bool) -> ExportedProgram:
         args, kwargs = fresh(inputs) if copies else inputs
         try:
             module = self.fresh_module()
@@ -535,15 +556,15 @@ class Tracer:
             raise
         except state.SharedBuffers as shared:
             self._parted |= shared.names
-            return self.export(inputs, dynamic_shapes, copies=copies)
+            return self._export(inputs, dynamic_shapes, copies=copies)
         except Exception as error:
             if _FAKE_CONSTANT in str(error) and not self._detaches:
                 self._detaches = True
-                return self.export(inputs, dynamic_shapes, copies=copies)
+                return self._export(inputs, dynamic_shapes, copies=copies)
             if self._may_trace_original(error):
                 self.used_original = True
                 try:
-                    return self.export(inputs, dynamic_shapes, copies=copies)
+                    return self._export(inputs, dynamic_shapes, copies=copies)
                 except FrontendError:
                     self.used_original = False  # the copy was not at fault
                     raise
