@@ -38,8 +38,9 @@ from refold.graph import constants, provenance
 from refold.graph.evaluate import evaluate_constants, in_own_dtype
 from refold.graph.functionalise import leaking
 from refold.graph.kinds import op_name
-from refold.graph.nodes import arguments, aten, call, is_call, is_tensor, pinned, replace
+from refold.graph.nodes import arguments, aten, is_call, is_tensor, pinned
 from refold.rewrite.decided_sizes import decide_sizes
+from refold.rewrite.edit import Editor, Refused
 from refold.rewrite.result import Applied, Declined, PassResult, applied, declined
 
 SMALL = 64 * 1024  # bytes; below it a constant is not worth an operator ...
@@ -88,24 +89,12 @@ class FoldConstants:
             result.declined.append(declined(self.name, node, reason, hint))
         if not chosen:
             return result
-        values = _evaluate(chosen, in_own_dtype(graph, constant))
+        editor, own = Editor(gm, self.name, result), in_own_dtype(graph, constant)
+        values = _evaluate(chosen, own)
         for node in chosen:
-            value = values.pop(node)
-            if isinstance(value, str):
-                result.declined.append(declined(self.name, node, value))
-                continue
-            with graph.inserting_before(node):
-                new = constants.add(gm, _name(node), _stored(value))
-            new.meta["val"] = node.meta["val"]
-            origin = [*_origin(node), node]
-            provenance.derive(new, origin, self.name)
-            inner = new
-            if node in leaks:
-                # The caller may write into what it gets: it gets a tensor of its own.
-                with graph.inserting_before(node):
-                    new = call(graph, aten.clone.default, (inner,), rule=self.name, sources=[inner])
-            replace(node, new)
-            result.applied.append(_erase(self.name, node, inner))
+            with editor.candidate(node):
+                value = values.pop(node) if node in values else _evaluated(node, own)
+                result.applied.append(_fold(editor, node, value, leaks=node in leaks))
         result.modified |= bool(result.applied)
         return result
 
@@ -124,7 +113,8 @@ class FoldConstants:
         """
         sources, parallel = _Storage(graph), _parallel_weights(graph)
         refused: dict[fx.Node, tuple[str, str]] = {}
-        barred: set[fx.Node] = set()  # not folded; only what the model itself reads is worth a word
+        # not folded; only what the model itself reads is worth a word
+        barred = {n for n in leaks if n in constant and is_tensor(n) and _strides_zero(n)}
         largest, limit = max(_LARGEST, self.max_growth), self.max_growth * sources.before
         chosen = self._frontier(graph, constant, leaks, barred)
         read = set(chosen)
@@ -400,25 +390,49 @@ def _is_view_of_one(node: fx.Node) -> bool:
 # --- the rewrite ----------------------------------------------------------------------------------
 
 
-def _evaluate(chosen: list[fx.Node], own: set[fx.Node]) -> dict[fx.Node, torch.Tensor | str]:
-    """Values of the chosen nodes, or the reason why one cannot be computed here."""
+def _evaluate(chosen: list[fx.Node], own: set[fx.Node]) -> dict[fx.Node, torch.Tensor]:
+    """Values of the chosen nodes; none where one cannot be computed: then each is by itself."""
     try:
-        return dict(evaluate_constants(chosen, own=own))
-    except (RuntimeError, NotImplementedError):
-        out: dict[fx.Node, torch.Tensor | str] = {}
-        for node in chosen:
-            try:
-                out.update(evaluate_constants([node], own=own))
-            except (RuntimeError, NotImplementedError) as error:
-                out[node] = f"it cannot be evaluated: {str(error).splitlines()[0]}"
-        return out
+        return evaluate_constants(chosen, own=own)
+    except Exception:
+        return {}
 
 
-def _stored(value: torch.Tensor) -> torch.Tensor:
-    """The tensor to store: zero strides are written out, other views stay views."""
-    if any(s == 0 and n > 1 for s, n in zip(value.stride(), value.shape, strict=True)):
+def _evaluated(node: fx.Node, own: set[fx.Node]) -> torch.Tensor:
+    try:
+        return evaluate_constants([node], own=own)[node]
+    except (RuntimeError, NotImplementedError) as error:
+        raise Refused(f"it cannot be evaluated: {str(error).splitlines()[0]}") from error
+
+
+def _fold(editor: Editor, node: fx.Node, value: torch.Tensor, *, leaks: bool) -> Applied:
+    """Lets a stored tensor stand for a node, and removes what only that read.
+
+    Where the result ``leaks``, the caller may write into what it gets: a tensor of its own.
+    """
+    origin = [*_origin(node), node]
+    with editor.edit() as edit:
+        with edit.before(node):
+            stored = edit.constant(_name(node), _stored(value, node))
+            if not _strides_zero(node):
+                stored.meta["val"] = node.meta["val"]
+            edit.stamp(stored, origin)
+            new = edit.call(aten.clone.default, (stored,), sources=[stored]) if leaks else stored
+        edit.replace(node, new)
+        edit.sweep([node], covered=origin)
+    dead = [n for n in reversed(edit.gone) if n.op == "call_function"]
+    size = "x".join(str(s) for s in value.shape) or "scalar"
+    return applied(editor.rule, dead, [stored], f"{len(dead)} calls became one {size} constant")
+
+
+def _stored(value: torch.Tensor, node: fx.Node) -> torch.Tensor:
+    """The tensor to store: of the strides that the trace saw, but zero ones are written out."""
+    if _strides_zero(node):
         return value.contiguous()
-    return value
+    strides = node.meta["val"].stride()
+    if all(n == 1 or a == b for n, a, b in zip(value.shape, value.stride(), strides, strict=True)):
+        return value
+    return value.new_empty_strided(value.shape, strides).copy_(value)
 
 
 def _name(node: fx.Node) -> str:
@@ -439,32 +453,6 @@ def _origin(node: fx.Node) -> list[fx.Node]:
             seen[current] = None
             stack.extend(current.all_input_nodes)
     return list(reversed(seen))
-
-
-def _erase(rule: str, node: fx.Node, new: fx.Node) -> Applied:
-    """Erases ``node`` and what only it read; returns the record."""
-    graph = node.graph
-    dead: list[fx.Node] = []
-    stack = [node]
-    gone: set[fx.Node] = set()
-    while stack:
-        current = stack.pop()
-        if current in gone or current.op != "call_function" or pinned(current):
-            continue
-        if all(u in gone for u in current.users):
-            gone.add(current)
-            dead.append(current)
-            stack.extend(current.all_input_nodes)
-    value = new.meta["val"]
-    shape = "x".join(str(s) for s in value.shape) or "scalar"
-    record = applied(rule, reversed(dead), [new], f"{len(dead)} calls became one {shape} constant")
-    sources = {a for n in dead for a in n.all_input_nodes if a.op == "get_attr"}
-    for current in dead:
-        graph.erase_node(current)
-    for source in sources:
-        if not source.users:
-            graph.erase_node(source)
-    return record
 
 
 def _impure(rule: str, graph: fx.Graph, constant: set[fx.Node]) -> list[Declined]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor, fx, nn
 from refold.frontends.export import trace
 from refold.graph import provenance
 from refold.graph.evaluate import Oracle
+from refold.graph.kinds import op_name
 from refold.graph.printer import render
+from refold.passes import fold_constants
 from refold.passes.fold_constants import FoldConstants
-from refold.rewrite.result import PassResult
+from refold.rewrite.result import Declined, PassResult
 from tests import golden
 
 F64 = 1e-12  # float64 fold against the float64 oracle, relative
@@ -495,6 +498,50 @@ def test_constant_output_is_a_tensor_of_its_own(function: Callable) -> None:
     for got, want in zip(gm(x), expected, strict=True):
         torch.testing.assert_close(got, want)
     assert not run(gm).modified
+
+
+def test_a_stretched_output_keeps_its_strides_and_what_is_stretched_folds() -> None:
+    model = Does(lambda s, x: (x, (s.w * 2).expand(4, 3)), w=torch.randn(1, 3))
+    x = torch.randn(2, 3)
+    gm = trace(model, (x,)).graph_module
+    result = run(gm)
+    assert [r.kinds for r in result.applied] == [("mul",)]
+    out = gm(x)[1]
+    assert out.stride() == (0, 1)
+    torch.testing.assert_close(out.clone(), model(x)[1])
+    out[0].fill_(9.0)
+    torch.testing.assert_close(gm(x)[1], model(x)[1])
+
+
+def test_strides_of_an_output_are_not_written_out() -> None:
+    model = Does(lambda s, x: (x, (s.w * 2).as_strided((2, 2), (1, 1))), w=torch.randn(3))
+    gm = trace(model, (torch.randn(2, 3),)).graph_module
+    result = run(gm)
+    assert [d.reason for d in result.declined] == ["the strides of an output would change"]
+    assert gm(torch.randn(2, 3))[1].stride() == (1, 1)
+
+
+def test_a_failure_costs_the_one_constant(
+    monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+) -> None:
+    evaluate = fold_constants.evaluate_constants
+
+    def failing(chosen: Sequence[fx.Node], **options: Any) -> dict[fx.Node, Tensor]:
+        if any(op_name(node) == "mul" for node in chosen):
+            raise ZeroDivisionError("planted")
+        return evaluate(chosen, **options)
+
+    monkeypatch.setattr(fold_constants, "evaluate_constants", failing)
+    model = Does(lambda s, x: x * (s.w * 2) + (s.w + 1), w=torch.randn(3))
+    x = torch.randn(2, 3)
+    gm = trace(model, (x,)).graph_module
+    result = run(gm)
+    assert [r.kinds for r in result.applied] == [("add",)]
+    (record,) = failures
+    failures.clear()
+    assert record in result.declined
+    assert record.reason == "internal error: ZeroDivisionError: planted"
+    torch.testing.assert_close(gm(x), model(x))
 
 
 def test_nan_weights_fold_to_nan() -> None:

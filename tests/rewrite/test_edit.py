@@ -16,6 +16,7 @@ from refold.passes.absorb_scale_shift import AbsorbScaleShift
 from refold.passes.defer_expands import DeferExpands
 from refold.passes.fold_batch_norm import FoldBatchNorm
 from refold.passes.fold_branches import FoldBranches, _Folder
+from refold.passes.fold_constants import FoldConstants
 from refold.passes.merge_parallel_layers import MergeParallelLayers
 from refold.rewrite.edit import Edit, Editor, Refused
 from refold.rewrite.push_affine.pusher import Pusher
@@ -24,6 +25,7 @@ from tests.tracing import find, ops, trace
 
 aten = torch.ops.aten
 T = torch.randn(2, 4, 3, 5)
+T2 = torch.randn(2, 3, 4)
 
 
 class Fn(nn.Module):
@@ -376,12 +378,13 @@ CHANGED: dict[str, tuple[Pass, Callable[[], nn.Module], torch.Tensor]] = {
             c=torch.randn(1, 3, 4),
             **linears("p"),
         ),
-        torch.randn(2, 3, 4),
+        T2,
     ),
+    "fold-constants": (FoldConstants(), lambda: Fn(lambda s, x: x + s.c * 2, c=torch.ones(4)), T2),
     "merge-parallel-layers": (
         MergeParallelLayers(),
         lambda: Fn(lambda s, x: s.p(x).tanh() * s.q(x).sigmoid(), **linears("p", "q")),
-        torch.randn(2, 3, 4),
+        T2,
     ),
 }
 
