@@ -49,8 +49,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from refold.graph import aliasing, constants, nodes
 from refold.rewrite.driver import apply_rules
+from refold.rewrite.edit import Editor
 from refold.rewrite.pattern import Attr, Call, Const, Match, Pattern, Var, Where
-from refold.rewrite.result import Applied, PassResult, applied
+from refold.rewrite.result import Applied, PassResult
 from refold.rewrite.rule import Builder, RewriteRule
 
 aten = torch.ops.aten
@@ -69,6 +70,7 @@ _BROADCASTING = (
 _PERMUTES = (aten.permute, aten.transpose.int, aten.t, aten.swapaxes, aten.swapdims)
 _COPIES = (aten.clone, aten.contiguous)
 _ROUNDS = 8
+_COMMON = "clean-up/common-subexpression"
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,17 @@ class CleanUp:
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Cleans a graph in place."""
-        done, swept = _remove_dead(gm)  # a dead user would hold the call that it reads
-        modified = _loosen_views(gm.graph)
+        editor = Editor(gm, self.name)
+        done, swept = _remove_dead(editor)  # a dead user would hold the call that it reads
+        modified = _loosen_views(editor)
         rules = _rules(gm.graph, strides_matter=aliasing.reads_strides(gm.graph))
         for _ in range(_ROUNDS):
             result = apply_rules(gm, rules)
-            merged = merge_common(gm.graph)
+            merged = merge_common(Editor(gm, _COMMON, result))
             done += [*result.applied, *merged]
             if not merged:
                 break
-        last, swept_again = _remove_dead(gm)
+        last, swept_again = _remove_dead(editor)
         done += last
         modified = modified or bool(done) or swept or swept_again
         return PassResult(modified, _by_rule(done), result.declined)
@@ -360,39 +363,38 @@ def _identity(node: fx.Node) -> list[int]:
     return list(range(len(nodes.shape(node))))
 
 
-def _loosen_views(graph: fx.Graph) -> bool:
+def _loosen_views(editor: Editor) -> bool:
     """Turns views into reshapes, so that what precedes them may have any strides."""
-    written = aliasing.mutated(graph)
-    changed = False
-    for node in graph.nodes:
-        if not nodes.is_call(node, aten.view.default) or nodes.pinned(node) or node.kwargs:
-            continue
-        # A view of what the graph writes must stay a view.
-        if not (written and written & aliasing.roots(node)):
-            node.target = aten.reshape.default
-            changed = True
-    return changed
+    written = editor.written
+    with editor.edit() as edit:
+        views = [
+            node
+            for node in editor.graph.find_nodes(op="call_function", target=aten.view.default)
+            if not (nodes.pinned(node) or node.kwargs)
+            # A view of what the graph writes must stay a view.
+            and not (written and written & aliasing.roots(node))
+        ]
+        for node in views:
+            edit.set(node, target=aten.reshape.default, value=node.meta["val"])
+    return bool(views)
 
 
-def merge_common(graph: fx.Graph) -> list[Applied]:
+def merge_common(editor: Editor) -> list[Applied]:
     """Lets equal calls of the same inputs share one node; returns what was merged."""
-    written = aliasing.mutated(graph)
     first: dict[Any, fx.Node] = {}
     merged: list[Applied] = []
-    for node in list(graph.nodes):
+    for node in list(editor.graph.nodes):
         if nodes.pinned(node) or not _is_pure(node):
             continue
-        # A read before a write and one after it are not the same.
-        if written and any(written & aliasing.roots(n) for n in (node, *node.all_input_nodes)):
+        kept = first.setdefault(_key(node), node)
+        if kept is node:
             continue
-        key = _key(node)
-        kept = first.setdefault(key, node)
-        if kept is node or aliasing.new_sharing(node, kept) is not None:
-            continue
-        nodes.replace(node, kept)
-        if node.op == "call_function":
-            merged.append(applied("clean-up/common-subexpression", [node], []))
-        graph.erase_node(node)
+        with editor.candidate(node):
+            with editor.edit() as edit:
+                edit.replace(node, kept)
+                edit.remove([node])
+            if node.op == "call_function":
+                merged.append(edit.record())
     return merged
 
 
@@ -426,18 +428,13 @@ def _frozen(value: Any) -> Any:
     return value
 
 
-def _remove_dead(gm: fx.GraphModule) -> tuple[list[Applied], bool]:
+def _remove_dead(editor: Editor) -> tuple[list[Applied], bool]:
     """Removes calls without users (impure and pinned ones stay), and whatever else is unread."""
-    dead: list[fx.Node] = []
-    for node in reversed(list(gm.graph.nodes)):
-        if node.op in ("placeholder", "output") or node.users or nodes.pinned(node):
-            continue
-        if node.op == "get_attr" or not node.is_impure():
-            gm.graph.erase_node(node)
-            dead.append(node)
-    calls = [n for n in reversed(dead) if n.op == "call_function"]
-    records = [applied("clean-up/dead-code", calls, [])] if calls else []
-    return records, constants.sweep(gm) or bool(dead)
+    with editor.edit("clean-up/dead-code") as edit:
+        edit.sweep(n for n in editor.graph.nodes if not n.users and n.op != "output")
+    found = edit.record()
+    swept = constants.sweep(editor.gm) or bool(edit.gone)
+    return [found] if found.removed else [], swept
 
 
 def _by_rule(records: Sequence[Applied]) -> list[Applied]:

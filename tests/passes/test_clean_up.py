@@ -410,6 +410,8 @@ def test_merging_makes_no_outputs_share() -> None:
     assert after(model) == {"relu": 2}
     views = lambda v: (torch.relu(v)[:, :2], torch.relu(v)[:, 2:])
     assert after(views)["relu"] == 2
+    result = CleanUp().run(trace(model, T))
+    assert "two outputs would share the storage of relu" in [d.reason for d in result.declined]
     one_output = lambda v: (torch.relu(v), torch.relu(v) * 2)
     assert after(one_output) == {"relu": 1, "mul": 1}
 
@@ -428,8 +430,9 @@ def test_reads_around_a_write_do_not_merge() -> None:
     graph = trace(Counter(), T)
     count = next(n for n in graph.graph.nodes if n.op == "get_attr")
     find(graph, "exp").args = (count,)  # reads the buffer again, after the write
-    Pipeline("test", (CleanUp(),)).run(graph)
+    ran = Pipeline("test", (CleanUp(),)).run(graph).runs[0].result
     assert ops(graph)["exp"] == 2
+    assert [d.reason for d in ran.declined] == ["it reads storage that the graph writes"]
 
 
 def test_dead_code_goes_and_is_recorded() -> None:

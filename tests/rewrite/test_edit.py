@@ -13,6 +13,7 @@ import refold
 from refold.graph import constants, nodes
 from refold.graph.aliasing import storage
 from refold.passes.absorb_scale_shift import AbsorbScaleShift
+from refold.passes.clean_up import CleanUp
 from refold.passes.defer_expands import DeferExpands
 from refold.passes.fold_batch_norm import FoldBatchNorm
 from refold.passes.fold_branches import FoldBranches, _Folder
@@ -371,6 +372,7 @@ def linears(*names: str) -> dict[str, nn.Module]:
 
 # a pass, a model that it changes in one edit, and its input
 CHANGED: dict[str, tuple[Pass, Callable[[], nn.Module], torch.Tensor]] = {
+    "clean-up": (CleanUp(), lambda: Fn(lambda s, x: torch.sin(x) * torch.sin(x)), T2),
     "defer-expands": (
         DeferExpands(),
         lambda: Fn(
