@@ -89,7 +89,6 @@ _BESIDE_THE_DOOR = {
     "refold.rewrite.edit": "the door",
     "refold.passes.average_experts": "a mixture's nodes go once one network stands for it",
     "refold.passes.substitute_shift_add": "an approximation, whose graph before it is kept whole",
-    "refold.rewrite.decided_sizes": "all sizes behind it change: worked out before anything is",
     "refold.rewrite.join_experts": "the stated expectation is no pass: it makes the reference",
 }
 

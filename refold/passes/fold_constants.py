@@ -71,8 +71,8 @@ class FoldConstants:
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         result = PassResult()
-        graph = gm.graph
-        decided = decide_sizes(gm, self.name)
+        graph, editor = gm.graph, Editor(gm, self.name, result)
+        decided = decide_sizes(editor)
         if decided is not None:
             result.modified = True
             result.applied.append(decided)
@@ -89,7 +89,7 @@ class FoldConstants:
             result.declined.append(declined(self.name, node, reason, hint))
         if not chosen:
             return result
-        editor, own = Editor(gm, self.name, result), in_own_dtype(graph, constant)
+        own = in_own_dtype(graph, constant)
         values = _evaluate(chosen, own)
         for node in chosen:
             with editor.candidate(node):

@@ -33,6 +33,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from refold.graph import aliasing, constants, nodes
 from refold.graph.evaluate import evaluate_constants
 from refold.graph.nodes import aten, is_call, is_tensor, pinned
+from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import Applied, applied
 
 _CHECKS = (
@@ -46,35 +47,38 @@ _NUMBERS = (bool, int, float)
 _LARGEST = 1 << 17  # positions that a mask is written out as
 
 
-def decide_sizes(gm: fx.GraphModule, rule: str) -> Applied | None:
+def decide_sizes(editor: Editor) -> Applied | None:
     """Writes the sizes that constants decide as numbers; ``None`` where there are none."""
-    calls = (gm.graph.find_nodes(op="call_function", target=target) for target in _ASK)
+    calls = (editor.graph.find_nodes(op="call_function", target=target) for target in _ASK)
     asked = [n for found in calls for n in found if _symbols(n.meta["val"])]
     if not asked:
         return None
-    masked: dict[fx.Node, tuple[Any, ...]] = {}
-    known = _known(gm, asked, masked)
-    if not known:
-        return None
-    values = _values(gm.graph, known)
-    if values is None:
-        for node, args in masked.items():
-            node.args = args
-        return None
-    sized = [n for n in values if is_tensor(n)]
-    gone = _commit(gm.graph, values)
-    numbers = ", ".join(sorted(str(v) for v in known.values()))
-    return applied(rule, gone, sized, f"constants decide sizes: {numbers}")
+    with editor.candidate(asked[0]):  # what one decides, others are computed from
+        return _decide(editor, asked)
+    return None
 
 
-def _known(
-    gm: fx.GraphModule, asked: list[fx.Node], masked: dict[fx.Node, tuple[Any, ...]]
-) -> dict[sympy.Symbol, int | float]:
-    """The numbers behind symbols, for those that constants decide.
+def _decide(editor: Editor, asked: list[fx.Node]) -> Applied | None:
+    with editor.edit() as edit:
+        known = _known(edit, asked)
+        values = _values(editor.graph, known) if known else None
+        if values is None:
+            edit.roll_back()
+            return None
+        decided = [n for n, value in values.items() if isinstance(value, _NUMBERS)]
+        checks = {u: None for n in decided for u in n.users if is_call(u, *_CHECKS)}
+        edit.learn(values)
+        gone = [*(c for c in checks if not c.all_input_nodes), *decided]
+        numbers = ", ".join(sorted(str(v) for v in known.values()))
+        sized = [n for n in values if is_tensor(n)]
+        record = applied(editor.rule, gone, sized, f"constants decide sizes: {numbers}")
+        edit.remove(gone)
+    return record
 
-    ``masked`` gets the calls whose masks became positions, with the arguments that they had.
-    """
-    constant = constants.constant_nodes(gm.graph)
+
+def _known(edit: Edit, asked: list[fx.Node]) -> dict[sympy.Symbol, int | float]:
+    """The numbers behind symbols, for those that constants decide."""
+    constant = constants.constant_nodes(edit.graph)
     found: dict[sympy.Symbol, int | float] = {}
     for node in asked:
         source = node.args[0]
@@ -90,15 +94,13 @@ def _known(
                 else value.item()
             )
         elif is_call(source, aten.index.Tensor):
-            before = source.args
-            count = _written_as_positions(gm, source, constant)
+            count = _written_as_positions(edit, source, constant)
             if count is not None:
-                masked[source] = before
                 found[symbol] = count
     return found
 
 
-def _written_as_positions(gm: fx.GraphModule, node: fx.Node, constant: set[fx.Node]) -> int | None:
+def _written_as_positions(edit: Edit, node: fx.Node, constant: set[fx.Node]) -> int | None:
     """Turns the masks of an index into positions; how many they are."""
     indices: Any = node.args[1]
     masks = [i for i in indices if i is not None and nodes.dtype(i) == torch.bool]
@@ -110,14 +112,14 @@ def _written_as_positions(gm: fx.GraphModule, node: fx.Node, constant: set[fx.No
     if count * len(masks) > _LARGEST:
         return None
     written: list[Any] = []
-    with gm.graph.inserting_before(node):
+    with edit.before(node):
         for index in indices:
             if index not in places:
                 written.append(index)
                 continue
             name = f"{node.name}.positions"
-            written += [constants.add(gm, name, p.clone()) for p in places[index]]
-    node.args = (node.args[0], written)
+            written += [edit.constant(name, p.clone()) for p in places[index]]
+    edit.set(node, args=(node.args[0], written))
     return count
 
 
@@ -178,23 +180,3 @@ def _substituted(graph: fx.Graph, value: Any, known: Mapping[sympy.Symbol, int |
             )  # fmt: skip
 
     return pytree.tree_map(leaf, value)
-
-
-def _commit(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> list[fx.Node]:
-    """Sets the values; numbers take the place of the calls that asked for them."""
-    gone: list[fx.Node] = []
-    for node, value in values.items():
-        if not isinstance(value, _NUMBERS):
-            node.meta["val"] = value
-            continue
-        for user in list(node.users):
-            user.args, user.kwargs = fx.map_arg(
-                (user.args, user.kwargs),
-                lambda n, node=node, value=value: value if n is node else n,  # type: ignore[misc]
-            )
-            if is_call(user, *_CHECKS) and not user.all_input_nodes:
-                gone.append(user)
-        gone.append(node)
-    for node in gone:
-        graph.erase_node(node)
-    return gone

@@ -34,6 +34,7 @@ from refold.graph import aliasing, constants, nodes, provenance
 from refold.rewrite.result import Applied, PassResult, applied, declined, failed
 
 WRITTEN = "it reads storage that the graph writes"
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _UNSET: Any = object()
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # target, args, kwargs
 
@@ -231,6 +232,30 @@ class Edit:
         if node not in self.made:
             self._remember_meta(node)
         provenance.derive(node, sources, self.rule, **value)
+
+    def learn(self, values: Mapping[fx.Node, Any]) -> None:
+        """Says more of what calls give: sizes and numbers that were symbols are known.
+
+        No call gives anything else for it. Who reads a number reads it as a literal from now on;
+        excluded readers still read the call.
+
+        Raises:
+            Refused: it is not the same value, better known.
+        """
+        for node, value in values.items():
+            reason = difference(node.meta.get("val"), value, same=_agree)
+            if reason is not None:
+                raise Refused(reason)
+            self._remember_meta(node)
+            node.meta["val"] = value
+            if not isinstance(value, (bool, int, float)):
+                continue
+            for user in [u for u in node.users if not nodes.pinned(u)]:
+                self._remember(user, (node,))
+                user.args, user.kwargs = fx.map_arg(
+                    (user.args, user.kwargs),
+                    lambda n, node=node, value=value: value if n is node else n,  # type: ignore[misc]
+                )
 
     def remove(self, dead: Iterable[fx.Node]) -> None:
         """Removes nodes when the edit takes effect, those that nothing reads any more."""
@@ -514,8 +539,14 @@ class Snapshot:
         vars(self._gm).update(self._plain)
 
 
-def difference(old: Any, new: Any) -> str | None:
-    """How a value would differ in kind, shape, dtype or device from what it replaces."""
+def difference(old: Any, new: Any, same: Callable[[Any, Any], bool] = nodes.same) -> str | None:
+    """How a value would differ in kind, shape, dtype or device from what it replaces.
+
+    Args:
+        old: a fake value.
+        new: another.
+        same: whether two sizes or numbers, or the sizes of two tensors, are equal.
+    """
     before, after = pytree.tree_leaves(old), pytree.tree_leaves(new)
     if len(before) != len(after):
         return f"the result would have {len(after)} values instead of {len(before)}"
@@ -525,15 +556,22 @@ def difference(old: Any, new: Any) -> str | None:
         if isinstance(a, torch.Tensor) != isinstance(b, torch.Tensor):
             return f"the result would be {type(b).__name__}, not {type(a).__name__}"
         if not isinstance(a, torch.Tensor):
-            if not nodes.same(a, b):
+            if not same(a, b):
                 return f"the result would be {b}, not {a}"
         elif a.dtype != b.dtype:
             return f"the result would be {b.dtype}, not {a.dtype}"
         elif a.device != b.device:
             return f"the result would be on {b.device}, not {a.device}"
-        elif not nodes.same(a.shape, b.shape):
+        elif not same(a.shape, b.shape):
             return f"the result's shape would be {list(b.shape)}, not {list(a.shape)}"
     return None
+
+
+def _agree(old: Any, new: Any) -> bool:
+    """True if sizes or numbers are equal, or were symbols."""
+    if isinstance(old, torch.Size):
+        return len(old) == len(new) and all(map(_agree, old, new))
+    return isinstance(old, _SYMBOLS) or nodes.same(old, new)
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:

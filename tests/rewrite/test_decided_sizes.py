@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -12,8 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import refold
+from refold.frontends.export import trace
 from refold.graph.kinds import census
+from refold.rewrite.decided_sizes import decide_sizes
+from refold.rewrite.edit import Edit, Editor
+from refold.rewrite.result import Declined, PassResult
 from tests.compare import EXACT, call, relative_error
+from tests.tracing import find
 
 MASK = torch.tensor([True, False] * 4)
 COUNTS = torch.tensor([2, 3, 1, 2])
@@ -113,3 +118,42 @@ def test_what_the_user_excludes_is_not_looked_at() -> None:
     done = refold.compile_for_inference(deepcopy(net), (x,), exclude=["rows"])
     assert relative_error(call(done, (x,)), call(net, (x,))) <= EXACT
     assert census(done.graph_module.graph)["index"] == 1
+
+
+def test_an_excluded_reader_still_reads_the_call() -> None:
+    class Scale(nn.Module):
+        def forward(self, x: torch.Tensor, n: int) -> torch.Tensor:
+            return x * n
+
+    net, x = _Net(lambda s, x: s.scale(x, s.v[s.mask].shape[0]) + 1.0), torch.randn(5, 8).double()
+    net.scale = Scale()
+    done = refold.compile_for_inference(deepcopy(net), (x,), exclude=["scale"])
+    assert relative_error(call(done, (x,)), call(net, (x,))) <= EXACT
+    mul = find(done.graph_module, "mul")
+    assert isinstance(mul.args[1], torch.fx.Node)
+    done = refold.compile_for_inference(deepcopy(net), (x,))
+    assert find(done.graph_module, "mul").args[1] == 4
+
+
+@pytest.mark.parametrize("name", ["a sum", "columns of the data", "a number computed from it"])
+def test_a_failure_decides_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+) -> None:
+    learn = Edit.learn
+
+    def failing(self: Edit, values: Mapping[torch.fx.Node, Any]) -> None:
+        learn(self, values)
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(Edit, "learn", failing)
+    net, x = _Net(FOLDED[name][0]), torch.randn(5, 8, dtype=torch.float64)
+    gm = trace(net, (x,), {}).graph_module
+    before = str(gm.graph)
+    result = PassResult()
+    assert decide_sizes(Editor(gm, "test", result)) is None
+    assert str(gm.graph) == before
+    assert [d.reason for d in result.declined] == ["internal error: ZeroDivisionError: planted"]
+    done = refold.compile_for_inference(deepcopy(net), (x,))
+    assert relative_error(call(done, (x,)), call(net, (x,))) <= EXACT
+    assert failures
+    failures.clear()

@@ -180,6 +180,25 @@ def test_in_place_changes_are_checked_where_they_take_effect() -> None:
     assert ops(gm)["abs"] == 1
 
 
+def test_what_is_learned_of_a_value_is_no_other_value() -> None:
+    net = Fn(lambda s, x: torch.relu(x[x[:, 0] > 0]).sum(1))
+    gm = trace(net, torch.randn(5, 3))
+    before, relu, total = state(gm), find(gm, "relu"), find(gm, "sum")
+    value = relu.meta["val"]
+    for wrong, words in (
+        (value.new_empty(4, 2), "shape would be"),
+        (value.new_empty(4), "shape would be"),
+        (value.new_empty((4, 3), dtype=torch.int64), "would be torch.int64"),
+        (4, "would be int"),
+    ):
+        with pytest.raises(Refused, match=words), Editor(gm, "test").edit() as edit:
+            edit.learn({relu: wrong})
+        assert state(gm) == before
+    with Editor(gm, "test").edit() as edit:
+        edit.learn({relu: value.new_empty(4, 3), total: value.new_empty(4)})
+    assert (*nodes.shape(relu), *nodes.shape(total)) == (4, 3, 4)
+
+
 def test_excluded_nodes_are_not_edited() -> None:
     gm = trace(Fn(RELU), T)
     relu = find(gm, "relu")
