@@ -48,11 +48,12 @@ from refold.errors import UsageError
 from refold.graph import constants, provenance
 from refold.graph.evaluate import Oracle
 from refold.graph.kinds import op_name
-from refold.graph.nodes import aten, call, dtype, hints, is_tensor, pinned, replace, same, shape
+from refold.graph.nodes import aten, dtype, hints, is_tensor, pinned
 from refold.rewrite import join_experts
+from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.experts import Mixture, Refusal, Unread
 from refold.rewrite.join_experts import Network
-from refold.rewrite.result import PassResult, applied, declined
+from refold.rewrite.result import PassResult, declined
 
 Mode = Literal["keep", "average", "concat"]
 Routed = Literal["keep", "uniform", "frequency"]
@@ -103,7 +104,8 @@ class AverageExperts:
         return "approximate" if self.mode == "average" else "reassociates"
 
     def run(self, gm: fx.GraphModule) -> PassResult:
-        result = PassResult()
+        editor = Editor(gm, self.name)
+        result = editor.result
         found = list(join_experts.find(gm.graph))
         mixtures = [m for m in found if isinstance(m, Mixture) and self._concerns(m)]
         samples = self._samples(gm, mixtures)
@@ -113,11 +115,8 @@ class AverageExperts:
                     declined(self.name, item.root, f"a random partition: {item.reason}")
                 )
         for mixture in mixtures:
-            try:
-                self._join(gm, mixture, samples, result)
-            except Refusal as refusal:
-                hint = refusal.args[1] if len(refusal.args) > 1 else ""
-                result.declined.append(declined(self.name, mixture.root, refusal.args[0], hint))
+            with editor.candidate(mixture.root):
+                self._visit(editor, mixture, samples)
         result.modified = bool(result.applied)
         if result.modified:
             gm.graph.lint()
@@ -155,9 +154,14 @@ class AverageExperts:
 
     # --- one mixture ------------------------------------------------------------------------------
 
-    def _join(
-        self, gm: fx.GraphModule, mixture: Mixture, samples: _Samples, result: PassResult
-    ) -> None:
+    def _visit(self, editor: Editor, mixture: Mixture, samples: _Samples) -> None:
+        try:
+            self._join(editor, mixture, samples)
+        except Refusal as refusal:
+            hint = refusal.args[1] if len(refusal.args) > 1 else ""
+            editor.result.declined.append(declined(self.name, mixture.root, refusal.args[0], hint))
+
+    def _join(self, editor: Editor, mixture: Mixture, samples: _Samples) -> None:
         if pinned(mixture.root):
             return
         count = len(mixture.operands)
@@ -165,7 +169,7 @@ class AverageExperts:
             network = join_experts.expert(mixture, 0)
             detail = f"{count} experts of equal weights are one"
             figures = _figures(mixture, network, runs=_runs(mixture))
-            _replace(gm, mixture, network, sum(mixture.gates), self.name, detail, figures, result)
+            _replace(editor, mixture, network, sum(mixture.gates), detail, figures)
             return
         if self.mode == "keep":
             raise Refusal(*_why_kept(mixture))
@@ -175,13 +179,11 @@ class AverageExperts:
             network = join_experts.side_by_side(mixture)
             detail = f"{count} experts side by side"
             figures = _figures(mixture, network, runs=_runs(mixture))
-            _replace(gm, mixture, network, 1.0, self.name, detail, figures, result)
+            _replace(editor, mixture, network, 1.0, detail, figures)
             return
-        self._average(gm, mixture, samples, result)
+        self._average(editor, mixture, samples)
 
-    def _average(
-        self, gm: fx.GraphModule, mixture: Mixture, samples: _Samples, result: PassResult
-    ) -> None:
+    def _average(self, editor: Editor, mixture: Mixture, samples: _Samples) -> None:
         if mixture.gates is None:
             if self.routed == "keep":
                 raise Refusal(*_why_kept(mixture))
@@ -207,7 +209,8 @@ class AverageExperts:
             "tolerance": self.tolerance,
         }
         detail = f"{len(weights)} experts ({mixture.form}) averaged: {certificate}"
-        _replace(gm, mixture, network, factor, self.name, detail, figures, result)
+        _replace(editor, mixture, network, factor, detail, figures)
+        result = editor.result
         result.allowed = max(result.allowed, self.tolerance)
         where = provenance.module_path(mixture.root) or mixture.root.name
         result.notes.append(
@@ -399,56 +402,46 @@ def _figures(mixture: Mixture, network: Network, *, runs: float) -> dict[str, fl
 
 
 def _replace(
-    gm: fx.GraphModule,
+    editor: Editor,
     mixture: Mixture,
     network: Network,
     factor: float,
-    rule: str,
     detail: str,
     figures: dict[str, float],
-    result: PassResult,
 ) -> None:
-    graph, root = gm.graph, mixture.root
+    root = mixture.root
     # Gates that are a rounded softmax add up to 1 within rounding.
     count = len(mixture.operands)
     if abs(factor - 1.0) <= 4 * count * torch.finfo(dtype(root)).eps:
         factor = 1.0
     within = join_experts.scaled(network, factor) if factor != 1.0 else network
     network = within or network
-    with graph.inserting_before(root):
-        operands = [_constant(gm, c) for c in network.constants]
-        added = join_experts.emit(graph, network.steps, operands, mixture.x, rule=rule)
-        if within is None:
-            args = (added[-1], factor)
-            added.append(call(graph, aten.mul.Tensor, args, rule=rule, sources=[root]))
-    new = added[-1]
-    if not is_tensor(new) or not same(shape(new), shape(root)) or dtype(new) != dtype(root):
-        for node in reversed([*operands, *added]):
-            if not node.users:
-                graph.erase_node(node)
-        raise Refusal("one network of the experts has another shape or dtype than the mixture")
-    provenance.derive(new, [new, root], rule)
-    inside = join_experts.between(root, mixture.x)
-    replace(root, new)
-    dead = _dead(graph, inside)
-    record = applied(rule, [n for n in dead if n.op == "call_function"], added, detail)
-    result.applied.append(dataclasses.replace(record, figures=figures))
-    for node in dead:
-        graph.erase_node(node)
+    with editor.edit() as edit:
+        with edit.before(root):
+            operands = [_constant(edit, c) for c in network.constants]
+            steps = network.steps
+            added = join_experts.emit(edit.graph, steps, operands, mixture.x, rule=edit.rule)
+            new = added[-1]
+            if within is None:
+                new = edit.call(aten.mul.Tensor, (new, factor), sources=[root])
+        edit.stamp(new, [new, root])
+        inside = join_experts.between(root, mixture.x)
+        edit.replace(root, new)
+        edit.remove(_dead(edit.graph, inside))
+    editor.result.applied.append(dataclasses.replace(edit.record(detail), figures=figures))
 
 
-def _constant(gm: fx.GraphModule, constant: join_experts.Constant) -> fx.Node:
+def _constant(edit: Edit, constant: join_experts.Constant) -> fx.Node:
     if constant.kept:
         return constant.like
     like = constant.like.meta["val"]
     name = str(constant.like.target) if constant.like.op == "get_attr" else constant.like.name
-    return constants.add(
-        gm, name, constant.value, torch.empty(0, dtype=like.dtype, device=like.device)
-    )
+    empty = torch.empty(0, dtype=like.dtype, device=like.device)
+    return edit.constant(name, constant.value, empty)
 
 
 def _dead(graph: fx.Graph, inside: set[fx.Node]) -> list[fx.Node]:
-    """What nothing needs any more, users first.
+    """What nothing needs any more.
 
     A random order of the mixture goes with it, and so do checks that its chosen rows are not
     negative in number, which the tracer leaves behind.
@@ -477,7 +470,7 @@ def _dead(graph: fx.Graph, inside: set[fx.Node]) -> list[fx.Node]:
     spread()
     stack += [n for n in checks if all(s in live for s in _measured_by(n))]
     spread()
-    return [n for n in reversed(list(graph.nodes)) if n not in live]
+    return [n for n in graph.nodes if n not in live]
 
 
 def _measured_by(check: fx.Node) -> set[fx.Node]:

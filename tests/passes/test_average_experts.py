@@ -643,6 +643,27 @@ def test_excluded_modules_stay() -> None:
     assert folded.report.after.census["linear"] == 4
 
 
+def test_experts_on_two_sides_of_a_write_stay() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("state", torch.randn(3, 4))
+            self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            view = self.state.transpose(0, 1).transpose(0, 1)
+            first = self.b(self.a(view).relu())
+            self.state.add_(x)
+            return (first + self.d(self.c(view).relu())) / 2
+
+    net, x = Writes().eval(), torch.randn(3, 4)
+    gm = tracer.trace(deepcopy(net), x)
+    result = AverageExperts(mode="concat").run(gm)
+    assert [d.reason for d in result.declined] == ["it reads storage that the graph writes"]
+    assert not result.modified
+    torch.testing.assert_close(gm(x), net(x))
+
+
 def test_wrong_options_are_errors() -> None:
     for wrong in ({"mode": "avg"}, {"routed": "top"}, {"tolerance": -1.0},
                   {"calibration": tokens()}):  # fmt: skip

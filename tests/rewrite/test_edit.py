@@ -13,6 +13,7 @@ import refold
 from refold.graph import constants, nodes
 from refold.graph.aliasing import storage
 from refold.passes.absorb_scale_shift import AbsorbScaleShift
+from refold.passes.average_experts import AverageExperts
 from refold.passes.clean_up import CleanUp
 from refold.passes.defer_expands import DeferExpands
 from refold.passes.fold_batch_norm import FoldBatchNorm
@@ -391,6 +392,14 @@ def linears(*names: str) -> dict[str, nn.Module]:
 
 # a pass, a model that it changes in one edit, and its input
 CHANGED: dict[str, tuple[Pass, Callable[[], nn.Module], torch.Tensor]] = {
+    "average-experts": (
+        AverageExperts(mode="concat"),
+        lambda: Fn(
+            lambda s, x: (s.q(s.p(x).relu()) + s.v(s.u(x).relu())) / 2,
+            **linears("p", "q", "u", "v"),
+        ),
+        T2,
+    ),
     "clean-up": (CleanUp(), lambda: Fn(lambda s, x: torch.sin(x) * torch.sin(x)), T2),
     "defer-expands": (
         DeferExpands(),
