@@ -87,7 +87,6 @@ _DIRECT = {"replace_all_uses_with", "erase_node", "replace_input_with", "elimina
 # What does not go through the door yet: each checks shape, storage and strides by hand.
 _BESIDE_THE_DOOR = {
     "refold.rewrite.edit": "the door",
-    "refold.passes.substitute_shift_add": "an approximation, whose graph before it is kept whole",
     "refold.rewrite.join_experts": "the stated expectation is no pass: it makes the reference",
 }
 

@@ -26,6 +26,8 @@ _READS_STRIDES = frozenset({
     "sym_storage_offset", "sym_is_contiguous", "stride", "is_contiguous",
 })  # fmt: skip
 
+_KNOWN = frozenset({"aten", "prim", "refold"})  # what others compute from strides is not known
+
 # Operators with another kernel for another memory format, which rounds worse: of 8 x 256 x 256
 # values of 20 +- 0.1 in float32, relative to the largest result and as contiguous / channels last,
 # group_norm 1e-6 / 2e-1, batch statistics 3e-6 / 3e-4, norms over several axes 2e-7 / 3e-6. Within
@@ -190,7 +192,7 @@ def _stride_sensitive(node: fx.Node) -> bool:
     if target is torch.ops.aten.view.dtype:
         return True
     namespace, _, name = target._schema.name.partition("::")
-    return namespace not in ("aten", "prim") or name in _READS_STRIDES
+    return namespace not in _KNOWN or name in _READS_STRIDES
 
 
 def reads_format(node: fx.Node) -> bool:

@@ -43,14 +43,15 @@ from refold.algebra.binary_coding import Family
 from refold.errors import UsageError
 from refold.graph import constants, records
 from refold.graph.kinds import op_name
-from refold.graph.nodes import call, pinned, replace
+from refold.graph.nodes import aten, pinned
 from refold.inputs import Call, as_call
 from refold.rewrite import dense_layers
 from refold.rewrite.choose_widths import budget_of, choose_widths
 from refold.rewrite.dense_layers import Layer, Refusal
+from refold.rewrite.edit import Editor
 from refold.rewrite.layer_codes import WIDTHS, Code, Coder
 from refold.rewrite.pipeline import copy_sharing_tensors, matching
-from refold.rewrite.result import PassResult, Substitution, applied, declined
+from refold.rewrite.result import Applied, PassResult, Substitution, applied, declined
 
 _HELD_OUT = 8  # one of so many calibration inputs is held out
 
@@ -131,13 +132,14 @@ class SubstituteShiftAdd:
         constants.materialise_all(gm, forget=False)
         calls, held_out = self._calls(gm, result)
         before = copy_sharing_tensors(gm)
-        replaced: dict[fx.Node, fx.Node] = {}
-        for layer, code in self._coded(gm, layers, calls, result).items():
-            x = replaced.get(layer.x, layer.x)
-            replaced[layer.node] = self._emit(gm, layer, x, code, result)
+        editor = Editor(gm, self.name, result)
+        coded = self._coded(gm, layers, calls, result)
+        for layer in reversed(coded):  # what reads a layer says whether its strides count
+            with editor.candidate(layer.node):
+                self._emit(editor, layer, coded[layer])
+        result.applied.reverse()
         result.modified = bool(result.applied)
         if result.modified:
-            gm.graph.eliminate_dead_code()
             constants.materialise_all(gm, forget=False)
             gm.graph.lint()
             gm.recompile()
@@ -253,34 +255,43 @@ class SubstituteShiftAdd:
 
     # --- rewriting ------------------------------------------------------------------------------
 
-    def _emit(
-        self, gm: fx.GraphModule, layer: Layer, x: fx.Node, code: Code, result: PassResult
-    ) -> fx.Node:
-        graph, node = gm.graph, layer.node
+    def _emit(self, editor: Editor, layer: Layer, code: Code) -> None:
+        node = layer.node
         stored = constants.tensor(layer.attribute)
         added: list[fx.Node] = []
+        with editor.edit() as edit:
 
-        def run(target: Any, *args: Any) -> fx.Node:
-            added.append(call(graph, target, args, rule=self.name, sources=[node]))
-            return added[-1]
+            def run(target: Any, *args: Any) -> fx.Node:
+                added.append(edit.call(target, args, sources=[node]))
+                return added[-1]
 
-        with graph.inserting_before(node):
-            planes = constants.add(gm, f"{layer.label}_planes", code.planes.to(stored.device))
-            alpha = constants.add(gm, f"{layer.label}_alpha", code.alpha.to(stored.device))
-            bias = layer.bias_node
-            if bias is None and layer.bias is not None:
-                bias = constants.add(gm, f"{layer.label}_bias", layer.bias, stored)
-            op = torch.ops.refold.bcq_linear.default
-            layer.around(run, x, lambda v: run(op, v, planes, alpha, bias, self.group_size))
+            with edit.before(node):
+                planes = edit.constant(f"{layer.label}_planes", code.planes.to(stored.device))
+                alpha = edit.constant(f"{layer.label}_alpha", code.alpha.to(stored.device))
+                bias = layer.bias_node
+                if bias is None and layer.bias is not None:
+                    bias = edit.constant(f"{layer.label}_bias", layer.bias, stored)
+                op = torch.ops.refold.bcq_linear.default
+                layer.around(
+                    run, layer.x, lambda v: run(op, v, planes, alpha, bias, self.group_size)
+                )
+                if edit.objection(node, added[-1], {}) is not None:  # a convolution's strides count
+                    run(aten.contiguous.default, added[-1])
+            edit.replace(node, added[-1])
+            record = applied(self.name, [node], added, self._detail(layer, code))
+            edit.sweep([node])
+        editor.result.applied.append(self._measured(record, layer, code))
+
+    def _detail(self, layer: Layer, code: Code) -> str:
         raised = f" (raised from {code.raised_from})" if code.raised_from else ""
         error = f", output error {code.output_error:.1e}" if code.calibrated else ""
-        record = applied(
-            self.name,
-            [node],
-            added,
+        return (
             f"{code.bits} bits{raised}, {self.scales} scales of {self.group_size}: "
-            f"{layer.bytes} -> {code.bytes} bytes, weight error {code.weight_error:.1e}{error}",
+            f"{layer.bytes} -> {code.bytes} bytes, weight error {code.weight_error:.1e}{error}"
         )
+
+    def _measured(self, record: Applied, layer: Layer, code: Code) -> Applied:
+        """A record with the figures of a code."""
         figures = {
             "bits": code.bits,
             "bits_asked": code.raised_from or code.bits,
@@ -296,10 +307,7 @@ class SubstituteShiftAdd:
             "scales_dtype": str(code.alpha.dtype).removeprefix("torch."),
             "exactness": "bit-exact planes",
         }
-        result.applied.append(dataclasses.replace(record, figures=figures, labels=labels))
-        replace(node, added[-1])
-        graph.erase_node(node)
-        return added[-1]
+        return dataclasses.replace(record, figures=figures, labels=labels)
 
 
 # --- what is said ---------------------------------------------------------------------------------

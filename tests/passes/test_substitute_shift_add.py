@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +25,9 @@ from refold.ops.bcq_linear import dequantise
 from refold.passes import PIPELINES
 from refold.passes.substitute_shift_add import SubstituteShiftAdd
 from refold.rewrite import layer_codes
+from refold.rewrite.edit import Edit
 from refold.rewrite.pipeline import Pipeline
-from refold.rewrite.result import PassResult
+from refold.rewrite.result import Declined, PassResult
 from tests import golden
 from tests import tracing as tracer
 from tests.compare import EXACT, relative_error
@@ -545,12 +547,43 @@ def test_a_convolution_is_a_product_of_its_windows(conv, shape, calibrated: bool
     probe = torch.randn(3, *shape[1:], dtype=torch.float64)
     with torch.no_grad():
         assert relative_error(gm(probe), reference(probe)) <= EXACT
+        assert gm(probe).stride() == model(probe).stride()
         if calibrated:
             bias = 0 if conv.bias is None else conv.bias.view(1, -1, *[1] * (x.dim() - 2))
             change, outputs = reference[0](x) - model[0](x), model[0](x) - bias
     if calibrated:
         expected = float(change.norm() / outputs.norm())
         assert result.applied[0].figures["output_error"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_strides_that_nobody_sees_are_not_restored() -> None:
+    model = nn.Sequential(nn.Conv2d(5, 9, 3), nn.ReLU(), nn.Conv2d(9, 9, 1))
+    x = torch.randn(2, 5, 6, 7)
+    gm, result = substitute(model, x, convolutions=True, include="*")
+    assert len(result.applied) == 2
+    assert tracer.ops(gm)["contiguous"] == 1
+
+
+def test_a_failure_costs_the_one_layer(
+    monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+) -> None:
+    replace = Edit.replace
+
+    def failing(self: Edit, old: fx.Node, new: fx.Node, **options: Any) -> None:
+        replace(self, old, new, **options)
+        if old.name == "linear_1":
+            raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(Edit, "replace", failing)
+    model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(3)]).double()
+    x = torch.randn(4, 32, dtype=torch.float64)
+    gm = trace(model.eval(), (x,), {}).graph_module
+    result = SubstituteShiftAdd(min_features=16, group_size=16, include="*").run(gm)
+    assert [r.removed for r in result.applied] == [("linear",), ("linear_2",)]
+    assert [(d.node, d.failed) for d in result.declined] == [("linear_1", True)]
+    assert relative_error(gm(x), with_codes(model, gm)(x)) <= EXACT
+    assert failures == result.declined
+    failures.clear()
 
 
 @pytest.mark.parametrize(
