@@ -84,7 +84,7 @@ def test_star_imports_and_prints_are_nowhere() -> None:
 
 
 _DIRECT = {"replace_all_uses_with", "erase_node", "replace_input_with", "eliminate_dead_code"}
-# What does not go through the door yet: each checks shape, storage and strides by hand.
+# What does not go through the door, and why.
 _BESIDE_THE_DOOR = {
     "refold.rewrite.edit": "the door",
     "refold.rewrite.join_experts": "the stated expectation is no pass: it makes the reference",
