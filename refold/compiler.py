@@ -280,15 +280,17 @@ def _compile(
     known = References()
     original = copy_sharing_tensors(program.graph_module)
     traced = copy_sharing_tensors(original) if draws(original) else original
-    stated: list[str] = []
+    stated: tuple[str, ...] = ()
+    failures: list[Declined] = []
     if settings.verify:
         with clock("reference"):
-            stated = state_expectation(original)
+            stated = _analysed("expectation", lambda: state_expectation(original), failures)
             known = references(original, program, module=program.module)
     owner = model if settings.consume else None
     folded = _fold(
-        program, settings.pipeline, settings.exclude, clock, owner, recorded=settings.recipe
-    )
+        program, settings.pipeline, settings.exclude, clock, owner, failures,
+        recorded=settings.recipe,
+    )  # fmt: skip
     gm, target = program.graph_module, settings.target
     report = _report(model, program, folded, settings.pipeline, target.name, clock)
     _expect(settings.expect, report)
@@ -297,7 +299,7 @@ def _compile(
         known = References(
             notes=["the folded model still draws random numbers: two runs cannot be compared"]
         )
-        stated = []
+        stated = ()
     report.notes = (*report.notes, *stated)
     if settings.verify:
         with clock("verify"):
@@ -416,14 +418,18 @@ def _fold(
     exclude: tuple[str, ...],
     clock: _Clock,
     consumed: Any = None,
+    failures: Sequence[Declined] = (),
     *,
     recorded: bool = False,
 ) -> _Folded:
     gm = program.graph_module
     before = _graph_record(gm)
-    bound = binding.records(gm, program.bound)
-    serving = binding.generator(gm, program.bound)
-    failures: list[Declined] = []
+    failures = [*failures]
+    bound = _analysed("bound-inputs", lambda: binding.records(gm, program.bound), failures)
+    served = _analysed(
+        "bound-inputs", lambda: binding.generator(gm, program.bound).items(), failures
+    )
+    serving: dict[str, int] = dict(served)
     dead = _analysed("dead-parameters", lambda: dead_parameters(gm), failures)
     warnings = _analysed("axis-collisions", lambda: axis_collisions(gm.graph), failures)
     with clock("fold"):

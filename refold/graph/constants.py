@@ -180,13 +180,14 @@ def add(
 
 def materialise(node: fx.Node) -> None:
     """Computes a pending constant in float64 and rounds it to its dtype, once."""
-    device = node.meta.pop("refold_lazy", None)
+    device = node.meta.get("refold_lazy")
     if device is None:
         return
     value: Lazy = node.meta["refold_exact"]
     gm = node.graph.owning_module
     dtype = node.meta["val"].dtype
     setattr(gm, str(node.target), value.evaluate().to(dtype=dtype, device=device).contiguous())
+    del node.meta["refold_lazy"]  # not before: where it fails, it is still to be computed
 
 
 def release(gm: fx.GraphModule, owner: nn.Module) -> None:

@@ -14,6 +14,7 @@ from refold.graph import constants, provenance
 from refold.graph.evaluate import WIDE
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, call, is_tensor, same
+from refold.rewrite.edit import Snapshot
 from refold.rewrite.expert_axis import selected, stacked
 from refold.rewrite.experts import (
     INPUT,
@@ -392,12 +393,22 @@ class _SideBySide:
 def state_expectation(gm: fx.GraphModule) -> list[str]:
     """Replaces each random partition by the mean of its experts, in place; says so in sentences.
 
-    Two runs of a random partition differ; what a conversion is compared with is its mean.
+    Two runs of a random partition differ; what a conversion is compared with is its mean. Where
+    this fails, the graph is what it was.
     """
+    if not any(op_name(n) == "randperm" for n in gm.graph.nodes if n.op == "call_function"):
+        return []
+    snapshot = Snapshot(gm)
+    try:
+        return _stated(gm)
+    except BaseException:
+        snapshot.restore()
+        raise
+
+
+def _stated(gm: fx.GraphModule) -> list[str]:
     notes: list[str] = []
     graph = gm.graph
-    if not any(op_name(n) == "randperm" for n in graph.nodes if n.op == "call_function"):
-        return notes
     for mixture in list(find(graph)):
         if not isinstance(mixture, Mixture) or mixture.form != "random partition":
             continue

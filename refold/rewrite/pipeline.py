@@ -196,25 +196,36 @@ class Pipeline:
         """
         subgraphs.own(gm)
         pin(gm, exclude)
-        result = self._run(gm, debug=debug, progress=progress, compare=compare)
-        if result.modified or subgraphs.conds(gm):
-            constants.sweep(gm)
-            if consumed is not None:
-                constants.release(gm, consumed)
-            constants.materialise_all(gm, largest_first=consumed is None)
-            gm.recompile()
+        whole = [Snapshot(graph) for graph in subgraphs.walk(gm)]
+        result = self._run(gm, whole[0], debug=debug, progress=progress, compare=compare)
+        try:
+            self._run_branches(gm, result, debug=debug)
+            if result.modified or subgraphs.conds(gm):
+                constants.sweep(gm)
+                if consumed is not None:
+                    whole.clear()  # what is released here nobody brings back
+                    constants.release(gm, consumed)
+                constants.materialise_all(gm, largest_first=consumed is None)
+                gm.recompile()
+        except RefoldError:
+            raise
+        except Exception as error:
+            if debug:
+                raise
+            return _unfolded(gm, whole, result, error)
         return result
 
     def _run(
         self,
         gm: fx.GraphModule,
+        snapshot: Snapshot,
         *,
         debug: bool,
         progress: Callable[[str], None] | None = None,
         compare: Compare | None = None,
     ) -> PipelineResult:
         result = PipelineResult()
-        before, contract, snapshot = census(gm.graph), signature(gm), Snapshot(gm)
+        before, contract = census(gm.graph), signature(gm)
         for item in self.passes:
             if progress is not None:
                 progress(item.name)
@@ -225,15 +236,39 @@ class Pipeline:
                 snapshot = Snapshot(gm)
             result.runs.append(run)
             before = run.after
+        return result
+
+    def _run_branches(self, gm: fx.GraphModule, result: PipelineResult, *, debug: bool) -> None:
         for cond in subgraphs.conds(gm):
             subgraphs.sink(cond)
             for branch in subgraphs.branches(cond):
-                inner = self._run(branch, debug=debug)
+                inner = self._run(branch, Snapshot(branch), debug=debug)
+                self._run_branches(branch, inner, debug=debug)
                 constants.sweep(branch)
                 constants.materialise_all(branch)
                 result.runs = [_joined(*pair) for pair in zip(result.runs, inner.runs, strict=True)]
             subgraphs.lift(gm, cond)
-        return result
+
+
+def _unfolded(
+    gm: fx.GraphModule, whole: Sequence[Snapshot], result: PipelineResult, error: Exception
+) -> PipelineResult:
+    """Makes a graph what it was before all passes, where what they left cannot be computed."""
+    if not whole:
+        raise RefoldError(
+            f"the constants of the folded graph could not be computed ({type(error).__name__}: "
+            f"{error}), and the weights that they are made of are released\n"
+            "  fix: load the model again, and compile it without consume=True"
+        ) from error
+    for snapshot in whole:
+        snapshot.restore()
+    for graph in subgraphs.walk(gm):
+        graph.recompile()
+    calls = sum((census(graph.graph) for graph in subgraphs.walk(gm)), Counter())
+    lost = PassRun("constants", PassResult(declined=[failed("constants", None, error)]), 0.0,
+                   calls, calls)  # fmt: skip
+    runs = [PassRun(run.name, PassResult(), run.seconds, calls, calls) for run in result.runs]
+    return PipelineResult([*runs, lost])
 
 
 def _joined(outer: PassRun, inner: PassRun) -> PassRun:

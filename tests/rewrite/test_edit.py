@@ -20,9 +20,11 @@ from refold.passes.fold_batch_norm import FoldBatchNorm
 from refold.passes.fold_branches import FoldBranches, _Folder
 from refold.passes.fold_constants import FoldConstants
 from refold.passes.merge_parallel_layers import MergeParallelLayers
+from refold.rewrite import join_experts
 from refold.rewrite.edit import Edit, Editor, Refused
 from refold.rewrite.push_affine.pusher import Pusher
 from refold.rewrite.result import Declined, Pass
+from tests.models.experts import FFN, WIDTH, RandomPartition
 from tests.tracing import find, ops, trace
 
 aten = torch.ops.aten
@@ -388,6 +390,59 @@ def test_a_failure_leaves_no_compilation_and_is_said(
 
 def linears(*names: str) -> dict[str, nn.Module]:
     return {name: nn.Linear(4, 4) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("function", "rule"),
+    [
+        ("refold.bind.records", "bound-inputs"),
+        ("refold.bind.generator", "bound-inputs"),
+        ("refold.compiler.axis_collisions", "axis-collisions"),
+    ],
+)
+def test_what_the_report_tells_costs_no_compilation(
+    function: str, rule: str, monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+) -> None:
+    class Scaled(nn.Module):
+        def forward(self, x, scale):
+            return x * (scale * 2)
+
+    monkeypatch.setattr(function, lambda *_: 1 / 0)
+    scale = torch.randn(5)
+    done = refold.compile_for_inference(Scaled(), T, bind={"scale": scale})
+    torch.testing.assert_close(done(T), Scaled()(T, scale))
+    assert [d.rule for d in done.report.declined if d.failed] == [rule]
+    assert [d.rule for d in failures] == [rule]
+    failures.clear()
+
+
+def test_an_expectation_that_fails_leaves_the_reference_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+) -> None:
+    experts = [FFN() for _ in range(2)]
+    experts[1].load_state_dict(experts[0].state_dict())
+    net, x = RandomPartition(experts).eval(), torch.randn(2, 6, WIDTH)
+    notes = refold.compile_for_inference(net, x).report.notes
+    assert any("the mean of the experts" in note for note in notes)
+    emit = join_experts.emit
+
+    def failing(*args, **options):
+        emit(*args, **options)
+        raise ZeroDivisionError("planted")
+
+    with monkeypatch.context() as planted:
+        planted.setattr(join_experts, "emit", failing)
+        gm = trace(net, x)
+        before = state(gm)
+        with pytest.raises(ZeroDivisionError):
+            join_experts.state_expectation(gm)
+        assert state(gm) == before
+    monkeypatch.setattr("refold.compiler.state_expectation", lambda gm: 1 / 0)
+    done = refold.compile_for_inference(net, x)
+    torch.testing.assert_close(done(x), experts[0](x))
+    assert [d.rule for d in done.report.declined if d.failed] == ["expectation"]
+    assert failures
+    failures.clear()
 
 
 # a pass, a model that it changes in one edit, and its input

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -7,14 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from refold.errors import UsageError, VerifierError
-from refold.graph import nodes
+import refold
+from refold.algebra.lazy import Lazy
+from refold.errors import RefoldError, UsageError, VerifierError
+from refold.frontends import export
+from refold.graph import constants, nodes, subgraphs
+from refold.graph.kinds import census
+from refold.passes import PIPELINES
 from refold.passes.clean_up import CleanUp
 from refold.passes.fold_branches import FoldBranches
 from refold.passes.fold_constants import FoldConstants
 from refold.passes.merge_parallel_layers import MergeParallelLayers
 from refold.rewrite.pipeline import Pipeline, load_pass
-from refold.rewrite.result import PassResult
+from refold.rewrite.result import Declined, PassResult
 from refold.rewrite.rule import rule_from_functions
 from tests.tracing import find, ops, trace
 
@@ -187,6 +193,92 @@ def test_a_pass_that_fails_is_undone_and_recorded(failures) -> None:
         Pipeline("test", (Doing(do),)).run(undone)
         failures.clear()
         assert str(undone.graph) == before
+
+
+class Normed(nn.Module):
+    """Convolutions and norms, also inside of the branches of a cond."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.yes, self.no = (
+            nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in range(3)
+        )
+        for m in self.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.normal_()
+                m.running_var.uniform_(0.5, 2)
+
+    def forward(self, v):
+        v = self.stem(v).relu()
+        return torch.cond(v.sum() > 9, lambda t: self.yes(t), lambda t: self.no(t), (v,))
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Lets the constant of that number fail where it is computed."""
+    evaluate, calls = Lazy.evaluate, iter(range(1, 1000))
+
+    def failing(self: Lazy) -> torch.Tensor:
+        if next(calls) == count:
+            raise ZeroDivisionError("planted")
+        return evaluate(self)
+
+    monkeypatch.setattr(Lazy, "evaluate", failing)
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])  # in a branch, in the other one, in the graph
+def test_where_a_constant_cannot_be_computed_nothing_is_folded(
+    count: int, monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+) -> None:
+    net = Normed().eval()
+    fail_at(monkeypatch, count)
+    gm = export.trace(net, (T,), {}).graph_module
+    before = [census(graph.graph) for graph in subgraphs.walk(gm)]
+    assert sum(before, Counter())["batch-norm"] == 3
+    result = PIPELINES["default"].run(gm)
+    assert [census(graph.graph) for graph in subgraphs.walk(gm)] == before
+    assert not result.modified
+    (record,) = failures
+    failures.clear()
+    assert result.runs[-1].result.declined == [record]
+    assert record.reason == "internal error: ZeroDivisionError: planted"
+    for x in (T, T + 3, T - 3):
+        torch.testing.assert_close(gm(x), net(x), rtol=0, atol=0)
+
+
+def test_without_the_weights_there_is_no_graph_to_go_back_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fail_at(monkeypatch, 6)
+    with pytest.raises(RefoldError, match="planted") as caught:
+        refold.compile_for_inference(Normed().eval(), T, consume=True)
+    assert type(caught.value) is RefoldError
+    assert "compile it without consume=True" in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", [False, True])
+def test_an_unfolded_graph_is_compiled_and_said(
+    recipe: bool, monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+) -> None:
+    fail_at(monkeypatch, 6)
+    net, other = Normed().eval(), Normed().eval()
+    done = refold.compile_for_inference(net, T, recipe=recipe)
+    torch.testing.assert_close(done(T), net(T))
+    assert done.report.before == done.report.after
+    assert "internal error: ZeroDivisionError: planted" in str(done.report)
+    assert failures
+    failures.clear()
+    if recipe:
+        torch.testing.assert_close(done.refit(other.state_dict())(T), other(T))
+
+
+def test_a_constant_that_failed_is_still_to_be_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = trace(lambda v: v * 2, T)
+    with gm.graph.inserting_before(find(gm, "mul")):
+        node = constants.add(gm, "three", Lazy.of(torch.full((1,), 3.0).double()), T)
+    fail_at(monkeypatch, 1)
+    with pytest.raises(ZeroDivisionError):
+        constants.tensor(node)
+    assert constants.tensor(node) == 3
 
 
 def test_a_pass_that_hides_its_changes_is_caught() -> None:
