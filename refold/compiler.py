@@ -55,6 +55,7 @@ from refold.rewrite.join_experts import state_expectation
 from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
 from refold.rewrite.result import Declined, Substitution, failed
 from refold.shared_weights import SharedWeights, copy_shared, tensors
+from refold.verify import codes
 from refold.verify.compare import verify_widely
 from refold.verify.randomness import draws
 from refold.verify.references import References, outputs, references
@@ -363,11 +364,13 @@ def _rebased(
     calls, expected = known.calls, known.own
     held_out = bool(substitution.held_out) and whole is not None
     if whole is None:  # the weights that it replaced were released
-        note = "what was folded before the substitution is not verified: consume released it"
+        notes = ["what was folded before the substitution is not verified: consume released it"]
     else:
         result, known = verify_widely(whole, before, program, known)
-        note = f"before the substitution: {result.summary}"
-    report.notes = (*report.notes, note)
+        notes = [f"before the substitution: {result.summary}"]
+        if substitution.codes:
+            notes.append(codes.judge(substitution, whole, known, program))
+    report.notes = (*report.notes, *notes)
     if held_out:
         calls = list(substitution.held_out)
         expected = outputs(before, calls)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 from unittest.mock import patch
@@ -28,8 +28,9 @@ from refold.passes import clean_up
 from refold.rewrite import driver
 from refold.rewrite.pattern import root_targets
 from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
-from refold.rewrite.result import Applied, Declined, Pass, PassResult
+from refold.rewrite.result import Applied, Declined, Pass, PassResult, Substitution
 from refold.rewrite.rule import RewriteRule
+from refold.verify import codes
 from refold.verify.compare import verify
 from refold.verify.references import References, references
 
@@ -137,6 +138,8 @@ class Planted:
             self.bug, plant = bugs[self.index]
             plant()
             gm.recompile()
+        if result.substitution is not None:
+            result.substitution = replace(result.substitution, after=copy_sharing_tensors(gm))
         return result
 
 
@@ -184,9 +187,10 @@ def _bugs(gm: fx.GraphModule, before: dict[fx.Node, tuple[_Call, list[fx.Node]]]
 
 def _of_constants(gm: fx.GraphModule, made: list[fx.Node], name: str) -> Iterator[Bug]:
     for node in made:
-        if not (constants.is_get_attr(node) and node.meta["val"].is_floating_point()):
+        if not (constants.is_get_attr(node) and node.meta["val"].ndim):
             continue
-        if node.meta["val"].ndim and _changed(node, name) is not None:
+        kind = node.meta["val"].dtype
+        if (kind.is_floating_point or kind == torch.uint8) and _changed(node, name) is not None:
             yield f"{name} in {node.target}", lambda n=node: _store(gm, n, _changed(n, name))
 
 
@@ -197,9 +201,9 @@ def _changed(node: fx.Node, name: str) -> Tensor | None:
 
 def _of_calls(calls: list[fx.Node]) -> Iterator[Bug]:
     for node in calls:
-        bias = node.args[2] if op_name(node) in ("linear", "conv2d") and node.args[2:] else None
-        if isinstance(bias, fx.Node):
-            yield f"no bias in {node.name}", lambda n=node: n.update_arg(2, None)
+        at = {"linear": 2, "conv2d": 2, "bcq_linear": 3}.get(op_name(node), len(node.args))
+        if isinstance((*node.args, None)[at], fx.Node):
+            yield f"no bias in {node.name}", lambda n=node, i=at: n.update_arg(i, None)
         if op_name(node) == "add":
             yield f"{node.name} subtracts", lambda n=node: setattr(n, "target", aten.sub.Tensor)
         if op_name(node) == "mul":
@@ -300,8 +304,12 @@ def _same(a: fx.Node, b: fx.Node) -> bool:
     return values[0].dtype == values[1].dtype and str(values[0].shape) == str(values[1].shape)
 
 
-def _with_row(t: Tensor, factor: float) -> Tensor:
-    """The largest row scaled."""
+def _with_row(t: Tensor, factor: float) -> Tensor | None:
+    """The largest row scaled; of the signs of a code, a row can only be negated."""
+    if t.dtype == torch.uint8:
+        row = torch.zeros_like(t)
+        row[:, 0] = 255
+        return t ^ row if factor == -1.0 else None
     axis = max(range(t.ndim), key=lambda i: t.shape[i]) if t.shape[0] == 1 else 0
     others = [i for i in range(t.ndim) if i != axis]
     row = int((t.abs().amax(others) if others else t.abs()).argmax())
@@ -392,26 +400,35 @@ class Bench:
         most: int = 24,
     ) -> Outcome:
         """Plants bugs into a pass on the graph that those before it left, until ``most`` show."""
-        found, exact = Outcome(), self._leaves(self._run(item, before, after))
+        found, exact = Outcome(), self._leaves(self._run(item, before, after)[0])
         for index in range(400):
             planted = Planted(item, index)
-            gm = self._run(planted, before, after)
+            gm, substitution = self._run(planted, before, after)
             found.ids |= {record.rule for record in planted.applied}
             if not planted.bug or found.visible >= most:
                 return found
-            self._judge(planted.bug, gm, exact, found)
+            self._judge(planted.bug, gm, substitution, exact, found)
         raise AssertionError("more bugs than anyone asked for")
 
-    def _run(self, item: Pass, before: fx.GraphModule, after: Sequence[Pass]) -> fx.GraphModule:
+    def _run(
+        self, item: Pass, before: fx.GraphModule, after: Sequence[Pass]
+    ) -> tuple[fx.GraphModule, Substitution | None]:
         gm = copy_sharing_tensors(before)
-        Pipeline("planted", (item, *after)).run(gm)
-        return gm
+        first, *_ = Pipeline("planted", (item, *after)).run(gm).runs
+        return gm, first.result.substitution
 
     def _leaves(self, gm: fx.GraphModule) -> list[Tensor]:
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, self.program.example)
         return pytree.tree_leaves(Oracle(gm).run(args, kwargs))
 
-    def _judge(self, bug: str, gm: fx.GraphModule, exact: list[Tensor], found: Outcome) -> None:
+    def _judge(
+        self,
+        bug: str,
+        gm: fx.GraphModule,
+        substitution: Substitution | None,
+        exact: list[Tensor],
+        found: Outcome,
+    ) -> None:
         if self.failures:
             self.failures.clear()
             found.undone.append(bug)
@@ -425,7 +442,10 @@ class Bench:
             found.hidden.append(bug)
             return
         try:
-            verify(self.original, gm, self.known, folded_gm=gm)
+            if substitution is not None:
+                codes.judge(substitution, self.original, self.known, self.program)
+            else:
+                verify(self.original, gm, self.known, folded_gm=gm)
         except VerificationError:
             found.refused.append(bug)
         else:

@@ -51,7 +51,7 @@ from refold.rewrite.dense_layers import Layer, Refusal
 from refold.rewrite.edit import Editor
 from refold.rewrite.layer_codes import WIDTHS, Code, Coder
 from refold.rewrite.pipeline import copy_sharing_tensors, matching
-from refold.rewrite.result import Applied, PassResult, Substitution, applied, declined
+from refold.rewrite.result import Applied, PassResult, StoredCode, Substitution, applied, declined
 
 _HELD_OUT = 8  # one of so many calibration inputs is held out
 
@@ -134,16 +134,18 @@ class SubstituteShiftAdd:
         before = copy_sharing_tensors(gm)
         editor = Editor(gm, self.name, result)
         coded = self._coded(gm, layers, calls, result)
+        stored: list[StoredCode] = []
         for layer in reversed(coded):  # what reads a layer says whether its strides count
             with editor.candidate(layer.node):
-                self._emit(editor, layer, coded[layer])
+                stored.append(self._emit(editor, layer, coded[layer]))
         result.applied.reverse()
         result.modified = bool(result.applied)
         if result.modified:
             constants.materialise_all(gm, forget=False)
             gm.graph.lint()
             gm.recompile()
-            result.substitution = Substitution(before, copy_sharing_tensors(gm), held_out)
+            after = copy_sharing_tensors(gm)
+            result.substitution = Substitution(before, after, held_out, stored[::-1], calls)
             result.notes.append(_summary(result))
         return result
 
@@ -255,7 +257,7 @@ class SubstituteShiftAdd:
 
     # --- rewriting ------------------------------------------------------------------------------
 
-    def _emit(self, editor: Editor, layer: Layer, code: Code) -> None:
+    def _emit(self, editor: Editor, layer: Layer, code: Code) -> StoredCode:
         node = layer.node
         stored = constants.tensor(layer.attribute)
         added: list[fx.Node] = []
@@ -281,6 +283,11 @@ class SubstituteShiftAdd:
             record = applied(self.name, [node], added, self._detail(layer, code))
             edit.sweep([node])
         editor.result.applied.append(self._measured(record, layer, code))
+        reader = next(n for n in added if n.target is op)
+        return StoredCode(
+            reader.name, layer.weight, code.weight_error, code.output_error, self.scales == "pot",
+            self.max_layer_error,
+        )  # fmt: skip
 
     def _detail(self, layer: Layer, code: Code) -> str:
         raised = f" (raised from {code.raised_from})" if code.raised_from else ""

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import fx
 
+from refold.algebra.lazy import Lazy
 from refold.graph import provenance
+from refold.inputs import Call
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,27 @@ class Declined:
 
 
 @dataclass(frozen=True)
+class StoredCode:
+    """A weight that a substitution stores as a code, and what is said of it.
+
+    Attributes:
+        node: name of the call, in the graph with it, that reads the code.
+        weight: the matrix ``[N, K]`` that it stands for.
+        weight_error: how far it is from that, relative L2.
+        output_error: how far the layer's outputs on the calibration inputs are; NaN without these.
+        powers: whether its scales are powers of two.
+        limit: how far the user lets the outputs, or without calibration the weight, be.
+    """
+
+    node: str
+    weight: Lazy
+    weight_error: float
+    output_error: float
+    powers: bool
+    limit: float
+
+
+@dataclass(frozen=True)
 class Substitution:
     """What a pass replaced by something else on purpose, whose error is reported, not bounded.
 
@@ -71,11 +94,15 @@ class Substitution:
         before: the graph without it.
         after: the graph with it.
         held_out: calls of the model that the pass did not look at, to measure the difference on.
+        codes: what it stores for weights, in the order of the graph.
+        calibration: the calls that the pass looked at.
     """
 
     before: fx.GraphModule
     after: fx.GraphModule
-    held_out: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] = ()
+    held_out: Sequence[Call] = ()
+    codes: Sequence[StoredCode] = ()
+    calibration: Sequence[Call] = ()
 
 
 @dataclass
