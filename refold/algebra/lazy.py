@@ -28,11 +28,14 @@ class Lazy:
         *,
         fresh: bool = False,
         parents: Sequence[Lazy] = (),
+        channels_last: bool = False,
     ) -> None:
         self._parents = tuple(parents)
         steps, deep = 1, False
+        self.channels_last = channels_last  # what is made of a weight is laid out as it is
         for parent in self._parents:
             steps, deep = max(steps, parent._steps + 1), deep or parent._deep
+            self.channels_last |= parent.channels_last
         self._held = steps >= _STEPS  # so that what is made of it does not reach deeper
         self._steps: int = 0 if self._held else steps
         self._deep: bool = self._held or deep
@@ -49,7 +52,12 @@ class Lazy:
         """
         raw = tensor.detach()
         widens = raw.dtype != torch.float64
-        return Lazy(tuple(raw.shape), lambda: raw.to("cpu", torch.float64), fresh=widens)
+        return Lazy(
+            tuple(raw.shape),
+            lambda: raw.to("cpu", torch.float64),
+            fresh=widens,
+            channels_last=_is_channels_last(raw),
+        )
 
     def get(self) -> torch.Tensor:
         """Computes the tensor (float64). Callers may write into it only if it is ``fresh``."""
@@ -151,3 +159,21 @@ class Lazy:
         for size in self.shape:
             count *= size
         return count
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """How the tensor is stored: a kernel lays its result out as its weight is."""
+        return (_CHANNELS_LAST if self.channels_last else {}).get(
+            len(self.shape), torch.contiguous_format
+        )
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    """By its strides: of a 1x1 kernel both layouts are the same memory."""
+    if tensor.dim() not in _CHANNELS_LAST or tensor.shape[1] == 1:
+        return False
+    empty = torch.empty(tensor.shape, device="meta", memory_format=_CHANNELS_LAST[tensor.dim()])
+    return tensor.stride() == empty.stride()

@@ -594,6 +594,13 @@ class Tracer:
             if lost:
                 message = state.lost_in(type(self.original).__name__, lost)
                 raise FrontendError(message) from error
+            shared = state.written_in_part(program)
+            if shared:
+                raise FrontendError(
+                    f"{type(self.original).__name__} writes one of {', '.join(shared)}, which "
+                    "share memory: a trace knows each of them by itself\n  fix: keep one buffer, "
+                    "and take views of it in forward"
+                ) from error
             raise FrontendError(
                 f"{type(self.original).__name__} was traced, but torch could not make the trace "
                 f"functional ({type(error).__name__}: {_first_lines(error)})\n  fix: keep "

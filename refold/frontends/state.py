@@ -502,10 +502,29 @@ def lost_in(name: str, paths: Sequence[str]) -> str:
 
 def written_constants(program: ExportedProgram) -> list[str]:
     """Attributes that are tensors, no buffers, and that a trace writes: torch resolves no such."""
+    return _written_attributes(program, {InputKind.CONSTANT_TENSOR})
+
+
+def written_in_part(program: ExportedProgram) -> list[str]:
+    """Buffers that share memory, of which a trace writes one: to it they are apart."""
+    tensors = {**program.state_dict, **program.constants}
+    groups: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor):
+            groups.setdefault(_storage(tensor), []).append(name)
+    kinds = {InputKind.BUFFER, InputKind.PARAMETER, InputKind.CONSTANT_TENSOR}
+    for name in _written_attributes(program, kinds):
+        sharing = groups.get(_storage(tensors[name]), []) if name in tensors else []
+        if len(sharing) > 1:
+            return sharing
+    return []
+
+
+def _written_attributes(program: ExportedProgram, kinds: Collection[InputKind]) -> list[str]:
     attributes = {
         spec.arg.name: str(spec.target)
         for spec in program.graph_signature.input_specs
-        if spec.kind is InputKind.CONSTANT_TENSOR
+        if spec.kind in kinds
     }
     found: dict[str, None] = {}
     for node in program.graph.nodes:

@@ -164,14 +164,16 @@ def add(
         unique = f"{base}_{count}"
     if isinstance(data, Lazy):
         assert like is not None
-        stored = torch.empty(data.shape, dtype=like.dtype, device="meta")
+        stored = torch.empty(
+            data.shape, dtype=like.dtype, device="meta", memory_format=data.memory_format
+        )
         device = like.device
     else:
         stored, device = data.detach(), data.device
     gm.register_buffer(unique, stored)
     node = gm.graph.get_attr(unique)
     node.meta["refold_name"] = name.replace(".", "_").removeprefix("folded_")
-    node.meta["val"] = nodes.fake_empty(gm.graph, stored.shape, stored.dtype, device)
+    node.meta["val"] = nodes.fake_like(gm.graph, stored, device)
     if isinstance(data, Lazy):
         node.meta["refold_lazy"] = device
         node.meta["refold_exact"] = data
@@ -185,8 +187,11 @@ def materialise(node: fx.Node) -> None:
         return
     value: Lazy = node.meta["refold_exact"]
     gm = node.graph.owning_module
-    dtype = node.meta["val"].dtype
-    setattr(gm, str(node.target), value.evaluate().to(dtype=dtype, device=device).contiguous())
+    computed = value.evaluate().to(dtype=node.meta["val"].dtype, device=device).contiguous()
+    if value.memory_format != torch.contiguous_format:
+        laid_out = torch.empty_like(computed, memory_format=value.memory_format)
+        computed = laid_out.copy_(computed)  # to() leaves a 1x1 kernel as it is
+    setattr(gm, str(node.target), computed)
     del node.meta["refold_lazy"]  # not before: where it fails, it is still to be computed
 
 

@@ -150,12 +150,10 @@ def fake_result(node: fx.Node) -> Any:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def fake_empty(
-    graph: fx.Graph, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """A fake tensor of the graph's own mode, without dispatching an operator."""
+def fake_like(graph: fx.Graph, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A fake of a tensor, in the graph's own mode, without dispatching an operator."""
     mode = fake_mode(graph)
-    meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return meta if mode is None else FakeTensor(mode, meta, device)
 
 

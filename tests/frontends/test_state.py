@@ -612,3 +612,24 @@ def test_snapshot_names_what_changed_and_puts_it_back() -> None:
     snapshot.restore()
     assert snapshot.changed() == ["0.last"]
     assert not hasattr(held, "new")
+
+
+class InPart(nn.Module):
+    """Two buffers that are one in memory; ``forward`` writes either."""
+
+    def __init__(self, written: str) -> None:
+        super().__init__()
+        whole = torch.zeros(4)
+        self.register_buffer("whole", whole)
+        self.register_buffer("part", whole[:2])
+        self.written = written
+
+    def forward(self, x: Tensor) -> Tensor:
+        getattr(self, self.written).add_(1.0)
+        return x * self.part + self.whole.sum()
+
+
+@pytest.mark.parametrize("written", ["whole", "part"])
+def test_a_buffer_that_views_one_that_is_written_is_refused_by_name(written: str) -> None:
+    with pytest.raises(FrontendError, match="whole, part, which share memory"):
+        refold.compile_for_inference(InPart(written), torch.randn(3, 2))
