@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -106,3 +108,35 @@ def test_torch_compile_beside_compilations() -> None:
 
     with torch.no_grad():
         run_together(4, work)
+
+
+def test_the_garbage_collector_is_as_it_was_after_a_compilation() -> None:
+    assert not gc.get_freeze_count()
+    refold.compile_for_inference(conv_net(0), torch.randn(2, 3, 8, 8))
+    assert not gc.get_freeze_count()
+    with pytest.raises(refold.errors.FrontendError):
+        refold.compile_for_inference(conv_net(0), torch.randn(2, 5, 8, 8))
+    assert not gc.get_freeze_count()
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        refold.compile_for_inference(conv_net(0), torch.randn(2, 3, 8, 8))
+        assert gc.get_freeze_count() > before / 2  # but for those that are no more
+    finally:
+        gc.unfreeze()
+
+
+def test_a_compilation_does_not_look_through_older_objects(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frozen: list[int] = []
+    fold = refold.compiler._fold
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        frozen.append(gc.get_freeze_count())
+        return fold(*args, **kwargs)
+
+    monkeypatch.setattr(refold.compiler, "_fold", counting)
+    older = len(gc.get_objects())
+    refold.compile_for_inference(conv_net(0), torch.randn(2, 3, 8, 8))
+    assert frozen[0] > older / 2
