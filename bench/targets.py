@@ -21,7 +21,8 @@ from bench.common import interleaved, quiet, ratio, save
 from refold.backends.base import Target, find_target, is_static, make_options
 from refold.compiler import copy_sharing_tensors
 from refold.errors import MissingDependencyError, RefoldError
-from refold.frontends.export import Program, trace
+from refold.frontends.export import trace
+from refold.graph.program import Program
 from refold.passes import PIPELINES
 from refold.verify.compare import verify_widely
 from refold.verify.references import references

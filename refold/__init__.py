@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from refold._version import __version__
+
 if TYPE_CHECKING:
     from refold.backends.base import Target, register_target
     from refold.checkpoints import average_checkpoints
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from refold.rewrite.rule import RewriteRule, rule_from_functions
     from refold.torch_compile import backend
 
-__version__ = "0.1.0"
 
 # Loaded on first use: `import refold` costs nothing that the caller does not ask for.
 _HOME = {

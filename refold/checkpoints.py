@@ -34,7 +34,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from refold.backends.base import check_output, write_atomically
 from refold.errors import MissingDependencyError, UsageError
-from refold.inputs import as_call
+from refold.graph.program import as_call
 
 Paths = Sequence[str | os.PathLike[str]]
 

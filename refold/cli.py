@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from refold import __version__
+from refold._version import __version__
 from refold.errors import ExpectationError, RefoldError, UsageError, VerificationError, did_you_mean
 
 if TYPE_CHECKING:

@@ -41,12 +41,13 @@ from refold.errors import (
     VerificationError,
     did_you_mean,
 )
-from refold.frontends.export import Program, fix_ranks, fresh, trace
+from refold.frontends.export import fix_ranks, trace
 from refold.graph import kinds, subgraphs
 from refold.graph.axis_collisions import axis_collisions
 from refold.graph.dead_parameters import DeadParameter, dead_parameters
 from refold.graph.functionalise import ranks_matter
-from refold.inputs import InputCheck, as_call
+from refold.graph.program import Program, as_call, fresh
+from refold.inputs import InputCheck
 from refold.passes import PIPELINES
 from refold.recipes import Kept, Recipe, record
 from refold.report import GraphRecord, InputRecord, PassRecord, Report, counts, standing
@@ -519,7 +520,7 @@ def _report(
     target: str | None,
     clock: _Clock,
 ) -> Report:
-    from refold import __version__
+    from refold._version import __version__
 
     graphs = subgraphs.walk(program.graph_module)
     remaining = {n.name for g in graphs for n in g.graph.nodes}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.fx import _pytree as fx_pytree
@@ -15,20 +15,7 @@ from refold.bind import free_signature
 from refold.errors import UsageError
 from refold.frontends.variadic import flat_arguments
 from refold.graph.guards import Guards
-
-if TYPE_CHECKING:
-    from refold.frontends.export import InputSpec, Program
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def as_call(example_inputs: Any) -> Call:
-    """A tuple or list of positional inputs, a dict of keyword inputs, or a single input."""
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return (example_inputs,), {}
+from refold.graph.program import Call, InputSpec, Program
 
 
 @dataclass(frozen=True)

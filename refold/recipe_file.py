@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refold import __version__
+from refold._version import __version__
 from refold.backends import initializers
 from refold.backends.base import write_atomically
 from refold.errors import RefitError, UsageError

@@ -26,7 +26,7 @@ from refold.verify.references import references
 
 if TYPE_CHECKING:
     from refold.compiled import Compilation
-    from refold.frontends.export import Program
+    from refold.graph.program import Program
 
 _SHOWN = 5
 _INPUTS = 1  # what refitted numbers are compared on: the recipe itself is exact

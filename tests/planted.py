@@ -20,10 +20,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from refold.errors import VerificationError
-from refold.frontends.export import Program, trace
+from refold.frontends.export import trace
 from refold.graph import constants, nodes
 from refold.graph.evaluate import Oracle
 from refold.graph.kinds import op_name
+from refold.graph.program import Program
 from refold.passes import clean_up
 from refold.rewrite import driver
 from refold.rewrite.pattern import root_targets

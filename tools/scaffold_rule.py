@@ -30,7 +30,8 @@ from torch import fx
 from refold.rewrite.driver import apply_rules
 from refold.rewrite.pattern import Call, Match, Var
 from refold.rewrite.result import PassResult
-from refold.rewrite.rule import Builder, RewriteRule
+from refold.rewrite.build import Builder
+from refold.rewrite.rule import RewriteRule
 
 aten = torch.ops.aten
 

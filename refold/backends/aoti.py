@@ -29,7 +29,7 @@ from refold.native.lower import lower
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
-    from refold.frontends.export import Program
+    from refold.graph.program import Program
 
 _NEEDS_PYTHON = (
     "the package calls layers of binary planes through Python: load it in a process that has done "

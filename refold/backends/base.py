@@ -22,7 +22,7 @@ from refold.graph import provenance
 from refold.graph.kinds import op_name
 
 if TYPE_CHECKING:
-    from refold.frontends.export import Program
+    from refold.graph.program import Program
     from refold.verify.references import References
 
 Runner = Callable[..., Any]

@@ -13,7 +13,7 @@ from refold.backends.static import StaticProgram, quiet
 from refold.errors import BackendError, MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
-    from refold.frontends.export import Program
+    from refold.graph.program import Program
 
 _DEBUG_FILE = "executorch_debug_handle_mapping.json"
 

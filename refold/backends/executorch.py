@@ -16,7 +16,7 @@ from refold.backends.static import StaticProgram, keep_pooled_dims, quiet
 from refold.errors import BackendError
 
 if TYPE_CHECKING:
-    from refold.frontends.export import Program
+    from refold.graph.program import Program
 
 _BOOKKEEPING = frozenset({"getitem", "executorch_call_delegate"})
 

@@ -18,7 +18,7 @@ from refold.errors import BackendError
 from refold.graph import constants, provenance
 
 if TYPE_CHECKING:
-    from refold.frontends.export import Program
+    from refold.graph.program import Program
 
 
 _HALVES = {torch.float16, torch.bfloat16}

@@ -32,7 +32,7 @@ from refold.native.lower import lower
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from refold.frontends.export import Program
+    from refold.graph.program import Program
 
 log = logging.getLogger(__name__)
 

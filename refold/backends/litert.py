@@ -16,7 +16,7 @@ from refold.backends.static import StaticProgram, ThreadOptions, quiet
 from refold.errors import BackendError
 
 if TYPE_CHECKING:
-    from refold.frontends.export import Program
+    from refold.graph.program import Program
 
 
 @dataclass(frozen=True)

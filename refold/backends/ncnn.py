@@ -18,7 +18,7 @@ from refold.backends.static import StaticProgram, ThreadOptions, quiet
 from refold.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
-    from refold.frontends.export import Program
+    from refold.graph.program import Program
 
 _ROUNDING = (
     "the numbers were verified without Winograd convolution, whose rounding is larger: set "

@@ -25,7 +25,7 @@ from refold.errors import BackendError, RefitError, UsageError
 from refold.graph.constants import stored
 
 if TYPE_CHECKING:
-    from refold.frontends.export import Program
+    from refold.graph.program import Program
     from refold.verify.references import References
 
 # The exporter turns a request below 18 into 18 without a word.
@@ -283,7 +283,7 @@ def _annotate(model: Any, exported: torch.export.ExportedProgram) -> None:
     """Replaces the exporter's metadata, which holds source paths, by refold's own."""
     import onnx_ir
 
-    from refold import __version__
+    from refold._version import __version__
 
     origins = {n.name: (n.meta.get("custom") or {}).get("refold") for n in exported.graph.nodes}
     for holder in [model, model.graph, *model.graph.inputs, *model.graph.outputs]:

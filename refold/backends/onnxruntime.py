@@ -17,7 +17,7 @@ from refold.backends.shift_add import choice as shift_add
 from refold.errors import BackendError, MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
-    from refold.frontends.export import Program
+    from refold.graph.program import Program
     from refold.verify.references import References
 
 # Optimizations that change numbers: float weights and biases between quantised activations would be

@@ -16,7 +16,7 @@ from refold.backends.base import Artifact, Runner, missing
 from refold.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
-    from refold.frontends.export import Program
+    from refold.graph.program import Program
 
 _DATA = frozenset({"Constant", "Parameter", "Result"})
 _HINT = (
@@ -122,7 +122,7 @@ def _read(model: Any) -> Any:
     import openvino
     from openvino.passes import ConstantFolding, Manager
 
-    from refold import __version__
+    from refold._version import __version__
 
     with tempfile.TemporaryDirectory(prefix="refold-") as folder:
         onnx.save(model, Path(folder), "model.onnx")

@@ -14,7 +14,7 @@ from refold.backends.base import Artifact, Checked, Runner
 from refold.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
-    from refold.frontends.export import Program
+    from refold.graph.program import Program
     from refold.verify.references import References
 
 

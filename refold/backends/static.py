@@ -20,7 +20,7 @@ from refold.errors import BackendError, UsageError
 from refold.graph.kinds import op_name
 
 if TYPE_CHECKING:
-    from refold.frontends.export import Program
+    from refold.graph.program import Program
 
 
 @dataclass(frozen=True)

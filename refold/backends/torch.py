@@ -20,7 +20,7 @@ from refold.graph.kinds import census
 from refold.native.lower import is_packed, lower, with_sums
 
 if TYPE_CHECKING:
-    from refold.frontends.export import Program
+    from refold.graph.program import Program
     from refold.verify.references import References
 
 

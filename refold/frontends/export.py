@@ -15,7 +15,7 @@ import re
 import types
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,88 +36,17 @@ from refold.frontends.faithful import (
     draws_random,
     lowest,
     settle,
-    traced_sizes,
 )
 from refold.graph import constants, provenance
 from refold.graph.functionalise import fix_ranks as fix_ranks_of
 from refold.graph.functionalise import functional_module, settle_squeezes
 from refold.graph.guards import Guard, Guards, names_in
 from refold.graph.kinds import op_name
+from refold.graph.program import InputSpec, Program, fresh
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _FAKE_CONSTANT = "fake tensor in the exported program constant"
 _OWN = str(Path(__file__).resolve().parents[1]) + os.sep
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """One flattened input of the traced program.
-
-    Attributes:
-        name: the graph's placeholder.
-        sizes: one entry a dimension: an int, or the name of a symbol (or an expression of one).
-        dtype: of a tensor; ``None`` for another value.
-        batch: the dynamic batch dimension, if there is one.
-        constant: the value of an input that is not a tensor; the trace has it baked in.
-        device: of a tensor.
-    """
-
-    name: str
-    sizes: tuple[int | str, ...]
-    dtype: torch.dtype | None
-    batch: int | None = None
-    constant: Any = None
-    device: torch.device | None = None
-
-
-@dataclass
-class Program:
-    """A traced, functional program, and what the trace promised.
-
-    Attributes:
-        graph_module: the IR; called with the user's own arguments.
-        args: fresh copies of the positional inputs that it was traced with.
-        kwargs: the same for keyword inputs.
-        example: copies of the inputs (positional, keyword) as the user gave them.
-        inputs: the flattened inputs.
-        specialised: dimensions that were to be dynamic and came out static, as sentences.
-        notes: what the user should know about the trace.
-        ranges: smallest and largest size of each symbol (``None`` for no bound).
-        guards: what else the sizes of symbols must fulfil.
-        names: the names that the user's ``Dim`` objects give to symbols.
-        node_count: calls in the IR as it was traced.
-        exported: the program as ``torch.export`` gave it, before it was made functional.
-        bound: name of each input that was declared constant, by the buffer that holds it.
-        recorded: whether the compilation keeps a recipe.
-        apart: how the trace differs from the model on the example, as a sentence; empty if not.
-        module: makes a copy of the module that was traced, with eval semantics, over the same
-            tensors; ``None`` for a program, and where no copy can be made.
-    """
-
-    graph_module: fx.GraphModule
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    example: tuple[tuple[Any, ...], dict[str, Any]]
-    inputs: tuple[InputSpec, ...]
-    specialised: tuple[str, ...]
-    notes: tuple[str, ...]
-    ranges: dict[str, tuple[int, int | None]]
-    names: dict[str, str]
-    node_count: int
-    exported: ExportedProgram
-    bound: dict[str, str] = field(default_factory=dict)
-    recorded: bool = False
-    apart: str = ""
-    module: Callable[[], nn.Module] | None = None
-    guards: Guards = field(default_factory=Guards)
-
-    def admits(self, sizes: Mapping[str, int]) -> bool:
-        """Whether the trace holds for other sizes of symbols; those not given stay as traced."""
-        return self.guards.admits({**self._traced_sizes, **sizes})
-
-    @functools.cached_property
-    def _traced_sizes(self) -> dict[str, int]:
-        return traced_sizes(self.inputs, (self.args, self.kwargs), self.guards)
 
 
 def trace(
@@ -786,16 +715,6 @@ def _describe(leaf: Any) -> str:
 
 
 # --- inputs ---------------------------------------------------------------------------------------
-
-
-def fresh(tree: Any) -> Any:
-    """A copy of nested inputs whose tensors are new.
-
-    One tensor given for two inputs becomes two: a trace would take them for one in every call.
-    """
-    return pytree.tree_map(
-        lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, tree
-    )
 
 
 def _batch_size(example: Any) -> int | None:

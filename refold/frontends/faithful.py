@@ -20,9 +20,10 @@ from torch.utils import _pytree as pytree
 from refold.graph import constants
 from refold.graph.evaluate import Oracle, discontinuous
 from refold.graph.guards import DerivedSize, Guard, Guards, evaluate
+from refold.graph.program import InputSpec, traced_sizes
 
 if TYPE_CHECKING:
-    from refold.frontends.export import InputSpec, Tracer
+    from refold.frontends.export import Tracer
 
 _PATHS_APART = 2e-2  # of the largest value: more than rounding explains in any dtype
 _ROUNDING = 1e-4  # two runs of the same kernels; float64 decides beyond
@@ -147,18 +148,6 @@ class Comparison:
         return len(got) == len(expected) and all(
             _same_in_float64(a, b) for a, b in zip(got, expected, strict=True)
         )
-
-
-def traced_sizes(inputs: Sequence[InputSpec], traced: Any, guards: Guards) -> dict[str, int]:
-    """The sizes of symbols that inputs have."""
-    sizes: dict[str, int] = {}
-    for at, (spec, leaf) in enumerate(zip(inputs, pytree.tree_leaves(traced), strict=True)):
-        for axis, size in enumerate(spec.sizes):
-            if isinstance(size, str):
-                name = size if size.isidentifier() else f"_{at}_{axis}"
-                sizes.setdefault(name, int(leaf.shape[axis]))
-    known = guards.with_roots(sizes)
-    return {name: size for name, size in known.items() if not name.startswith("_")}
 
 
 def draws_random(node: fx.Node) -> bool:

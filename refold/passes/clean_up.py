@@ -48,11 +48,12 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from refold.graph import aliasing, constants, nodes
+from refold.rewrite.build import Builder
 from refold.rewrite.driver import apply_rules
 from refold.rewrite.edit import Editor
 from refold.rewrite.pattern import Attr, Call, Const, Match, Pattern, Var, Where
 from refold.rewrite.result import Applied, PassResult
-from refold.rewrite.rule import Builder, RewriteRule
+from refold.rewrite.rule import RewriteRule
 
 aten = torch.ops.aten
 

@@ -49,10 +49,11 @@ from refold.graph import constants, nodes, records
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, hints, is_tensor, only_user, same, shape
 from refold.rewrite import cost
+from refold.rewrite.build import Builder
 from refold.rewrite.driver import apply_rules
 from refold.rewrite.pattern import Attr, Call, Match, Var
 from refold.rewrite.result import PassResult
-from refold.rewrite.rule import Builder, RewriteRule
+from refold.rewrite.rule import RewriteRule
 
 _CONVS = (aten.conv1d, aten.conv2d, aten.conv3d)
 _RESIZES = {

@@ -35,10 +35,11 @@ from torch import fx
 from refold.algebra.lazy import Lazy
 from refold.graph import constants, nodes, records
 from refold.graph.nodes import aten
+from refold.rewrite.build import Builder
 from refold.rewrite.driver import apply_rules
 from refold.rewrite.pattern import Call, Match, Var
 from refold.rewrite.result import PassResult
-from refold.rewrite.rule import Builder, RewriteRule
+from refold.rewrite.rule import RewriteRule
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from refold.errors import UsageError
 from refold.graph import constants, records
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, pinned
-from refold.inputs import Call, as_call
+from refold.graph.program import Call, as_call
 from refold.rewrite import dense_layers
 from refold.rewrite.choose_widths import budget_of, choose_widths
 from refold.rewrite.dense_layers import Layer, Refusal

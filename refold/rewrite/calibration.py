@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from refold.graph import constants, records
 from refold.graph.evaluate import flat_inputs
 from refold.graph.kinds import op_name
-from refold.inputs import Call
+from refold.graph.program import Call
 
 _KEEPS_LOGITS = frozenset({"_to_copy", "to", "clone", "alias", "contiguous", "slice", "select"})
 

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from refold.inputs import Call
+from refold.graph.program import Call
 from refold.rewrite.allocate_bits import Choice, allocate_bits, require_budget
 from refold.rewrite.calibration import Compute, Lockstep, divergence, logits
 from refold.rewrite.dense_layers import Layer

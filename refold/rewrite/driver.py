@@ -13,24 +13,39 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 
 from refold.errors import RefoldError, VerifierError
 from refold.graph import constants, nodes
+from refold.rewrite.build import Builder
 from refold.rewrite.edit import Edit, Editor, Refused
-from refold.rewrite.pattern import Decline, Match, root_targets
+from refold.rewrite.pattern import Decline, Match, Pattern, root_targets
 from refold.rewrite.result import Applied, Declined, PassResult, declined, failed
-from refold.rewrite.rule import Builder, RewriteRule
+
+Verdict = str | Declined | None  # why a match stays as it is
 
 _MATCHES_PER_NODE = 16
 _REWRITES_PER_NODE = 8
 _REWRITES_AT_LEAST = 200
 
 
-def apply_rules(gm: fx.GraphModule, rules: Sequence[RewriteRule]) -> PassResult:
+class Rule(Protocol):
+    """What the driver runs; see :class:`refold.rewrite.rule.RewriteRule`."""
+
+    name: str
+    pattern: Pattern
+
+    def check(self, match: Match) -> Verdict:
+        """Why this match must stay as it is, or ``None``."""
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        """Makes (or picks) the node that takes the place of ``match.root``."""
+
+
+def apply_rules(gm: fx.GraphModule, rules: Sequence[Rule]) -> PassResult:
     """Applies rules everywhere in a graph until none matches.
 
     Args:
@@ -44,10 +59,10 @@ def apply_rules(gm: fx.GraphModule, rules: Sequence[RewriteRule]) -> PassResult:
 
 
 class _Driver:
-    def __init__(self, gm: fx.GraphModule, rules: Sequence[RewriteRule]) -> None:
+    def __init__(self, gm: fx.GraphModule, rules: Sequence[Rule]) -> None:
         self.gm = gm
         self.graph = gm.graph
-        self.index: dict[Any, list[RewriteRule]] = {}
+        self.index: dict[Any, list[Rule]] = {}
         for rule in rules:
             for target in root_targets([rule.pattern]):
                 self.index.setdefault(target, []).append(rule)
@@ -80,7 +95,7 @@ class _Driver:
             self.queue.append(node)
             self.queued.add(node)
 
-    def attempt(self, rule: RewriteRule, node: fx.Node) -> bool:
+    def attempt(self, rule: Rule, node: fx.Node) -> bool:
         first: Declined | None = None
         try:
             for match in islice(rule.pattern.matches(node, self.constant), _MATCHES_PER_NODE):
@@ -102,7 +117,7 @@ class _Driver:
             self.declined.setdefault((rule.name, node), first)
         return False
 
-    def try_match(self, rule: RewriteRule, match: Match) -> str | Declined | None:
+    def try_match(self, rule: Rule, match: Match) -> str | Declined | None:
         """Applies a rule to a match; the reason if it was declined."""
         root = match.root
         try:

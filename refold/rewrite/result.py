@@ -12,7 +12,7 @@ from torch import fx
 
 from refold.algebra.lazy import Lazy
 from refold.graph import provenance
-from refold.inputs import Call
+from refold.graph.program import Call
 
 
 @dataclass(frozen=True)

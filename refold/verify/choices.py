@@ -17,13 +17,13 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from refold.errors import VerificationError
-from refold.frontends.export import fresh
 from refold.graph import constants
 from refold.graph.evaluate import Oracle, discontinuous, flat_inputs
+from refold.graph.program import Call, fresh
 from refold.verify.given import state_kept
 from refold.verify.locate import name_of, stands_for, too_far
 from refold.verify.references import one_rounding_away
-from refold.verify.samples import Call, shapes_of
+from refold.verify.samples import shapes_of
 from refold.verify.tolerance import Leaf, collect, measure
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import fx
 
 from refold.errors import VerificationError
-from refold.frontends.export import Program
 from refold.graph import constants, provenance
+from refold.graph.program import Program
 from refold.rewrite.calibration import Lockstep
 from refold.rewrite.pipeline import copy_sharing_tensors
 from refold.rewrite.result import StoredCode, Substitution

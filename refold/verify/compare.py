@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from refold.errors import VerificationError
-from refold.frontends.export import Program, fresh
+from refold.graph.program import Call, Program, fresh
 from refold.verify import choices
 from refold.verify.flips import settle_flips
 from refold.verify.given import copied, state_kept
@@ -27,7 +27,7 @@ from refold.verify.locate import too_far
 from refold.verify.manners import Manners, MannersError, run_twice
 from refold.verify.references import References, add_nearby, first_line, references
 from refold.verify.result import Numerics
-from refold.verify.samples import Call, shapes_of
+from refold.verify.samples import shapes_of
 from refold.verify.tolerance import Leaf, collect
 
 _MOST_HELD = 2  # calls that both graphs run again for, held to the same choices

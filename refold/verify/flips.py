@@ -10,15 +10,14 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from refold.errors import VerificationError
-from refold.frontends.export import fresh
 from refold.graph.evaluate import Oracle, flat_inputs
 from refold.graph.kinds import op_name
 from refold.graph.nodes import is_tensor
+from refold.graph.program import Call, fresh
 from refold.graph.records import MIRRORED
 from refold.verify.given import state_kept
 from refold.verify.locate import name_of, stands_for
 from refold.verify.result import Numerics
-from refold.verify.samples import Call
 from refold.verify.tolerance import OWN_ERROR_FACTOR, Leaf, measure, tolerance
 
 _INDEX_OF = frozenset({"argmax", "argmin", "max", "min", "topk", "sort", "argsort"})

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from refold.frontends import state
 from refold.graph import constants
-from refold.verify.samples import Call
+from refold.graph.program import Call
 
 Factory = Callable[[], nn.Module]
 Visit = Callable[[Any], None]

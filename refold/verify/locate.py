@@ -8,10 +8,10 @@ import torch
 from torch import fx
 
 from refold.errors import VerificationError
-from refold.frontends.export import fresh
 from refold.graph import provenance
 from refold.graph.evaluate import Oracle
-from refold.verify.samples import Call, shapes_of
+from refold.graph.program import Call, fresh
+from refold.verify.samples import shapes_of
 from refold.verify.tolerance import Leaf, tolerance
 
 _WATCH_LIMIT = 2**31  # bytes of intermediate values kept to find a deviating node

@@ -17,11 +17,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from refold.errors import VerificationError
-from refold.frontends.export import fresh
 from refold.graph import constants
 from refold.graph.aliasing import storage
+from refold.graph.program import Call, fresh
 from refold.verify.given import Given, copied, state_kept
-from refold.verify.samples import Call
 from refold.verify.tolerance import ceiling, tolerance
 
 _GARBAGE = 77.0

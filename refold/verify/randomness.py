@@ -8,13 +8,12 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from refold.frontends.export import fresh
 from refold.graph import constants
 from refold.graph.evaluate import flat_inputs
 from refold.graph.kinds import op_name
 from refold.graph.nodes import same, shape
+from refold.graph.program import Call, fresh
 from refold.verify.given import state_kept
-from refold.verify.samples import Call
 
 
 def draws(gm: fx.GraphModule) -> bool:

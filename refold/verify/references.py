@@ -10,13 +10,13 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from refold.frontends.export import Program, fresh
 from refold.graph import constants, provenance
 from refold.graph.evaluate import Oracle
+from refold.graph.program import Call, Program, fresh
 from refold.verify.given import Factory, Given, state_kept
 from refold.verify.manners import Manners, observe
 from refold.verify.randomness import first_draw
-from refold.verify.samples import Call, calls_like, shapes_of
+from refold.verify.samples import calls_like, shapes_of
 
 _NEIGHBOURS = 4  # runs of the original beside each of them
 

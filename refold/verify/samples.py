@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from refold.frontends.export import Program
+from refold.graph.program import Call, Program
 
 _ENOUGH = 8  # values of a channel that tell its distribution
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 _LARGEST_BATCH = 9  # three batches below are tried, those that the guards admit
 

@@ -13,7 +13,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from refold.errors import VerificationError
-from refold.verify.samples import Call, shapes_of
+from refold.graph.program import Call
+from refold.verify.samples import shapes_of
 
 OWN_ERROR_FACTOR = 4.0
 FLOOR_UNITS = 64.0  # units in the last place that reassociation may always cost

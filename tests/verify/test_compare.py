@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from refold.errors import VerificationError
-from refold.frontends.export import Program, trace
+from refold.frontends.export import trace
 from refold.graph import provenance
+from refold.graph.program import Program
 from refold.verify import compare
 from refold.verify.compare import MORE_RUNS, verify_widely
 from refold.verify.references import References, add_nearby, references

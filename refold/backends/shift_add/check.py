@@ -29,8 +29,8 @@ from refold.ops.bcq_linear import dequantise
 
 if TYPE_CHECKING:
     from refold.backends.onnx import OnnxContent
+    from refold.graph.program import Call
     from refold.verify.references import References
-    from refold.verify.samples import Call
 
 INT8_BOUND = 1e-2  # relative L2 of one layer; 4e-3 to 9e-3 were measured on normal activations
 _NOISE_FACTOR = 2.0

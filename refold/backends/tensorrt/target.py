@@ -21,7 +21,7 @@ from refold.backends.tensorrt import check, precision, reference
 from refold.errors import BackendError, MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
-    from refold.frontends.export import Program
+    from refold.graph.program import Program
     from refold.verify.references import References
 
 Profile = tuple[int, int, int]
@@ -238,7 +238,7 @@ def _opset(options: TensorRTOptions) -> int:
 
 
 def _versions() -> dict[str, str]:
-    from refold import __version__
+    from refold._version import __version__
 
     return {"refold": __version__, "torch": str(torch.__version__)}
 
