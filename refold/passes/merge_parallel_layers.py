@@ -281,4 +281,4 @@ def _refusal(edit: Edit, old: fx.Node, parts: Mapping[fx.Node, fx.Node]) -> str 
     """Why a part may not take the place of a layer's result, all parts being in place."""
     if aliasing.reached_outputs(old):
         return "the caller gets its result, in memory of its own"
-    return edit.objection(old, parts[old], parts)
+    return edit.objection(old, parts[old], beside=parts)

@@ -63,8 +63,8 @@ from refold.graph.nodes import (
     shape,
 )
 from refold.rewrite import cost
-from refold.rewrite.edit import Editor
-from refold.rewrite.result import PassResult, applied, declined
+from refold.rewrite.edit import Edit, Editor
+from refold.rewrite.result import Applied, PassResult, applied, declined
 
 _PRODUCTS = ("linear", "matmul", "attention")
 _MOVES = frozenset({
@@ -117,7 +117,7 @@ class _Splitter:
             self._constant
         )  # constants, those that are expanded, what is made of them
         self._bounds = IndexBounds(self._constant)
-        self._written = aliasing.mutated(self.gm.graph)
+        self._written = self.editor.written
 
     def run(self) -> PassResult:
         graph = self.gm.graph
@@ -467,6 +467,12 @@ class _Splitter:
 
     def _settle(self, held: list[fx.Node]) -> None:
         """Splits what came of some concatenations, if that is cheaper."""
+        with self.editor.edit() as edit:
+            done = self._split(edit, held)
+        if done is not None:
+            self.result.applied.append(done)
+
+    def _split(self, edit: Edit, held: list[fx.Node]) -> Applied | None:
         inside = dict.fromkeys(held)
         while True:
             self._prune(inside)
@@ -476,7 +482,7 @@ class _Splitter:
             needed = self._needed(new.values())
             products = [n for n in dying if n in self.found and kind(n) in _PRODUCTS]
             if not products:
-                return
+                return None
             before = sum(map(cost.of, dying))
             after = sum(cost.of(n) for n in needed if n not in self._known)
             if after >= before:
@@ -485,23 +491,22 @@ class _Splitter:
                     f"(cost table: {after:.0f} us for {before:.0f} us)"
                 )
                 self.result.declined.append(declined(self.rule, held[0], reason))
-                return
-            refused = {n: why for n, made in new.items() if (why := _refusal(n, made)) is not None}
+                return None
+            refused = {n: why for n, made in new.items() if (why := edit.objection(n, made))}
             if not refused:
                 break
             if not all(op_name(n) in LAYOUT for n in refused):
                 node, reason = next(iter(refused.items()))
                 self.result.declined.append(declined(self.rule, node, reason))
-                return
+                return None
             for node in refused:
                 del inside[node]  # it stays, and reads what is put together in front of it
         detail = f"{len(products)} products need no constant tokens"
         done = applied(self.rule, dying, needed, detail)
-        with self.editor.edit() as edit:
-            for old, made in new.items():
-                edit.replace(old, made)
-            edit.remove(dying)
-        self.result.applied.append(done)
+        for old, made in new.items():
+            edit.replace(old, made)
+        edit.remove(dying)
+        return done
 
     def _border(self, inside: dict[fx.Node, None]) -> tuple[list[fx.Node], set[fx.Node]]:
         """What is read from outside, and the concatenations among it, which stay as they are.
@@ -546,13 +551,6 @@ class _Splitter:
                 found[node] = None
                 stack.extend(node.all_input_nodes)
         return sorted(found)
-
-
-def _refusal(old: fx.Node, new: fx.Node) -> str | None:
-    """Why a value may not take the place of another."""
-    if not same(shape(new), shape(old)):
-        return "the size of the whole is not proven"
-    return aliasing.new_sharing(old, new) or aliasing.unsettled_strides(old, new)
 
 
 def _is_pointwise(node: fx.Node) -> bool:

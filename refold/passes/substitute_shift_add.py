@@ -277,7 +277,7 @@ class SubstituteShiftAdd:
                 layer.around(
                     run, layer.x, lambda v: run(op, v, planes, alpha, bias, self.group_size)
                 )
-                if edit.objection(node, added[-1], {}) is not None:  # a convolution's strides count
+                if edit.objection(node, added[-1]) is not None:  # a convolution's strides count
                     run(aten.contiguous.default, added[-1])
             edit.replace(node, added[-1])
             record = applied(self.name, [node], added, self._detail(layer, code))

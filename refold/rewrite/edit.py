@@ -7,7 +7,7 @@ is checked on the way:
 - a value keeps its shape, dtype and device;
 - no output comes to share storage with an input, a constant or another output;
 - no output gets other strides, and no call that reads strides reads others;
-- nothing reads what the graph writes behind the write;
+- what the graph writes is read on the side of the write on which it was read;
 - what the user excluded stays.
 
 What fails a check raises :class:`Refused`, and the graph is what it was: nodes, arguments,
@@ -171,10 +171,14 @@ class Edit:
         self._replaced[old] = new
 
     def objection(
-        self, old: fx.Node, new: fx.Node, beside: Mapping[fx.Node, fx.Node]
+        self,
+        old: fx.Node,
+        new: fx.Node,
+        *,
+        beside: Mapping[fx.Node, fx.Node] | None = None,
     ) -> str | None:
         """Why :meth:`replace` would refuse, or ``None``: for a pass that can do with less."""
-        return self._objection(old, new, self._readers(old, new), beside, {})
+        return self._objection(old, new, self._readers(old, new), beside or {}, {})
 
     def set(
         self,
