@@ -410,11 +410,11 @@ def _fold(editor: Editor, node: fx.Node, value: torch.Tensor, *, leaks: bool) ->
 
     Where the result ``leaks``, the caller may write into what it gets: a tensor of its own.
     """
-    origin = [*_origin(node), node]
+    origin, known = [*_origin(node), node], _strides_known(value, node)
     with editor.edit() as edit:
         with edit.before(node):
-            stored = edit.constant(_name(node), _stored(value, node))
-            if not _strides_zero(node):
+            stored = edit.constant(_name(node), value if known else value.contiguous())
+            if known:
                 stored.meta["val"] = node.meta["val"]
             edit.stamp(stored, origin)
             new = edit.call(aten.clone.default, (stored,), sources=[stored]) if leaks else stored
@@ -425,14 +425,13 @@ def _fold(editor: Editor, node: fx.Node, value: torch.Tensor, *, leaks: bool) ->
     return applied(editor.rule, dead, [stored], f"{len(dead)} calls became one {size} constant")
 
 
-def _stored(value: torch.Tensor, node: fx.Node) -> torch.Tensor:
-    """The tensor to store: of the strides that the trace saw, but zero ones are written out."""
-    if _strides_zero(node):
-        return value.contiguous()
-    strides = node.meta["val"].stride()
-    if all(n == 1 or a == b for n, a, b in zip(value.shape, value.stride(), strides, strict=True)):
-        return value
-    return value.new_empty_strided(value.shape, strides).copy_(value)
+def _strides_known(value: torch.Tensor, node: fx.Node) -> bool:
+    """True if a tensor can be stored as it is: a view stays one, but zero strides are written out.
+
+    In float64 the strides of some results (``real``) are others than those that the trace saw.
+    """
+    traced = zip(value.shape, value.stride(), node.meta["val"].stride(), strict=True)
+    return not _strides_zero(node) and all(size == 1 or a == b for size, a, b in traced)
 
 
 def _name(node: fx.Node) -> str:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from refold.frontends.export import trace
-from refold.graph import provenance
+from refold.graph import constants, provenance
 from refold.graph.evaluate import Oracle
 from refold.graph.kinds import op_name
 from refold.graph.printer import render
@@ -511,6 +511,29 @@ def test_a_stretched_output_keeps_its_strides_and_what_is_stretched_folds() -> N
     torch.testing.assert_close(out.clone(), model(x)[1])
     out[0].fill_(9.0)
     torch.testing.assert_close(gm(x)[1], model(x)[1])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, x: x @ s.w.expand(3, 3),
+        lambda s, x: x @ (s.w * 2).t(),
+        lambda s, x: x[:, :1] * torch.fft.fft(s.w).real,
+        lambda s, x: x[:, :2] @ (s.w * 2).as_strided((2, 2), (1, 1)),
+    ],
+)
+def test_the_graph_knows_the_strides_of_what_is_stored(function: Callable) -> None:
+    model = Does(function, w=torch.randn(1, 3))
+    x = torch.randn(2, 3)
+    gm = trace(model, (x,)).graph_module
+    assert run(gm).applied
+    (stored,) = gm.graph.find_nodes(op="get_attr")
+    held = constants.tensor(stored)
+    fake = stored.meta["val"]
+    for size, stride, known in zip(held.shape, held.stride(), fake.stride(), strict=True):
+        assert size == 1 or stride == known != 0
+    assert held.untyped_storage().nbytes() == held.nbytes
+    torch.testing.assert_close(gm(x), model(x))
 
 
 def test_strides_of_an_output_are_not_written_out() -> None:
