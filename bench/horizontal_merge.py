@@ -25,7 +25,7 @@ from bench.common import export_onnx, interleaved, quiet, ratio, save
 from bench.ort_latency import session
 from refold.frontends.export import trace
 from refold.passes import PIPELINES
-from refold.passes.merge_parallel_layers import MergeParallelLayers
+from refold.passes.branches.merge_parallel_layers import MergeParallelLayers
 
 DEFAULT = PIPELINES["default"]
 _PASS = "merge-parallel-layers"

@@ -45,7 +45,7 @@ from bench.common import RESULTS, save
 from bench.common import load as results_of
 from refold.frontends.export import trace
 from refold.graph import provenance
-from refold.passes.substitute_shift_add import SubstituteShiftAdd
+from refold.passes.shift_add.substitute_shift_add import SubstituteShiftAdd
 from refold.rewrite.pipeline import Pipeline
 
 CHECKPOINTS = ("guard", "end")

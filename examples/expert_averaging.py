@@ -21,7 +21,7 @@ from torch.nn import functional
 
 import refold
 from refold.passes import PIPELINES
-from refold.passes.average_experts import AverageExperts
+from refold.passes.experts.average_experts import AverageExperts
 
 SIZE, PATCH, WIDTH, HEADS, DEPTH, EXPERTS = 16, 4, 64, 4, 4, 4
 DIRECTIONS = 5

@@ -9,22 +9,22 @@ from refold._version import __version__
 
 if TYPE_CHECKING:
     from refold.backends.base import Target, register_target
-    from refold.checkpoints import average_checkpoints
     from refold.compiled import CompiledModel
     from refold.compiler import compile_for_inference, explain, fold
     from refold.errors import RefoldError
-    from refold.ewa import EWAMoE, ewa_step_
     from refold.report import Report
     from refold.rewrite.pipeline import Pipeline
     from refold.rewrite.result import Pass, PassResult
     from refold.rewrite.rule import RewriteRule, rule_from_functions
     from refold.torch_compile import backend
+    from refold.training.checkpoints import average_checkpoints
+    from refold.training.ewa import EWAMoE, ewa_step_
 
 
 # Loaded on first use: `import refold` costs nothing that the caller does not ask for.
 _HOME = {
     "CompiledModel": "refold.compiled",
-    "EWAMoE": "refold.ewa",
+    "EWAMoE": "refold.training.ewa",
     "Pass": "refold.rewrite.result",
     "PassResult": "refold.rewrite.result",
     "Pipeline": "refold.rewrite.pipeline",
@@ -32,10 +32,10 @@ _HOME = {
     "Report": "refold.report",
     "RewriteRule": "refold.rewrite.rule",
     "Target": "refold.backends.base",
-    "average_checkpoints": "refold.checkpoints",
+    "average_checkpoints": "refold.training.checkpoints",
     "backend": "refold.torch_compile",
     "compile_for_inference": "refold.compiler",
-    "ewa_step_": "refold.ewa",
+    "ewa_step_": "refold.training.ewa",
     "explain": "refold.compiler",
     "fold": "refold.compiler",
     "register_target": "refold.backends.base",

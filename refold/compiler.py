@@ -31,8 +31,11 @@ from refold.backends.base import (
     ranks_follow_sizes,
     require,
 )
+from refold.calibrate.lockstep import divergence, logits
 from refold.compile_lock import one_at_a_time
 from refold.compiled import Compilation, CompiledModel, weight_origins
+from refold.diagnose.axis_collisions import axis_collisions
+from refold.diagnose.dead_parameters import DeadParameter, dead_parameters
 from refold.errors import (
     ExpectationError,
     MissingDependencyError,
@@ -42,17 +45,14 @@ from refold.errors import (
     did_you_mean,
 )
 from refold.frontends.export import fix_ranks, trace
+from refold.frontends.functionalise import ranks_matter
 from refold.graph import kinds, subgraphs
-from refold.graph.axis_collisions import axis_collisions
-from refold.graph.dead_parameters import DeadParameter, dead_parameters
-from refold.graph.functionalise import ranks_matter
 from refold.graph.program import Program, as_call, fresh
 from refold.inputs import InputCheck
 from refold.passes import PIPELINES
+from refold.passes.experts.join import state_expectation
 from refold.recipes import Kept, Recipe, record
 from refold.report import GraphRecord, InputRecord, PassRecord, Report, counts, standing
-from refold.rewrite.calibration import divergence, logits
-from refold.rewrite.join_experts import state_expectation
 from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
 from refold.rewrite.result import Declined, Substitution, failed
 from refold.shared_weights import SharedWeights, copy_shared, tensors

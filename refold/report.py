@@ -12,8 +12,8 @@ from pathlib import PurePath
 from typing import Any
 
 from refold.bind import BoundInput
+from refold.diagnose.dead_parameters import DeadParameter
 from refold.errors import UsageError
-from refold.graph.dead_parameters import DeadParameter
 from refold.rewrite.result import Applied, Declined
 
 SCHEMA = 1

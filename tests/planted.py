@@ -25,7 +25,7 @@ from refold.graph import constants, nodes
 from refold.graph.evaluate import Oracle
 from refold.graph.kinds import op_name
 from refold.graph.program import Program
-from refold.passes import clean_up
+from refold.passes.prepare import clean_up
 from refold.rewrite import driver
 from refold.rewrite.pattern import root_targets
 from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors

@@ -75,7 +75,7 @@ def test_what_is_equal_everywhere_keeps_its_bits_and_the_result_says_so(tmp_path
     states = [{"same": same, "other": torch.randn(2)} for _ in range(3)]
     done = refold.average_checkpoints(write(tmp_path, *states), tmp_path / "out")
     assert torch.equal(load_file(done.path)["same"], same)
-    assert done == refold.checkpoints.AveragedCheckpoint(
+    assert done == refold.training.checkpoints.AveragedCheckpoint(
         tmp_path / "out", ("other",), (), ("same",), ()
     )
 
@@ -159,7 +159,7 @@ def test_memory_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
     paths = write(tmp_path, *states)
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
     most = 0
-    real = refold.checkpoints._File.tensor
+    real = refold.training.checkpoints._File.tensor
 
     def watched(file, name):
         nonlocal most
@@ -168,7 +168,7 @@ def test_memory_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
         most = max(most, len(alive))
         return tensor
 
-    monkeypatch.setattr(refold.checkpoints._File, "tensor", watched)
+    monkeypatch.setattr(refold.training.checkpoints._File, "tensor", watched)
     refold.average_checkpoints(paths, tmp_path / "out")
     assert 0 < most <= 3  # the first file's, another's, and the one just written
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import refold
 from refold.errors import UsageError
 from refold.passes import PIPELINES
-from refold.passes.average_experts import AverageExperts
+from refold.passes.experts.average_experts import AverageExperts
 
 # A float64 sum of at most eight terms of order one, a few roundings of 1.1e-16 each.
 EXACT = 1e-14

@@ -25,10 +25,10 @@ def test_a_scaffolded_rule_passes_its_own_tests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tool = load(ROOT / "tools/scaffold_rule.py", "scaffold_rule", monkeypatch)
-    (tmp_path / "refold/passes").mkdir(parents=True)
+    (tmp_path / "refold/passes/prepare").mkdir(parents=True)
     (tmp_path / "tests/passes").mkdir(parents=True)
-    rule, test = tool.scaffold(tmp_path, "drop-things")
-    load(rule, "refold.passes.drop_things", monkeypatch)
+    rule, test = tool.scaffold(tmp_path, "prepare", "drop-things")
+    load(rule, "refold.passes.prepare.drop_things", monkeypatch)
     monkeypatch.setattr(golden, "DIRECTORY", tmp_path)
     monkeypatch.setenv("REFOLD_UPDATE_GOLDENS", "1")
     made = load(test, "test_drop_things", monkeypatch)
@@ -37,6 +37,6 @@ def test_a_scaffolded_rule_passes_its_own_tests(
     made.test_it_keeps_the_numbers()
     assert (tmp_path / "drop_things.txt").read_text().startswith("before\n")
     with pytest.raises(SystemExit, match="there already"):
-        tool.scaffold(tmp_path, "drop-things")
+        tool.scaffold(tmp_path, "prepare", "drop-things")
     with pytest.raises(SystemExit, match="kebab-case"):
-        tool.scaffold(tmp_path, "DropThings")
+        tool.scaffold(tmp_path, "prepare", "DropThings")

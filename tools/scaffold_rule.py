@@ -1,4 +1,4 @@
-"""Writes the files of a new pass: ``python tools/scaffold_rule.py fold-something``."""
+"""Writes the files of a new pass: ``python tools/scaffold_rule.py branches fold-something``."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refold.graph import printer
-from refold.passes.{module} import {cls}
+from refold.passes.{family}.{module} import {cls}
 from refold.rewrite.pipeline import Pipeline
 from tests import golden
 from tests.tracing import ops, trace
@@ -108,15 +108,21 @@ def test_it_declines() -> None:
 """
 
 
-def scaffold(root: Path, identifier: str) -> list[Path]:
-    """Writes rule and test; refuses to overwrite."""
+def scaffold(root: Path, family: str, identifier: str) -> list[Path]:
+    """Writes a rule of a family, and its test; refuses to overwrite."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", identifier):
         raise SystemExit(f"{identifier!r} is not kebab-case, as in fold-batch-norm")
     module = identifier.replace("-", "_")
     cls = "".join(part.capitalize() for part in identifier.split("-"))
-    values = {"id": identifier, "module": module, "cls": cls, "rule": f"{cls}Rule"}
+    values = {
+        "id": identifier,
+        "family": family,
+        "module": module,
+        "cls": cls,
+        "rule": f"{cls}Rule",
+    }
     files = {
-        root / "refold/passes" / f"{module}.py": RULE,
+        root / "refold/passes" / family / f"{module}.py": RULE,
         root / "tests/passes" / f"test_{module}.py": TEST,
     }
     taken = [str(path) for path in files if path.exists()]
@@ -129,9 +135,13 @@ def scaffold(root: Path, identifier: str) -> list[Path]:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    root = Path(__file__).resolve().parent.parent
+    families = sorted(p.parent.name for p in (root / "refold/passes").glob("*/__init__.py"))
+    parser.add_argument("family", choices=families, help="the folder of refold/passes")
     parser.add_argument("id", help="id of the pass, in kebab-case")
-    identifier = parser.parse_args(arguments).id
-    for path in scaffold(Path(__file__).resolve().parent.parent, identifier):
+    options = parser.parse_args(arguments)
+    identifier = options.id
+    for path in scaffold(root, options.family, identifier):
         print(f"wrote {path}")
     cls = "".join(part.capitalize() for part in identifier.split("-"))
     print("now add to refold/passes/__init__.py, with the reason for its place:")

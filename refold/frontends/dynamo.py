@@ -20,8 +20,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from refold.errors import FrontendError
+from refold.frontends import autocast, functionalise, lifted
 from refold.frontends.export import trains
-from refold.graph import aliasing, autocast, constants, functionalise, lifted, nodes, provenance
+from refold.graph import aliasing, constants, nodes, provenance
 from refold.graph.program import InputSpec, Program
 
 _MODES = (

@@ -11,19 +11,18 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from refold.frontends.tracer import Tracer
 from refold.graph import constants
+from refold.graph.constants import draws_random
 from refold.graph.evaluate import Oracle, discontinuous
 from refold.graph.guards import DerivedSize, Guard, Guards, evaluate
 from refold.graph.program import InputSpec, traced_sizes
-
-if TYPE_CHECKING:
-    from refold.frontends.export import Tracer
 
 _PATHS_APART = 2e-2  # of the largest value: more than rounding explains in any dtype
 _ROUNDING = 1e-4  # two runs of the same kernels; float64 decides beyond
@@ -148,12 +147,6 @@ class Comparison:
         return len(got) == len(expected) and all(
             _same_in_float64(a, b) for a, b in zip(got, expected, strict=True)
         )
-
-
-def draws_random(node: fx.Node) -> bool:
-    """Whether a call draws random numbers."""
-    reason = constants.impurity(node) if node.op == "call_function" else None
-    return bool(reason and "random" in reason)
 
 
 def difference(gm: fx.GraphModule, inputs: Any, expected: Any, bound: float) -> str | None:

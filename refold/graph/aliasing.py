@@ -13,12 +13,21 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from refold.graph import constants, nodes
+from refold.graph.constants import is_mutation
+from refold.graph.kinds import op_name
 
 # Operators that can return (a view of) their input although their schema does not say so.
 _UNDECLARED = frozenset({
     "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "einsum", "meshgrid",
     "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d", "cartesian_prod",
 })  # fmt: skip
+
+# They return their input itself in eval mode, which the trace does not show as shared storage.
+DROPOUT = frozenset(
+    {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"}
+)
+# They may return their input itself although their schema has no alias annotation.
+MAY_RETURN_INPUT = DROPOUT | {"type_as", "rrelu", "pad", "getitem"}
 
 # Operators whose values, not only whose layout, depend on the strides of what they read.
 _READS_STRIDES = frozenset({
@@ -337,3 +346,26 @@ def run_fake(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     )
     with nodes.fake_execution(nodes.fake_mode(node.graph)):
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def may_alias(node: fx.Node) -> bool:
+    """True if the result of a call may share storage with one of its inputs."""
+    target = node.target
+    if node.op != "call_function" or target is operator.getitem:
+        return True
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    if op_name(node) in MAY_RETURN_INPUT:
+        return True
+    return any(r.alias_info is not None for r in target._schema.returns)
+
+
+def leaking(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose storage an output may share: nothing may be substituted under them."""
+    out: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        for user in node.users:
+            if user.op == "output" or is_mutation(user) or (user in out and may_alias(user)):
+                out.add(node)
+                break
+    return out

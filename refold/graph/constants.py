@@ -328,6 +328,12 @@ def impurity(node: fx.Node) -> str | None:
     return None
 
 
+def draws_random(node: fx.Node) -> bool:
+    """Whether a call draws random numbers."""
+    reason = impurity(node) if node.op == "call_function" else None
+    return bool(reason and "random" in reason)
+
+
 def _is_switched_off(node: fx.Node) -> bool:
     """True for dropout, attention and recurrent layers whose probability or mode draws nothing."""
     given = nodes.arguments(node)

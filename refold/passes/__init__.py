@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from refold.passes.absorb_scale_shift import AbsorbScaleShift
-from refold.passes.average_experts import AverageExperts
-from refold.passes.clean_up import CleanUp
-from refold.passes.defer_expands import DeferExpands
-from refold.passes.defer_resizes import DeferResizes
-from refold.passes.drop_zero_channels import DropZeroChannels
-from refold.passes.fold_attention_biases import FoldAttentionBiases
-from refold.passes.fold_batch_norm import FoldBatchNorm
-from refold.passes.fold_branches import FoldBranches
-from refold.passes.fold_constants import FoldConstants
-from refold.passes.join_scale_shifts import JoinScaleShifts
-from refold.passes.merge_parallel_layers import MergeParallelLayers
-from refold.passes.split_constant_tokens import SplitConstantTokens
-from refold.passes.substitute_shift_add import SubstituteShiftAdd
+from refold.passes.batch_norm.fold_batch_norm import FoldBatchNorm
+from refold.passes.branches.defer_resizes import DeferResizes
+from refold.passes.branches.fold_branches import FoldBranches
+from refold.passes.branches.merge_parallel_layers import MergeParallelLayers
+from refold.passes.experts.average_experts import AverageExperts
+from refold.passes.prepare.clean_up import CleanUp
+from refold.passes.prepare.defer_expands import DeferExpands
+from refold.passes.prepare.drop_zero_channels import DropZeroChannels
+from refold.passes.prepare.fold_constants import FoldConstants
+from refold.passes.prepare.split_constant_tokens import SplitConstantTokens
+from refold.passes.scale_shift.absorb_scale_shift import AbsorbScaleShift
+from refold.passes.scale_shift.fold_attention_biases import FoldAttentionBiases
+from refold.passes.scale_shift.join_scale_shifts import JoinScaleShifts
+from refold.passes.shift_add.substitute_shift_add import SubstituteShiftAdd
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Pass
 

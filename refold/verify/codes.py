@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import fx
 
+from refold.calibrate.lockstep import Lockstep
 from refold.errors import VerificationError
 from refold.graph import constants, provenance
 from refold.graph.program import Program
-from refold.rewrite.calibration import Lockstep
 from refold.rewrite.pipeline import copy_sharing_tensors
 from refold.rewrite.result import StoredCode, Substitution
 from refold.verify.compare import verify_widely

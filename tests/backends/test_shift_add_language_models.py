@@ -10,7 +10,7 @@ from torch import nn
 import refold
 from refold.frontends.torchvision_shim import declare_torchvision_ops
 from refold.passes import PIPELINES
-from refold.passes.substitute_shift_add import SubstituteShiftAdd
+from refold.passes.shift_add.substitute_shift_add import SubstituteShiftAdd
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")

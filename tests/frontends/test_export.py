@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refold.errors import FrontendError
-from refold.frontends.export import eval_copy, trace
+from refold.frontends.eval_copy import eval_copy
+from refold.frontends.export import trace
 from refold.graph import constants
 
 Pair = namedtuple("Pair", "first second")

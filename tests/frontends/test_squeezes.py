@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import refold
 from refold.errors import UsageError
-from refold.graph.functionalise import settle_squeezes
+from refold.frontends.functionalise import settle_squeezes
 
 
 class Formula(nn.Module):

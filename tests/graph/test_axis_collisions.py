@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import refold
-from refold.graph.axis_collisions import axis_collisions
+from refold.diagnose.axis_collisions import axis_collisions
 from tests.tracing import trace
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import refold
+from refold.diagnose.dead_parameters import dead_parameters
 from refold.frontends.export import trace
-from refold.graph.dead_parameters import dead_parameters
 
 
 class Net(nn.Module):

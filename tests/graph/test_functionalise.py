@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
+from refold.frontends.functionalise import functional_module
 from refold.graph.constants import is_mutation
-from refold.graph.functionalise import functional_module
 
 
 class Does(nn.Module):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from refold.graph import constants
-from refold.graph.index_bounds import IndexBounds
 from refold.graph.nodes import is_tensor
+from refold.passes.prepare.index_bounds import IndexBounds
 from tests.tracing import trace
 
 FIRST, REST = (0.0, 5.0), (6.0, math.inf)  # six rows, and those after them

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from refold.graph import printer
-from refold.passes.absorb_scale_shift import AbsorbScaleShift
-from refold.passes.fold_batch_norm import FoldBatchNorm
+from refold.passes.batch_norm.fold_batch_norm import FoldBatchNorm
+from refold.passes.scale_shift.absorb_scale_shift import AbsorbScaleShift
 from tests import golden
 from tests.folding import Net, image, left, run
 from tests.tracing import trace

@@ -12,16 +12,16 @@ from torch import fx, nn
 
 import refold
 from refold.errors import UsageError, VerificationError
-from refold.ewa import EWAMoE
 from refold.frontends.export import trace
 from refold.graph import printer
 from refold.graph.kinds import census
 from refold.passes import PIPELINES
-from refold.passes.average_experts import AverageExperts
-from refold.passes.clean_up import CleanUp
-from refold.passes.fold_constants import FoldConstants
+from refold.passes.experts.average_experts import AverageExperts
+from refold.passes.prepare.clean_up import CleanUp
+from refold.passes.prepare.fold_constants import FoldConstants
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import PassResult
+from refold.training.ewa import EWAMoE
 from refold.verify import compare
 from refold.verify.references import references
 from tests import golden

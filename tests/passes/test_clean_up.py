@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from refold.graph import aliasing, printer
-from refold.passes.clean_up import CleanUp
+from refold.passes.prepare.clean_up import CleanUp
 from refold.rewrite.pipeline import Pipeline
 from tests import golden
 from tests.tracing import find, ops, trace

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from refold.graph import printer
 from refold.passes import PIPELINES
-from refold.passes.defer_expands import DeferExpands
-from refold.passes.fold_constants import FoldConstants
+from refold.passes.prepare.defer_expands import DeferExpands
+from refold.passes.prepare.fold_constants import FoldConstants
 from tests import golden
 from tests.folding import Net, left, run
 from tests.tracing import find, trace

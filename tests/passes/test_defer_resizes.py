@@ -9,7 +9,7 @@ from torch import nn
 
 from refold.graph import printer
 from refold.passes import PIPELINES
-from refold.passes.defer_resizes import DeferResizes
+from refold.passes.branches.defer_resizes import DeferResizes
 from tests import golden
 from tests.folding import Net, image, left, run
 from tests.tracing import trace

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from refold.graph import printer
 from refold.passes import PIPELINES
-from refold.passes.drop_zero_channels import DropZeroChannels
+from refold.passes.prepare.drop_zero_channels import DropZeroChannels
 from tests import golden
 from tests.folding import Net, image, run
 from tests.tracing import trace

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from refold.graph import printer
 from refold.passes import PIPELINES
-from refold.passes.fold_attention_biases import FoldAttentionBiases
+from refold.passes.scale_shift.fold_attention_biases import FoldAttentionBiases
 from tests import golden
 from tests.compare import EXACT, relative_error
 from tests.folding import Net, left, run

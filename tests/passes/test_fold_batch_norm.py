@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from refold.graph import printer
-from refold.passes.fold_batch_norm import FoldBatchNorm
-from refold.passes.fold_branches import FoldBranches
+from refold.passes.batch_norm.fold_batch_norm import FoldBatchNorm
+from refold.passes.branches.fold_branches import FoldBranches
 from tests import golden
 from tests.folding import Net, image, left, run
 from tests.tracing import trace

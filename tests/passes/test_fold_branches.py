@@ -13,9 +13,9 @@ from torch import nn
 from refold.frontends import export
 from refold.graph import printer
 from refold.passes import PIPELINES
-from refold.passes.clean_up import CleanUp
-from refold.passes.fold_branches import FoldBranches
-from refold.passes.fold_constants import FoldConstants
+from refold.passes.branches.fold_branches import FoldBranches
+from refold.passes.prepare.clean_up import CleanUp
+from refold.passes.prepare.fold_constants import FoldConstants
 from refold.rewrite.pipeline import Pipeline
 from tests import golden
 from tests.folding import Net, image, left, run

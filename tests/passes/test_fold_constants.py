@@ -18,8 +18,8 @@ from refold.graph import constants, provenance
 from refold.graph.evaluate import Oracle
 from refold.graph.kinds import op_name
 from refold.graph.printer import render
-from refold.passes import fold_constants
-from refold.passes.fold_constants import FoldConstants
+from refold.passes.prepare import fold_constants
+from refold.passes.prepare.fold_constants import FoldConstants
 from refold.rewrite.result import Declined, PassResult
 from tests import golden
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from refold.graph import printer
 from refold.passes import PIPELINES
-from refold.passes.join_scale_shifts import JoinScaleShifts
+from refold.passes.scale_shift.join_scale_shifts import JoinScaleShifts
 from tests import golden
 from tests.folding import Net, image, left, run
 from tests.tracing import trace

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from refold.passes.fold_branches import FoldBranches
+from refold.passes.branches.fold_branches import FoldBranches
 from tests.folding import Net, left, run
 from tests.tracing import trace
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 import refold
 from refold.graph import printer, provenance
 from refold.passes import PIPELINES
-from refold.passes.merge_parallel_layers import MergeParallelLayers
+from refold.passes.branches.merge_parallel_layers import MergeParallelLayers
 from refold.rewrite import cost
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import PassResult

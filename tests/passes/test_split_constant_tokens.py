@@ -13,9 +13,9 @@ from refold.graph import printer
 from refold.graph.kinds import kind
 from refold.graph.nodes import shape
 from refold.passes import PIPELINES
-from refold.passes.defer_expands import DeferExpands
-from refold.passes.fold_constants import FoldConstants
-from refold.passes.split_constant_tokens import SplitConstantTokens
+from refold.passes.prepare.defer_expands import DeferExpands
+from refold.passes.prepare.fold_constants import FoldConstants
+from refold.passes.prepare.split_constant_tokens import SplitConstantTokens
 from tests import golden
 from tests.folding import Net, left, run
 from tests.tracing import trace

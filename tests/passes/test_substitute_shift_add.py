@@ -23,8 +23,8 @@ from refold.graph import constants, printer
 from refold.graph.kinds import census
 from refold.ops.bcq_linear import dequantise
 from refold.passes import PIPELINES
-from refold.passes.substitute_shift_add import SubstituteShiftAdd
-from refold.rewrite import layer_codes
+from refold.passes.shift_add import codes as layer_codes
+from refold.passes.shift_add.substitute_shift_add import SubstituteShiftAdd
 from refold.rewrite.edit import Edit
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Declined, PassResult

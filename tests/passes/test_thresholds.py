@@ -15,10 +15,10 @@ from torch import nn
 
 from refold.graph import constants, printer
 from refold.passes import PIPELINES
-from refold.passes.absorb_scale_shift import AbsorbScaleShift
-from refold.passes.fold_batch_norm import FoldBatchNorm
-from refold.rewrite.push_affine import thresholds
-from refold.rewrite.push_affine.factor import Factor, Refused
+from refold.passes.batch_norm.fold_batch_norm import FoldBatchNorm
+from refold.passes.scale_shift.absorb_scale_shift import AbsorbScaleShift
+from refold.passes.scale_shift.push import thresholds
+from refold.passes.scale_shift.push.factor import Factor, Refused
 from tests import golden
 from tests.folding import Net, image, left, run
 from tests.tracing import trace

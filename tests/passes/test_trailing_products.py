@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from refold.graph import records
-from refold.passes.fold_branches import FoldBranches
-from refold.passes.fold_constants import FoldConstants
+from refold.passes.branches.fold_branches import FoldBranches
+from refold.passes.prepare.fold_constants import FoldConstants
 from refold.rewrite import cost
 from tests.folding import Net, left, run
 from tests.tracing import trace

@@ -13,7 +13,7 @@ from torch import nn
 
 from refold.graph import printer
 from refold.passes import PIPELINES
-from refold.passes.fold_branches import FoldBranches
+from refold.passes.branches.fold_branches import FoldBranches
 from tests import golden
 from tests.folding import Net, image, left, run
 from tests.tracing import trace

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refold.errors import MissingDependencyError, UsageError
-from refold.rewrite.allocate_bits import Choice, allocate_bits
+from refold.passes.shift_add.allocate import Choice, allocate_bits
 
 WIDTHS = (2, 3, 4)
 

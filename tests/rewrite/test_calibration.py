@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from refold.rewrite.calibration import Lockstep, divergence, logits
+from refold.calibrate.lockstep import Lockstep, divergence, logits
 from tests.compare import EXACT, relative_error
 from tests.tracing import find, trace
 

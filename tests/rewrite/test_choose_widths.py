@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import fx, nn
 
+from refold.calibrate import layers as dense_layers
+from refold.calibrate.layers import Layer
+from refold.calibrate.lockstep import divergence
 from refold.errors import UsageError
-from refold.rewrite import choose_widths as module
-from refold.rewrite import dense_layers
-from refold.rewrite.calibration import divergence
-from refold.rewrite.choose_widths import budget_of, choose_widths
-from refold.rewrite.dense_layers import Layer
-from refold.rewrite.layer_codes import WIDTHS, Code, Coder
+from refold.passes.shift_add import widths as module
+from refold.passes.shift_add.codes import WIDTHS, Code, Coder
+from refold.passes.shift_add.widths import budget_of, choose_widths
 from tests.tracing import trace
 
 WIDTH, GROUP = 32, 16

@@ -12,17 +12,17 @@ from torch import fx, nn
 import refold
 from refold.graph import constants, nodes
 from refold.graph.aliasing import storage
-from refold.passes.absorb_scale_shift import AbsorbScaleShift
-from refold.passes.average_experts import AverageExperts
-from refold.passes.clean_up import CleanUp
-from refold.passes.defer_expands import DeferExpands
-from refold.passes.fold_batch_norm import FoldBatchNorm
-from refold.passes.fold_branches import FoldBranches, _Folder
-from refold.passes.fold_constants import FoldConstants
-from refold.passes.merge_parallel_layers import MergeParallelLayers
-from refold.rewrite import join_experts
+from refold.passes.batch_norm.fold_batch_norm import FoldBatchNorm
+from refold.passes.branches.fold_branches import FoldBranches, _Folder
+from refold.passes.branches.merge_parallel_layers import MergeParallelLayers
+from refold.passes.experts import join as join_experts
+from refold.passes.experts.average_experts import AverageExperts
+from refold.passes.prepare.clean_up import CleanUp
+from refold.passes.prepare.defer_expands import DeferExpands
+from refold.passes.prepare.fold_constants import FoldConstants
+from refold.passes.scale_shift.absorb_scale_shift import AbsorbScaleShift
+from refold.passes.scale_shift.push.pusher import Pusher
 from refold.rewrite.edit import Edit, Editor, Refused
-from refold.rewrite.push_affine.pusher import Pusher
 from refold.rewrite.result import Declined, Pass
 from tests.models.experts import FFN, WIDTH, RandomPartition
 from tests.tracing import find, ops, trace

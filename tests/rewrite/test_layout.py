@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx
 
-from refold.rewrite import layout
+from refold.graph import layout
 
 aten = torch.ops.aten
 CASES = [

@@ -15,10 +15,10 @@ from refold.frontends import export
 from refold.graph import constants, nodes, subgraphs
 from refold.graph.kinds import census
 from refold.passes import PIPELINES
-from refold.passes.clean_up import CleanUp
-from refold.passes.fold_branches import FoldBranches
-from refold.passes.fold_constants import FoldConstants
-from refold.passes.merge_parallel_layers import MergeParallelLayers
+from refold.passes.branches.fold_branches import FoldBranches
+from refold.passes.branches.merge_parallel_layers import MergeParallelLayers
+from refold.passes.prepare.clean_up import CleanUp
+from refold.passes.prepare.fold_constants import FoldConstants
 from refold.rewrite.pipeline import Pipeline, load_pass
 from refold.rewrite.result import Declined, PassResult
 from refold.rewrite.rule import rule_from_functions
@@ -306,7 +306,7 @@ def test_debug_propagates_and_compares() -> None:
 
 def test_passes_load_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_pass("clean-up", {"clean-up": CleanUp}) == CleanUp()
-    entry = metadata.EntryPoint("mine", "refold.passes.clean_up:CleanUp", "refold.passes")
+    entry = metadata.EntryPoint("mine", "refold.passes.prepare.clean_up:CleanUp", "refold.passes")
     broken = metadata.EntryPoint("broken", "no.such.module:Pass", "refold.passes")
     number = metadata.EntryPoint("number", "math:pi", "refold.passes")
     monkeypatch.setattr(

@@ -11,7 +11,7 @@ import refold
 from refold.errors import VerificationError
 from refold.frontends.export import trace
 from refold.ops.bcq_linear import dequantise, pack
-from refold.passes.substitute_shift_add import SubstituteShiftAdd
+from refold.passes.shift_add.substitute_shift_add import SubstituteShiftAdd
 from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
 from refold.verify import codes
 from refold.verify.references import references

@@ -353,7 +353,7 @@ def test_static_shapes_get_random_inputs() -> None:
 def test_a_folded_layer_stands_for_what_it_took_in():
     """The layer that absorbed a batch norm has the norm's value; a layer above it has a new one."""
     from refold.graph import provenance
-    from refold.passes.fold_batch_norm import FoldBatchNorm
+    from refold.passes.batch_norm.fold_batch_norm import FoldBatchNorm
     from tests.folding import Net, image, run
 
     net = Net(

@@ -44,12 +44,6 @@ from refold.graph.nodes import (
 
 RULE = "functionalise"
 
-# They return their input itself in eval mode, which the trace does not show as shared storage.
-_DROPOUT = frozenset(
-    {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"}
-)
-# They may return their input itself although their schema has no alias annotation.
-_MAY_RETURN_INPUT = _DROPOUT | {"type_as", "rrelu", "pad", "getitem"}
 # They read strides or storage: a copy in front of them matters.
 _STRIDE_SENSITIVE = frozenset({"as_strided", "as_strided_scatter", "view_as_complex", "set_"})
 _COPIES = frozenset({"contiguous", "clone", "to", "_to_copy", "lift_fresh_copy"})
@@ -200,7 +194,7 @@ def _storages(value: Any) -> set[int]:
 
 def _returns_input(node: fx.Node) -> bool:
     """Dropout that does nothing, and so returns its input itself."""
-    if node.op != "call_function" or op_name(node).rstrip("_") not in _DROPOUT:
+    if node.op != "call_function" or op_name(node).rstrip("_") not in aliasing.DROPOUT:
         return False
     train = node.args[2] if len(node.args) > 2 else node.kwargs.get("train")
     return bool(not train or node.args[1] == 0)
@@ -588,36 +582,13 @@ def _may_be_one(size: Any, lowest: Mapping[str, int]) -> bool:
 # --- no-ops ---------------------------------------------------------------------------------------
 
 
-def may_alias(node: fx.Node) -> bool:
-    """True if the result of a call may share storage with one of its inputs."""
-    target = node.target
-    if node.op != "call_function" or target is operator.getitem:
-        return True
-    if not isinstance(target, torch._ops.OpOverload):
-        return True
-    if op_name(node) in _MAY_RETURN_INPUT:
-        return True
-    return any(r.alias_info is not None for r in target._schema.returns)
-
-
-def leaking(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose storage an output may share: nothing may be substituted under them."""
-    out: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        for user in node.users:
-            if user.op == "output" or is_mutation(user) or (user in out and may_alias(user)):
-                out.add(node)
-                break
-    return out
-
-
 def drop_no_ops(gm: fx.GraphModule) -> None:
     """Removes what does nothing in eval mode, and spells every ``view`` as ``reshape``.
 
     Two outputs, or an output and an input or parameter, never start to share storage.
     """
     graph = gm.graph
-    leaks = leaking(graph)
+    leaks = aliasing.leaking(graph)
     sensitive = any(_reads_strides(n) for n in graph.nodes)
     formats = any(map(aliasing.reads_format, graph.nodes))
     for node in graph.nodes:

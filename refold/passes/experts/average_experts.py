@@ -49,10 +49,10 @@ from refold.graph import constants, provenance
 from refold.graph.evaluate import Oracle
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, dtype, hints, is_tensor, pinned
-from refold.rewrite import join_experts
+from refold.passes.experts import join as join_experts
+from refold.passes.experts.join import Network
+from refold.passes.experts.read import Mixture, Refusal, Unread
 from refold.rewrite.edit import Edit, Editor
-from refold.rewrite.experts import Mixture, Refusal, Unread
-from refold.rewrite.join_experts import Network
 from refold.rewrite.result import PassResult, declined
 
 Mode = Literal["keep", "average", "concat"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from refold.graph.records import MIRRORED
-from refold.rewrite.push_affine.factor import Factor, Refused
+from refold.passes.scale_shift.push.factor import Factor, Refused
 
 
 def of_sign(factor: Factor, dtype: torch.dtype) -> tuple[torch.Tensor, Factor]:

@@ -49,7 +49,6 @@ import torch
 from torch import fx
 
 from refold.graph import aliasing, constants, provenance
-from refold.graph.index_bounds import IndexBounds, Interval
 from refold.graph.kinds import LAYOUT, kind, op_name
 from refold.graph.nodes import (
     arguments,
@@ -62,6 +61,7 @@ from refold.graph.nodes import (
     same,
     shape,
 )
+from refold.passes.prepare.index_bounds import IndexBounds, Interval
 from refold.rewrite import cost
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import Applied, PassResult, applied, declined

@@ -44,9 +44,9 @@ from torch import fx
 from refold.algebra.lazy import Lazy
 from refold.graph import aliasing, nodes, provenance, records
 from refold.graph.nodes import aten, hints
+from refold.passes.scale_shift.push.walk import constant_name
 from refold.rewrite import cost
 from refold.rewrite.edit import Edit, Editor
-from refold.rewrite.push_affine.walk import constant_name
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
 _MARGIN = 0.1  # of the layers' time; the rates' own error is no larger

@@ -35,11 +35,11 @@ import torch
 from torch import fx
 
 from refold.graph import constants, provenance
+from refold.graph.aliasing import leaking
 from refold.graph.evaluate import evaluate_constants, in_own_dtype
-from refold.graph.functionalise import leaking
 from refold.graph.kinds import op_name
 from refold.graph.nodes import arguments, aten, is_call, is_tensor, pinned
-from refold.rewrite.decided_sizes import decide_sizes
+from refold.passes.prepare.decided_sizes import decide_sizes
 from refold.rewrite.edit import Editor, Refused
 from refold.rewrite.result import Applied, Declined, PassResult, applied, declined
 

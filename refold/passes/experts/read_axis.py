@@ -16,7 +16,7 @@ from torch import fx
 from refold.algebra.lazy import Lazy
 from refold.graph import constants, records
 from refold.graph.nodes import arguments, aten, is_call, is_tensor, pinned, same, shape
-from refold.rewrite.experts import (
+from refold.passes.experts.read import (
     AFFINE,
     DEEPEST,
     INPUT,

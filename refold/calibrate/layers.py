@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from refold.algebra.compensation import Hessian
 from refold.algebra.lazy import Lazy
+from refold.calibrate.lockstep import Compute, Environment
 from refold.graph import constants, records
 from refold.graph.kinds import LAYOUT, op_name
 from refold.graph.nodes import arguments, aten, dtype, is_output, shape
-from refold.rewrite.calibration import Compute, Environment
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from refold.calibrate.layers import Layer
+from refold.calibrate.lockstep import Compute, Lockstep, divergence, logits
 from refold.graph.program import Call
-from refold.rewrite.allocate_bits import Choice, allocate_bits, require_budget
-from refold.rewrite.calibration import Compute, Lockstep, divergence, logits
-from refold.rewrite.dense_layers import Layer
-from refold.rewrite.layer_codes import WIDTHS, Code, Coded, Coder, in_order
+from refold.passes.shift_add.allocate import Choice, allocate_bits, require_budget
+from refold.passes.shift_add.codes import WIDTHS, Code, Coded, Coder, in_order
 
 _ROUNDS = 2  # allocations that are looked for, each around the one before
 

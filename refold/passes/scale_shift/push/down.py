@@ -8,12 +8,11 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import aliasing, nodes, records
+from refold.graph import aliasing, layout, nodes, records
 from refold.graph.nodes import aten, is_call, is_tensor
-from refold.rewrite import cost, layout
-from refold.rewrite.push_affine import thresholds
-from refold.rewrite.push_affine.factor import Factor, Plan, Refused, preimage
-from refold.rewrite.push_affine.walk import (
+from refold.passes.scale_shift.push import thresholds
+from refold.passes.scale_shift.push.factor import Factor, Plan, Refused, preimage
+from refold.passes.scale_shift.push.walk import (
     SMALL,
     Walk,
     not_linear,
@@ -22,6 +21,7 @@ from refold.rewrite.push_affine.walk import (
     uneven,
     widens,
 )
+from refold.rewrite import cost
 
 
 class Downward(Walk):

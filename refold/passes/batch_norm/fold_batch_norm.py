@@ -43,7 +43,7 @@ from torch import fx
 from refold.graph import nodes, records
 from refold.graph.kinds import kind
 from refold.graph.nodes import aten, is_call
-from refold.rewrite.push_affine.pusher import Pusher
+from refold.passes.scale_shift.push.pusher import Pusher
 from refold.rewrite.result import PassResult, declined
 
 

@@ -15,17 +15,17 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from refold.graph import constants, nodes, records
+from refold.graph import constants, layout, nodes, records
 from refold.graph.kinds import kind
 from refold.graph.nodes import aten
-from refold.rewrite import edit, layout
-from refold.rewrite.push_affine.down import Downward
-from refold.rewrite.push_affine.factor import Factor, Plan, Refused
-from refold.rewrite.push_affine.up import Upward
-from refold.rewrite.push_affine.walk import (
+from refold.passes.scale_shift.push.down import Downward
+from refold.passes.scale_shift.push.factor import Factor, Plan, Refused
+from refold.passes.scale_shift.push.up import Upward
+from refold.passes.scale_shift.push.walk import (
     operand,
     widens,
 )
+from refold.rewrite import edit
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
 

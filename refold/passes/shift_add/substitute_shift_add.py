@@ -40,16 +40,16 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from refold.algebra.binary_coding import Family
+from refold.calibrate import layers as dense_layers
+from refold.calibrate.layers import Layer, Refusal
 from refold.errors import UsageError
 from refold.graph import constants, records
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, pinned
 from refold.graph.program import Call, as_call
-from refold.rewrite import dense_layers
-from refold.rewrite.choose_widths import budget_of, choose_widths
-from refold.rewrite.dense_layers import Layer, Refusal
+from refold.passes.shift_add.codes import WIDTHS, Code, Coder
+from refold.passes.shift_add.widths import budget_of, choose_widths
 from refold.rewrite.edit import Editor
-from refold.rewrite.layer_codes import WIDTHS, Code, Coder
 from refold.rewrite.pipeline import copy_sharing_tensors, matching
 from refold.rewrite.result import Applied, PassResult, StoredCode, Substitution, applied, declined
 

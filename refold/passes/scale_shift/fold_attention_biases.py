@@ -39,13 +39,12 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import nodes, records
+from refold.graph import layout, nodes, records
 from refold.graph.attention import Attention, Operand, attention
 from refold.graph.kinds import kind
 from refold.graph.nodes import aten, is_tensor, shape
-from refold.rewrite import layout
+from refold.passes.scale_shift.push.walk import constant_name, overflows, reads
 from refold.rewrite.edit import Edit, Editor
-from refold.rewrite.push_affine.walk import constant_name, overflows, reads
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
 _PROJECTIONS = (

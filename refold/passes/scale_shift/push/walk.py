@@ -16,8 +16,8 @@ from refold.graph import constants, nodes, records
 from refold.graph.evaluate import discontinuous
 from refold.graph.kinds import NONLINEAR, ROUNDING, op_name
 from refold.graph.nodes import aten, is_call
+from refold.passes.scale_shift.push.factor import Factor, Refused
 from refold.rewrite.edit import Edit, Editor
-from refold.rewrite.push_affine.factor import Factor, Refused
 
 _LONGEST = 80  # calls on a path; a plan takes some frames of Python's stack for each
 SMALL = 1 << 13  # bytes below which un-sharing a weight is never refused

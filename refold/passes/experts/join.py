@@ -14,9 +14,7 @@ from refold.graph import constants, provenance
 from refold.graph.evaluate import WIDE
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, call, is_tensor, same
-from refold.rewrite.edit import Snapshot
-from refold.rewrite.expert_axis import selected, stacked
-from refold.rewrite.experts import (
+from refold.passes.experts.read import (
     INPUT,
     SPLITS,
     Mixture,
@@ -30,6 +28,8 @@ from refold.rewrite.experts import (
     named,
     partition,
 )
+from refold.passes.experts.read_axis import selected, stacked
+from refold.rewrite.edit import Snapshot
 
 
 def find(graph: fx.Graph) -> Iterator[Mixture | Unread]:

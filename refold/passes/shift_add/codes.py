@@ -13,11 +13,11 @@ from torch import fx
 
 from refold.algebra.binary_coding import BinaryCode, Family, encode
 from refold.algebra.compensation import Factor, encode_compensated, inverse_factor, output_error
+from refold.calibrate.layers import Layer, hessian_of
+from refold.calibrate.lockstep import Compute, Lockstep
 from refold.errors import MissingDependencyError
 from refold.graph.program import Call
 from refold.ops.bcq_linear import dequantise, pack
-from refold.rewrite.calibration import Compute, Lockstep
-from refold.rewrite.dense_layers import Layer, hessian_of
 
 WIDTHS = (2, 3, 4)
 

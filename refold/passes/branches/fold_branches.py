@@ -23,7 +23,7 @@ over the last axes. Transposed convolutions of one stride merge in sums likewise
 layers after them, or before them if those have no bias; one of stride 1 is a convolution.
 
 Exact when: strides agree; a padded outer map meets only padding and no bias of the inner one (see
-:mod:`refold.rewrite.maps`). Otherwise it declines.
+:mod:`refold.passes.branches.maps`). Otherwise it declines.
 
 Before::
 
@@ -54,13 +54,14 @@ from torch import fx
 from refold.algebra import affine_map as am
 from refold.algebra.affine_map import AffineMap
 from refold.algebra.lazy import Lazy
-from refold.graph import bounds, constants, nodes, records
+from refold.graph import bounds, constants, layout, nodes, records
 from refold.graph.kinds import kind, op_name
 from refold.graph.nodes import aten, hint, hints, same, shape
-from refold.rewrite import cost, layout, maps
+from refold.passes.branches import maps
+from refold.passes.branches.maps import Key, MapReader
+from refold.passes.scale_shift.push.walk import overflows
+from refold.rewrite import cost
 from refold.rewrite.edit import Editor, Refused
-from refold.rewrite.maps import Key, MapReader
-from refold.rewrite.push_affine.walk import overflows
 from refold.rewrite.result import Declined, PassResult, applied, declined
 
 _PRODUCTS = ("conv", "conv-transpose", "linear", "matmul")

@@ -9,12 +9,11 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes, records
+from refold.graph import constants, layout, nodes, records
 from refold.graph.kinds import kind, op_name
 from refold.graph.nodes import aten, is_call, is_tensor
-from refold.rewrite import layout
-from refold.rewrite.push_affine.factor import Factor, Plan, Refused, aligned, narrow
-from refold.rewrite.push_affine.walk import (
+from refold.passes.scale_shift.push.factor import Factor, Plan, Refused, aligned, narrow
+from refold.passes.scale_shift.push.walk import (
     Walk,
     constant_name,
     embedding_table,

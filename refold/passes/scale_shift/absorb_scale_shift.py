@@ -48,7 +48,7 @@ from torch import fx
 from refold.graph import nodes
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, is_call
-from refold.rewrite.push_affine.pusher import Pusher
+from refold.passes.scale_shift.push.pusher import Pusher
 from refold.rewrite.result import PassResult, declined
 
 _ARITHMETIC = (aten.add, aten.sub, aten.rsub, aten.mul, aten.neg)

@@ -1,0 +1,1 @@
+"""Analyses for the report; they change nothing."""

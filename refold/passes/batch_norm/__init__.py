@@ -1,0 +1,1 @@
+"""Batch norms into the layers around them."""

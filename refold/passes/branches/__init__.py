@@ -1,0 +1,1 @@
+"""Branches and sequences into one layer."""

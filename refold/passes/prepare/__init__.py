@@ -1,0 +1,1 @@
+"""Passes that bring a graph into a form that the families can read."""
