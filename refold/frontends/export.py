@@ -263,7 +263,7 @@ def _from_module(
     finished.names = names
     finished.bound = tracer.bound
     finished.apart = differs or ""
-    finished.module = None if tracer.used_original else tracer.fresh_module
+    finished.module = None if tracer.used_original else tracer.untouched_module
     finished.ranges |= dict.fromkeys(free, (0, None))
     return finished
 

@@ -68,6 +68,10 @@ class Tracer:
         self._module = self._untraced[0]
         return self._untraced
 
+    def untouched_module(self) -> nn.Module:
+        """A copy that no trace has run through; what calls it leaves it as it was."""
+        return self._untouched()[0]
+
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
         """How ``t.data`` and ``len(t)`` are read in a trace."""

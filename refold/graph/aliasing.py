@@ -144,14 +144,13 @@ def reached_outputs(node: fx.Node) -> set[fx.Node]:
 def mutated(graph: fx.Graph) -> set[fx.Node]:
     """The owners of all storage that the graph writes."""
     found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if constants.is_mutation(node):
-            bound = nodes.arguments(node)
-            for argument in node.target._schema.arguments:
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    for leaf in pytree.tree_leaves(bound[argument.name]):
-                        if isinstance(leaf, fx.Node):
-                            found |= roots(leaf)
+    for node in constants.mutations(graph):
+        bound = nodes.arguments(node)
+        for argument in node.target._schema.arguments:  # type: ignore[union-attr]
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for leaf in pytree.tree_leaves(bound[argument.name]):
+                    if isinstance(leaf, fx.Node):
+                        found |= roots(leaf)
     return found
 
 

@@ -251,11 +251,7 @@ def copied(value: torch.Tensor, memory: dict[int, torch.UntypedStorage]) -> torc
 
 def written(graph: fx.Graph) -> set[fx.Node]:
     """``get_attr`` and placeholder nodes that the graph writes (state, copy-backs)."""
-    out: set[fx.Node] = set()
-    for node in graph.nodes:
-        if is_mutation(node):
-            out.update(targets_of(node))
-    return out
+    return {target for node in mutations(graph) for target in targets_of(node)}
 
 
 def targets_of(mutation: fx.Node) -> list[fx.Node]:
@@ -296,6 +292,18 @@ def own_written(gm: fx.GraphModule) -> None:
         if name in owner._parameters:
             copy = nn.Parameter(copy, requires_grad=False)
         setattr(owner, name, copy)
+
+
+def mutations(graph: fx.Graph) -> list[fx.Node]:
+    """The calls of a graph that write, in its order; each operator is looked at once."""
+    table = graph._find_nodes_lookup_table.table
+    found = [
+        node
+        for (op, target), held in table.items()
+        if op == "call_function" and held and _is_mutable(target)
+        for node in held
+    ]
+    return sorted(found)
 
 
 def is_mutation(node: fx.Node) -> bool:

@@ -58,8 +58,8 @@ class Program:
         bound: name of each input that was declared constant, by the buffer that holds it.
         recorded: whether the compilation keeps a recipe.
         apart: how the trace differs from the model on the example, as a sentence; empty if not.
-        module: makes a copy of the module that was traced, with eval semantics, over the same
-            tensors; ``None`` for a program, and where no copy can be made.
+        module: gives a copy of the module that was traced, with eval semantics, over the same
+            tensors, to be left as it is; ``None`` for a program, and where no copy can be made.
     """
 
     graph_module: fx.GraphModule

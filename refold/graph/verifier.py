@@ -234,11 +234,10 @@ def _runs_on_fakes(node: fx.Node) -> bool:
 
 
 def _mutations(graph: fx.Graph) -> tuple[tuple[str, ...], ...]:
-    found = []
-    for node in graph.nodes:
-        if constants.is_mutation(node):
-            found.append((str(node.target), *(str(n.target) for n in constants.targets_of(node))))
-    return tuple(found)
+    return tuple(
+        (str(node.target), *(str(n.target) for n in constants.targets_of(node)))
+        for node in constants.mutations(graph)
+    )
 
 
 def _repropagate(gm: fx.GraphModule) -> None:

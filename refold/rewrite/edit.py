@@ -56,7 +56,7 @@ class Editor:
         self.gm, self.graph, self.rule = gm, gm.graph, rule
         self.result = PassResult() if result is None else result
         self.failed: set[fx.Node] = set()  # where something went wrong: not to be tried again
-        self.writes = [n for n in gm.graph.nodes if constants.is_mutation(n)]
+        self.writes = constants.mutations(gm.graph)
         self.written = aliasing.mutated(gm.graph) if self.writes else set()
 
     @contextmanager
@@ -511,7 +511,7 @@ class Snapshot:
         self._nodes = [(n, n.target, n.args, dict(n.kwargs), dict(n.meta)) for n in gm.graph.nodes]
         self._tensors = [
             (store, dict(store))
-            for module in gm.modules()
+            for module in _modules(gm)
             for store in (module._parameters, module._buffers, module._modules)
         ]
         self._plain = {k: v for k, v in vars(gm).items() if isinstance(v, torch.Tensor)}
@@ -576,6 +576,14 @@ def _agree(old: Any, new: Any) -> bool:
     if isinstance(old, torch.Size):
         return len(old) == len(new) and all(map(_agree, old, new))
     return isinstance(old, _SYMBOLS) or nodes.same(old, new)
+
+
+def _modules(root: torch.nn.Module) -> list[torch.nn.Module]:
+    """A module and all inside of it; ``modules()`` makes the path of each as well."""
+    found = [root]
+    for module in found:
+        found += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
