@@ -302,7 +302,7 @@ def _compile(
             notes=["the folded model still draws random numbers: two runs cannot be compared"]
         )
         stated = ()
-    report.notes = (*report.notes, *stated)
+    report.notes = (*report.notes, *stated, *_conditions(program))
     if settings.verify:
         with clock("verify"):
             whole = None if settings.consume else original
@@ -351,6 +351,12 @@ def _compile(
         kept,
         settings.copy_weights,
     )
+
+
+def _conditions(program: Program) -> list[str]:
+    """What the user's own lines make of sizes, for whoever takes a file elsewhere."""
+    asked = [str(guard) for guard in program.guards.conditions if guard.source]
+    return [f"it holds for {c}: calls check that, a saved file does not" for c in asked]
 
 
 def _rebased(

@@ -304,7 +304,9 @@ def add(maps: Sequence[AffineMap]) -> AffineMap:
 
     bias = torch.stack([m.bias for m in maps]).sum(0)
     support = _union([embed(m, kernel, origin) for m in maps])
-    weight = Lazy(shape, total, fresh=True, parents=[m.weight for m in maps])
+    weights = [m.weight for m in maps]
+    last = all(w.channels_last for w in weights)  # else the sum has the layout of some other branch
+    weight = Lazy(shape, total, fresh=True, parents=weights, channels_last=last)
     reach = _larger(*(m.reach for m in maps))
     return AffineMap(weight, bias, groups, maps[0].stride, origin, support, reach)
 
@@ -315,7 +317,12 @@ def concatenate(maps: Sequence[AffineMap]) -> AffineMap:
     terms = [embed(regroup(m, 1), kernel, origin) for m in maps]
     shape = (sum(t.out_channels for t in terms), *terms[0].weight.shape[1:])
     parents = [t.weight for t in terms]
-    weight = Lazy(shape, lambda: torch.cat([p.get() for p in parents]), parents=parents)
+    weight = Lazy(
+        shape,
+        lambda: torch.cat([p.get() for p in parents]),
+        parents=parents,
+        channels_last=all(p.channels_last for p in parents),
+    )
     bias = torch.cat([m.bias for m in maps])
     reach = _larger(*(m.reach for m in maps))
     return replace(terms[0], weight=weight, bias=bias, support=_union(terms), reach=reach)

@@ -28,14 +28,16 @@ class Lazy:
         *,
         fresh: bool = False,
         parents: Sequence[Lazy] = (),
-        channels_last: bool = False,
+        channels_last: bool | None = None,
     ) -> None:
         self._parents = tuple(parents)
         steps, deep = 1, False
-        self.channels_last = channels_last  # what is made of a weight is laid out as it is
+        laid_out = False
         for parent in self._parents:
             steps, deep = max(steps, parent._steps + 1), deep or parent._deep
-            self.channels_last |= parent.channels_last
+            laid_out |= parent.channels_last
+        # what is made of a weight is laid out as it is, unless its maker knows better
+        self.channels_last: bool = laid_out if channels_last is None else channels_last
         self._held = steps >= _STEPS  # so that what is made of it does not reach deeper
         self._steps: int = 0 if self._held else steps
         self._deep: bool = self._held or deep
@@ -173,7 +175,8 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
     """By its strides: of a 1x1 kernel both layouts are the same memory."""
-    if tensor.dim() not in _CHANNELS_LAST or tensor.shape[1] == 1:
+    if tensor.dim() not in _CHANNELS_LAST:
         return False
-    empty = torch.empty(tensor.shape, device="meta", memory_format=_CHANNELS_LAST[tensor.dim()])
-    return tensor.stride() == empty.stride()
+    last = torch.empty(tensor.shape, device="meta", memory_format=_CHANNELS_LAST[tensor.dim()])
+    first = torch.empty(tensor.shape, device="meta")
+    return tensor.stride() == last.stride() != first.stride()

@@ -192,6 +192,8 @@ def _from_module(
     dynamic_shapes: Any,
     dynamic_batch: bool,
     bind: Mapping[str, Any],
+    *,
+    lengths_vary: bool | None = None,
 ) -> Program:
     notes: list[str] = []
     if model.training or any(m.training for m in model.modules()):
@@ -199,6 +201,7 @@ def _from_module(
     unusual.check_inputs((args, kwargs))
     example = fresh((args, kwargs))
     tracer = Tracer(model, bind, example)
+    tracer.lengths_vary = lengths_vary
     if bind:
         tracer.check(example)
     specialised: list[str] = []
@@ -225,6 +228,10 @@ def _from_module(
     gm, redone = tracer.functional(program)
     guards, free = Guards(), set[str]()
     differs = apart(tracer, gm, traced)
+    if differs is not None and tracer.lengths_vary and lengths_vary is None:
+        return _from_module(  # it asks whether a length is a number
+            model, args, kwargs, dynamic_shapes, dynamic_batch, bind, lengths_vary=False
+        )
     if differs is not None:
         differs = (
             f"the traced program is not the model: on the example {differs}. torch.export traces "

@@ -40,7 +40,7 @@ class Tracer:
         self.bound: dict[str, str] = {}
         self.used_original = False
         self._detaches = False
-        self._lengths_vary = False
+        self.lengths_vary: bool | None = None  # None until a trace has read one, False never
         self._module: nn.Module = model
         self._untraced: tuple[nn.Module, state.Snapshot] | None = None
         self._parted: frozenset[str] = frozenset()
@@ -78,7 +78,7 @@ class Tracer:
         with contextlib.ExitStack() as stack:
             if self._detaches:
                 stack.enter_context(_DataDetaches())
-            if self._lengths_vary:
+            if self.lengths_vary:
                 stack.enter_context(lengths.symbolic())
             yield
 
@@ -99,17 +99,22 @@ class Tracer:
             raise FrontendError(self._explain(error, *inputs)) from error
 
     def export(self, inputs: Any, dynamic_shapes: Any, *, copies: bool = True) -> ExportedProgram:
-        watch = lengths.Watch()
+        watch, program, refusal = lengths.Watch(), None, None
         try:
             with watch.on():
                 program = self._export(inputs, dynamic_shapes, copies=copies)
-        except FrontendError:
-            if not watch.fixed or self._lengths_vary:
-                raise
-        if not watch.fixed or self._lengths_vary:
-            return program
-        self._lengths_vary = True  # what it fixed need not be fixed
-        return self._export(inputs, dynamic_shapes, copies=copies)
+        except FrontendError as error:
+            refusal = error
+        if watch.fixed and self.lengths_vary is None:
+            self.lengths_vary = True  # what it fixed need not be fixed
+            try:
+                return self._export(inputs, dynamic_shapes, copies=copies)
+            except FrontendError:
+                self.lengths_vary = False  # it needs a number
+        if program is None:
+            assert refusal is not None
+            raise refusal
+        return program
 
     def _export(self, inputs: Any, dynamic_shapes: Any, *, copies: bool) -> ExportedProgram:
         args, kwargs = fresh(inputs) if copies else inputs

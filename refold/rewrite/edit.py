@@ -30,7 +30,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from refold.errors import RefoldError, VerifierError
-from refold.graph import aliasing, constants, nodes, provenance
+from refold.graph import aliasing, constants, nodes, provenance, ranks
 from refold.rewrite.result import Applied, PassResult, applied, declined, failed
 
 WRITTEN = "it reads storage that the graph writes"
@@ -57,6 +57,7 @@ class Editor:
         self.result = PassResult() if result is None else result
         self.failed: set[fx.Node] = set()  # where something went wrong: not to be tried again
         self.writes = constants.mutations(gm.graph)
+        self.squeezes = ranks.squeezes(gm.graph)
         self.written = aliasing.mutated(gm.graph) if self.writes else set()
 
     @contextmanager
@@ -294,6 +295,8 @@ class Edit:
             if node.users:
                 if value is not _UNSET or not self._reads_alike(node):
                     self._check_value(node)
+                if self.editor.squeezes and node in self._calls:
+                    self._check_rank(node)
                 self._check_sharing(node)
         if self.editor.written:
             self._check_reads()
@@ -351,6 +354,10 @@ class Edit:
             return None if resized else reason  # its readers change with it, and are checked
         if self.editor.written and self._is_written(old, new):
             return WRITTEN
+        if self.editor.squeezes:
+            reason = ranks.objection([old], [new], self._made_of(new))
+            if reason is not None:
+                return reason
         also = {node: other.meta["val"] for node, other in beside.items()}
         return aliasing.new_sharing(old, new) or aliasing.unsettled_strides(old, new, also, moved)
 
@@ -399,6 +406,14 @@ class Edit:
             reason = aliasing.unsettled(node, before, after)
         elif declared:
             reason = self._unchanged_reader(node)
+        if reason is not None:
+            raise Refused(reason)
+
+    def _check_rank(self, node: fx.Node) -> None:
+        """A call that was changed in place has the rank that it had, in calls of every size."""
+        before = pytree.tree_leaves(self._calls[node][1:])
+        read = [n for n in before if isinstance(n, fx.Node)]
+        reason = ranks.objection(read, node.all_input_nodes, ())
         if reason is not None:
             raise Refused(reason)
 

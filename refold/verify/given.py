@@ -83,6 +83,13 @@ class Given:
         parameters = {id(p) for p in module.parameters()}
         return state.kept(module, lambda t: id(t) not in parameters)
 
+    def state_after(self, calls: Sequence[Call]) -> dict[str, torch.Tensor]:
+        """What the trace's state holds after some calls, by name."""
+        with torch.no_grad(), state_kept(self._graph):
+            for args, kwargs in calls:
+                self._graph(*args, **kwargs)
+            return held_state(self._graph)
+
     def _run_graph(self, calls: Sequence[Call], after: Visit | None) -> list[Any]:
         results = []
         with state_kept(self._graph):
@@ -91,6 +98,12 @@ class Given:
                 if after is not None:
                     after(results[-1])
             return [copied(result) for result in results]
+
+
+def held_state(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """Copies of the tensors that a graph writes, by name."""
+    written = [n for n in constants.written(gm.graph) if n.op == "get_attr"]
+    return {str(n.target): constants.tensor(n).detach().clone() for n in written}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from refold.errors import VerificationError
 from refold.graph import constants
 from refold.graph.aliasing import storage
 from refold.graph.program import Call, fresh
-from refold.verify.given import Given, copied, state_kept
+from refold.verify.given import Given, copied, held_state, state_kept
 from refold.verify.tolerance import ceiling, tolerance
 
 _GARBAGE = 77.0
@@ -40,6 +40,7 @@ class Manners:
         written: inputs that the model writes, as it leaves them.
         later: what its second call returns, its first results written into; of a model with a
             state alone.
+        state: what its state holds after these two calls, by name.
         may_leave: whether the candidate may leave inputs alone that the model writes: a file
             for a runtime that has no way to write them, which a note says.
     """
@@ -48,6 +49,7 @@ class Manners:
     overlapping: frozenset[int] = frozenset()
     written: dict[int, torch.Tensor] = field(default_factory=dict)
     later: list[Any] | None = None
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
     may_leave: bool = False
 
 
@@ -67,7 +69,10 @@ def observe(given: Given, call: Call, reference: Any) -> tuple[Any, Manners]:
 
     later = given.run(calls, reference, after)[-1]
     result, manners = seen[0]
-    return result, replace(manners, later=_leaves(later)) if given.has_state else manners
+    if not given.has_state:
+        return result, manners
+    state = given.state_after([fresh(call), fresh(call)])
+    return result, replace(manners, later=_leaves(later), state=state)
 
 
 def run_twice(
@@ -88,6 +93,8 @@ def run_twice(
         if manners.later is None or module is not None:
             _scribble(result, stored)
             _check_later(candidate(*again[0], **again[1]), kept, manners)
+        if module is not None:
+            _check_state(module, manners)
     return kept
 
 
@@ -121,6 +128,14 @@ def _check_later(second: Any, first: Any, manners: Manners) -> None:
                 f"output {index} of a second call is not the original's: what a caller writes "
                 "into the results of a call, or a state, is not kept apart"
             )
+
+
+def _check_state(module: fx.GraphModule, manners: Manners) -> None:
+    """What is written and not returned yet shows in some later call."""
+    for name, now in held_state(module).items():
+        then = manners.state.get(name)
+        if then is not None and not _close(now, then, ceiling):
+            raise MannersError(f"the state {name} is not the original's after two calls")
 
 
 def _rounding(dtype: torch.dtype) -> float:

@@ -75,6 +75,30 @@ def test_a_branch_on_a_length_is_a_guard() -> None:
         compiled(torch.randn(6, 2, 4))
 
 
+def _formatted(s: Net, x: Tensor) -> Tensor:
+    return s.l(x) * float(f"{len(x):03d}")
+
+
+def _asserted(s: Net, x: Tensor) -> Tensor:
+    assert isinstance(len(x), int)
+    return s.l(x)
+
+
+def _asked(s: Net, x: Tensor) -> Tensor:
+    return s.l(x) if isinstance(len(x), int) else -s.l(x)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("forward", [_formatted, _asserted, _asked])
+def test_a_length_that_must_be_a_number_is_one(
+    forward: Callable[[Net, Tensor], Tensor], verify: bool
+) -> None:
+    model, x = _net(forward), torch.randn(3, 2, 4)
+    compiled = refold.compile_for_inference(model, x, verify=verify)
+    assert torch.allclose(compiled(x), model(x), atol=1e-6)
+    assert "the batch dimension is static at 3" in compiled.report.specialised[0]
+
+
 @pytest.mark.parametrize("forward", [_queries, lambda s, x: s.missing(x)])
 def test_nothing_of_python_stays_changed(forward: Callable[[Net, Tensor], Tensor]) -> None:
     before = builtins.len, torch.Tensor.__len__

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import refold
 from refold.errors import UsageError
 from refold.frontends.functionalise import settle_squeezes
+from tests.folding import Net
 
 
 class Formula(nn.Module):
@@ -140,3 +142,64 @@ def test_targets_of_one_rank_refuse_one_row(target: str) -> None:
     torch.testing.assert_close(compiled(image(3)), model(image(3)), rtol=1e-4, atol=1e-4)
     with pytest.raises(UsageError, match=r"x.shape\[0\] != 1, at .*one rank"):
         compiled(image(1))
+
+
+# A squeeze behind a layer, and what says later which shape the result has: at size 1 it is needed.
+RESTORED: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "expand_as": lambda s, x: s.l(x).squeeze().expand_as(x),
+    "expand_as, summed": lambda s, x: s.l(x).squeeze().expand_as(x).sum(1),
+    "expand": lambda s, x: s.l(x).squeeze(0).expand(x.shape),
+    "repeat": lambda s, x: s.l(x).squeeze().repeat(1, 1, 1),
+    "another axis, reshaped": lambda s, x: s.l(x).squeeze()[None].reshape(x.shape),
+    "one part": lambda s, x: torch.cat([s.l(x).squeeze(0)]).reshape(x.shape),
+    "a pad of nothing": lambda s, x: F.pad(s.l(x).squeeze(0), (0, 0)).view(x.shape),
+    "two halves": lambda s, x: torch.stack([s.l(x).squeeze()] * 2, -1).sum(-1).reshape(-1, 4),
+    "two transposes": lambda s, x: s.l(x).squeeze().transpose(-1, -2).transpose(0, 1) + 0,
+    "a view in between": lambda s, x: s.m(s.l(x).squeeze().unsqueeze(0).view(-1, 4)),
+}
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("name", RESTORED)
+def test_what_restores_a_squeezed_shape_stays(name: str, verify: bool) -> None:
+    torch.manual_seed(0)
+    model = Net(RESTORED[name], l=nn.Linear(4, 4), m=nn.Linear(4, 2)).float().eval()
+    compiled = refold.compile_for_inference(model, torch.randn(2, 4, 4), verify=verify)
+    assert not compiled.report.specialised
+    for batch in (1, 2, 3):
+        x = torch.randn(batch, 4, 4)
+        got, expected = compiled(x), model(x)
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got, expected)
+
+
+SECOND: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "cat": lambda s, x: torch.cat([s.l(x).squeeze(1)]).view(x.shape),
+    "reshape": lambda s, x: s.l(x).squeeze(1)[None].reshape(x.shape),
+    "broadcast": lambda s, x: (s.l(x).squeeze(1).unsqueeze(0).view(x.shape)
+                               - s.l(x).mean(1, keepdim=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_another_size_may_be_one_too(name: str) -> None:
+    torch.manual_seed(0)
+    model = Net(SECOND[name], l=nn.Linear(4, 4)).float().eval()
+    dynamic = torch.export.Dim.DYNAMIC
+    compiled = refold.compile_for_inference(
+        model, torch.randn(2, 6, 4), dynamic_shapes=({0: dynamic, 1: dynamic},)
+    )
+    for sizes in ((2, 1), (2, 6), (1, 1), (3, 5), (1, 5)):
+        x = torch.randn(*sizes, 4)
+        got, expected = compiled(x), model(x)
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_fold_that_keeps_the_rank_is_taken_behind_a_squeeze() -> None:
+    model = Formula(lambda s, x: s.last(s.layer(x.mean((2, 3)).squeeze()) * 2))
+    compiled = refold.compile_for_inference(model, image(2))
+    assert compiled.report.after.census["linear"] == 1
+    for batch in (1, 3):
+        x = image(batch)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)

@@ -34,6 +34,8 @@ NETS: dict[str, tuple[Callable[[Net, Tensor], Tensor], dict[str, nn.Module]]] = 
                          {"c": nn.Conv3d(4, 6, 3), "b": nn.BatchNorm3d(6)}),
     "branches": (_branches, {"c": nn.Conv2d(4, 6, 3, padding=1), "b": nn.BatchNorm2d(6),
                              "d": nn.Conv2d(4, 6, 1), "e": nn.BatchNorm2d(6)}),
+    "depthwise": (lambda s, x: s.b(s.c(x)), {"c": nn.Conv2d(4, 4, 3, padding=1, groups=4),
+                                             "b": nn.BatchNorm2d(4)}),
     "a chain": (_chain, {"c": nn.Conv2d(4, 16, 1), "b": nn.BatchNorm2d(16),
                          "f": nn.Conv2d(16, 4, 3, padding=1)}),
 }  # fmt: skip
@@ -59,3 +61,28 @@ def test_results_have_the_strides_of_the_model(name: str, last: bool, input_last
     got = compiled(x)
     assert got.stride() == expected.stride()
     assert torch.allclose(got, expected, atol=1e-5)
+
+
+def _of_both(forward: Callable[[Net, Tensor], Tensor]) -> Net:
+    torch.manual_seed(0)
+    last = nn.Conv2d(4, 4, 3, padding=1).to(memory_format=torch.channels_last)
+    return Net(forward, a=last, c=nn.Conv2d(4, 4, 3, padding=1), b=nn.BatchNorm2d(4)).float().eval()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: s.c(x) + s.a(x),
+        lambda s, x: s.c(x) - s.a(x),
+        lambda s, x: torch.cat([s.a(x), s.c(x)], 1),
+        lambda s, x: torch.cat([s.a(x), x], 1),
+        lambda s, x: x + s.b(s.a(x)),
+    ],
+)  # fmt: skip
+def test_branches_of_two_layouts_have_the_result_that_a_sum_has(
+    forward: Callable[[Net, Tensor], Tensor],
+) -> None:
+    model, x = _of_both(forward), torch.randn(2, 4, 6, 6)
+    compiled = refold.compile_for_inference(model, x)
+    assert compiled.report.after.census["conv"] == 1
+    assert compiled(x).stride() == model(x).stride()

@@ -103,3 +103,37 @@ def test_a_state_lives_on(model: Callable) -> None:
     stuck.recompile()
     with pytest.raises(VerificationError, match="second call"):
         compare.verify(gm, stuck, known)
+
+
+def delays(s: Net, x: Tensor) -> Tensor:
+    late = s.n[0] + x
+    s.n.copy_(torch.cat([s.n[1:], x.tanh().mean(0, keepdim=True)]))
+    return late
+
+
+def hardly_counts(s: Net, x: Tensor) -> Tensor:
+    result = x + s.n[0] * 1e-2
+    s.n.copy_(x.tanh()[: len(s.n)])
+    return result
+
+
+def never_returns(s: Net, x: Tensor) -> Tensor:
+    s.n.add_(x.tanh().sum(0))
+    return x * 2
+
+
+@pytest.mark.parametrize("model", [delays, hardly_counts, never_returns])
+@pytest.mark.parametrize("rows", [2, 3])
+def test_a_state_that_shows_later_is_compared(model: Callable, rows: int) -> None:
+    net = Net(lambda s, x: model(s, x))
+    net.register_buffer("n", torch.zeros(rows, 4))
+    program = trace(net, (torch.randn(4, 4),))
+    gm = program.graph_module
+    known = references(gm, program, module=program.module)
+    assert compare.verify(gm, gm, known).passed
+    wrong = trace(net, (torch.randn(4, 4),)).graph_module
+    for node in wrong.graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default):
+        node.target = torch.ops.aten.sin.default
+    wrong.recompile()
+    with pytest.raises(MannersError, match="the state n is not the original's"):
+        compare.verify(gm, wrong, known)

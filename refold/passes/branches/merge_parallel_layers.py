@@ -264,7 +264,13 @@ def _shared_constant(layer: records.Linear) -> fx.Node | None:
 def _stacked_weights(layers: Sequence[records.Linear]) -> Lazy:
     weights = [layer.weight for layer in layers]
     size = (sum(w.shape[0] for w in weights), weights[0].shape[1])
-    return Lazy(size, lambda: torch.cat([w.get() for w in weights]), fresh=True, parents=weights)
+    return Lazy(
+        size,
+        lambda: torch.cat([w.get() for w in weights]),
+        fresh=True,
+        parents=weights,
+        channels_last=all(w.channels_last for w in weights),
+    )
 
 
 def _stacked_biases(layers: Sequence[records.Linear]) -> Lazy:

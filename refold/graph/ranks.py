@@ -1,0 +1,61 @@
+"""Values whose rank is another where a size is 1: a squeeze drops that dimension in the call.
+
+The trace has one rank for them, that of larger sizes. ``squeeze_copy`` with dimensions is what
+tracing leaves of such a squeeze; see :func:`refold.frontends.functionalise.settle_squeezes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from refold.graph.kinds import op_name
+
+# Their result has the rank that they state, whatever they read.
+_STATE_THE_RANK = frozenset(
+    {"reshape", "view", "_unsafe_view", "view_as", "expand", "expand_as", "repeat"}
+)
+_PERMUTE = frozenset({"permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims"})
+
+
+def squeezes(graph: fx.Graph) -> list[fx.Node]:
+    """The squeezes that drop dimensions in some calls and not in others."""
+    found = graph.find_nodes(op="call_function", target=torch.ops.aten.squeeze_copy.dims)
+    return list(found)
+
+
+def sources(values: Iterable[fx.Node]) -> set[fx.Node]:
+    """The squeezes that the rank of some of these values depends on."""
+    found: set[fx.Node] = set()
+    seen, stack = set[fx.Node](), list(values)
+    while stack:
+        node = stack.pop()
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        if node.target is torch.ops.aten.squeeze_copy.dims:
+            found.add(node)
+        if op_name(node) not in _STATE_THE_RANK:
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def objection(
+    old: Iterable[fx.Node], new: Iterable[fx.Node], made: Iterable[fx.Node]
+) -> str | None:
+    """Why values may not take the place of others in a graph that has such squeezes.
+
+    Args:
+        old: the values that are replaced.
+        new: what stands for them.
+        made: the calls that were made for it.
+    """
+    if sources(old) != sources(new):
+        return _REASON
+    permutes = [n for n in made if not n._erased and op_name(n) in _PERMUTE]
+    return _REASON if any(sources(n.all_input_nodes) for n in permutes) else None
+
+
+_REASON = "a squeeze before it drops a dimension where its size is 1, and the rank is another then"
