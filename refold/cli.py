@@ -276,8 +276,8 @@ def _check(arguments: argparse.Namespace, progress: _Progress) -> int:
     looked += f" and the parser of {found.parser}" if found.parser else (
         " (no parser: neither tensorrt nor tensorrt_rtx is installed)"
     )  # fmt: skip
-    verdict = f"{len(found.rejections)} rejected" if found.rejections else "nothing stands against"
-    print(f"{arguments.model}: {verdict} of {found.nodes} nodes, by {looked}")
+    count = len(found.rejections) or "none"
+    print(f"{arguments.model}: {count} of {found.nodes} nodes rejected, by {looked}")
     return ERROR if found.rejections else OK
 
 
@@ -641,7 +641,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export", help="fold a model and write it for a runtime", formatter_class=raw,
         epilog="example:\n  refold export timm:repvgg_a0 --target onnx -o repvgg.onnx "
-        "--randomize-bn --expect batch-norm=27\n",
+        "--randomize-bn --expect batch-norm=61\n",
     )  # fmt: skip
     _model_arguments(export)
     _fold_arguments(export)

@@ -751,3 +751,12 @@ def test_a_wrong_fold_before_it_is_found() -> None:
         refold.fold(Scorer().eval(), ids(), pipeline=Pipeline("test", (Broken(), chosen)))
     with pytest.raises(VerificationError):
         refold.fold(Scorer().eval(), ids(), pipeline=Pipeline("test", (chosen, Broken())))
+
+
+@pytest.mark.parametrize(
+    "example", [torch.randn(4, 63), torch.randn(4, 64, dtype=torch.float64), torch.randn(64)]
+)
+def test_a_calibration_input_of_another_kind_is_an_error(example: torch.Tensor) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    with pytest.raises(UsageError, match=r"does not fit: input.* the model takes torch.float32"):
+        substitute(model, torch.randn(2, 64), calibration=[example], include="0")

@@ -191,7 +191,7 @@ class SubstituteShiftAdd:
             )
         if not self.include and dense_layers.returned(layer.node):
             return Refusal(
-                "its output is the model's own: errors of a head are not made up for",
+                "its output is the model's own: no later layer makes up for its error",
                 "name the layer in include",
             )
         smallest = self._coder.bytes(layer, WIDTHS[0] if self.bits == "auto" else int(self.bits))
@@ -209,6 +209,9 @@ class SubstituteShiftAdd:
                     f"{self.name}: a calibration input is given as {structure}, the model was "
                     f"traced with {info.in_spec}: give both alike"
                 )
+            misfit = _misfit(gm, given)
+            if misfit:
+                raise UsageError(f"{self.name}: a calibration input does not fit: {misfit}")
         if calls and any(n.op == "get_attr" for n in constants.written(gm.graph)):
             raise UsageError(
                 f"{self.name}: the model writes its own state, so it cannot be calibrated: leave "
@@ -335,3 +338,24 @@ def _summary(result: PassResult) -> str:
     if single:
         text += f"; {single} have float32 scales, their weights do not suit float16"
     return text
+
+
+def _misfit(gm: fx.GraphModule, call: Call) -> str | None:
+    """Which tensor of a call has another dtype, rank or fixed size than in the trace."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for node, given in zip(placeholders, pytree.tree_leaves(call), strict=False):
+        traced = node.meta.get("val")
+        if not isinstance(traced, torch.Tensor) or not isinstance(given, torch.Tensor):
+            continue
+        fits = len(given.shape) == len(traced.shape) and all(
+            have == size
+            for have, size in zip(given.shape, traced.shape, strict=True)
+            if isinstance(size, int)
+        )
+        if not fits or given.dtype != traced.dtype:
+            takes = ", ".join(str(size) for size in traced.shape)
+            return (
+                f"{node.name} is {given.dtype} {list(given.shape)}, the model takes "
+                f"{traced.dtype} [{takes}]"
+            )
+    return None
