@@ -307,7 +307,7 @@ def _settled(
         The guards, and the recorded ones that are spurious.
     """
     texts = {s: t for s, t in _texts(comparison.inputs, names).items() if s in own}
-    low = list(lowest(comparison, _batches(comparison.inputs), texts).values())
+    low = list(lowest(comparison, _batches(comparison.inputs), texts, recorded).values())
     kept, spurious = settle(recorded, comparison, low)
     return Guards((*low, *kept), tuple(comparison.derived)), spurious
 

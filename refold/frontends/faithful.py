@@ -181,7 +181,10 @@ def apart(tracer: Tracer, gm: fx.GraphModule, inputs: Any) -> str | None:
 
 
 def lowest(
-    comparison: Comparison, batches: Sequence[str], texts: Mapping[str, str]
+    comparison: Comparison,
+    batches: Sequence[str],
+    texts: Mapping[str, str],
+    recorded: Sequence[Guard] = (),
 ) -> dict[str, Guard]:
     """What holds below two, by symbol: a trace takes every size for two or more.
 
@@ -189,16 +192,27 @@ def lowest(
         comparison: the trace beside its model.
         batches: symbols of leading dimensions, which a call changes together.
         texts: the symbols whose lower bound is the tracer's own, in the user's names.
+        recorded: what the trace recorded: where that refuses a size, nothing is asked about it.
     """
+
+    def admitted(group: Sequence[str], size: int) -> bool:
+        sizes = {**comparison.hints, **dict.fromkeys(group, size)}
+        return Guards(tuple(recorded)).admits(sizes)
+
     found: dict[str, Guard] = {}
-    groups = [[s for s in batches if s in texts], *([s] for s in texts if s not in batches)]
+    together = [s for s in batches if s in texts]
+    if not admitted(together, 1):  # they may not be alike
+        groups = [[s] for s in texts]
+    else:
+        groups = [together, *([s] for s in texts if s not in batches)]
     for group in filter(None, groups):
-        one = comparison.at(dict.fromkeys(group, 1))
+        asked = admitted(group, 1)
+        one = comparison.at(dict.fromkeys(group, 1)) if asked else Verdict(AGREES)
         if one.outcome == UNKNOWN:
             continue
         if one.outcome != AGREES:
             low, reason = 2, _against(one)
-        elif group[0] in batches:
+        elif asked and group[0] in batches:
             none = comparison.at(dict.fromkeys(group, 0))
             if none.outcome == AGREES:
                 continue

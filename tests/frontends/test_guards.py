@@ -221,6 +221,27 @@ def test_a_guard_between_two_inputs() -> None:
         compiled(like(4, 6), like(4, 6))
 
 
+def test_one_row_is_asked_where_the_other_guards_admit_it() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            alike = 1 if x.shape[0] == y.shape[0] else 0
+            return self.layer(x) * y.shape[0] + alike
+
+    model = Net().eval()
+    compiled = refold.compile_for_inference(
+        model, (like(2, 6), like(3, 6)), dynamic_shapes=({0: AUTO}, {0: AUTO})
+    )
+    for first, second in ((1, 3), (3, 1), (5, 2)):
+        agree(compiled, model, like(first, 6), like(second, 6))
+    for size in (1, 2, 4):
+        with pytest.raises(UsageError, match="!="):
+            compiled(like(size, 6), like(size, 6))
+
+
 def test_a_guard_on_nested_inputs() -> None:
     class Nested(nn.Module):
         def forward(self, pair: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
