@@ -33,6 +33,7 @@ class InputCheck:
     spec: pytree.TreeSpec
     signature: inspect.Signature | None
     guards: Guards = field(default_factory=Guards)
+    static_batch: str = ""  # why the batch is, where it was to vary
 
     @classmethod
     def of(cls, program: Program, model: Any, bind: Iterable[str] = ()) -> InputCheck:
@@ -45,6 +46,7 @@ class InputCheck:
             info.in_spec,
             _signature_of(model, bind),
             program.guards,
+            next((s for s in program.specialised if s.startswith("the batch dimension")), ""),
         )
 
     def normalise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -113,8 +115,7 @@ class InputCheck:
                 if got != size:
                     raise UsageError(
                         f"input {spec.name!r}: dimension {dim} is {size} in the compiled model, "
-                        f"got {got} in {list(shape)}: make it dynamic with dynamic_shapes= "
-                        "when compiling"
+                        f"got {got} in {list(shape)}: {self._advice(dim)}"
                     )
             elif not size.isidentifier():
                 sizes[f"_{at}_{dim}"] = got
@@ -124,6 +125,11 @@ class InputCheck:
                     f"input {spec.name!r}: dimension {dim} must equal dimension {first} of "
                     f"{name!r} ({sizes[size]}), got {got}"
                 )
+
+    def _advice(self, dim: int) -> str:
+        if dim == 0 and self.static_batch:
+            return f"{self.static_batch}; compile another one for that size"
+        return "make it dynamic with dynamic_shapes= when compiling"
 
     def _where(self, symbol: str) -> tuple[str, int]:
         """The first input and dimension that a symbol stands for."""
@@ -195,10 +201,18 @@ def _check_tensor(spec: InputSpec, value: Any) -> None:
         )
 
 
+_LONGEST = 80  # of a value in a message
+
+
 def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor {list(value.shape)}"
-    return f"{value!r}" if value is None else f"{value!r} ({type(value).__name__})"
+    if value is None:
+        return f"{value!r}"
+    if type(value).__module__ == "numpy" and hasattr(value, "shape"):
+        return f"an array of numpy {list(value.shape)}: torch.from_numpy makes a tensor of it"
+    text = repr(value)
+    return f"{text if len(text) <= _LONGEST else text[:_LONGEST] + ' ...'} ({type(value).__name__})"
 
 
 def _call_text(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

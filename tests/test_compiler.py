@@ -260,6 +260,7 @@ class _Doubling:
     ("settings", "message"),
     [
         ({"target": "onx"}, "unknown target 'onx' \\(did you mean 'onnx'"),
+        ({"target": "TensorRT"}, "unknown target 'TensorRT' \\(did you mean 'trt'"),
         ({"target": "torch", "opset": 20}, "target 'torch' has no option 'opset'"),
         ({"target": "onnx", "opst": 20}, "no option 'opst' \\(did you mean 'opset'"),
         ({"pipeline": "defaut"}, "unknown pipeline 'defaut' \\(did you mean 'default'"),
@@ -279,6 +280,8 @@ def test_unknown_names_suggest_the_nearest(model, settings, message):
         (lambda c: c(X.double()), "expected dtype torch.float32, got torch.float64"),
         (lambda c: c([[1.0]]), r"expected a tensor, got \[\[1.0\]\] \(list\)"),
         (lambda c: c(3), r"expected a tensor, got 3 \(int\)"),
+        (lambda c: c("x" * 999), r"got 'x{79} \.\.\. \(str\)"),
+        (lambda c: c(torch.zeros(1, 3, 8, 8).numpy()), r"numpy \[1, 3, 8, 8\]: torch.from_numpy"),
         (lambda c: c(), "missing a required argument: 'x'"),
         (lambda c: c(X, X), "too many positional arguments"),
         (lambda c: c(y=X), "the model was traced with 1 positional input"),

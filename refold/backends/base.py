@@ -273,6 +273,9 @@ def target_names() -> list[str]:
     return list(dict.fromkeys([*_BUILT_IN, *_entry_points(), *_registered]))
 
 
+_RUNTIMES = {"tensorrt": "trt", "onnxruntime": "ort", "tflite": "litert", "aotinductor": "aoti"}
+
+
 def find_target(name: str) -> Target:
     """The target of that name; an unknown one is an error that names the nearest."""
     if name in _registered:
@@ -283,7 +286,9 @@ def find_target(name: str) -> Target:
     entry = _entry_points().get(name)
     if entry is not None:
         return cast(Target, entry.load()())
-    raise UsageError(f"unknown target {name!r}{did_you_mean(name, target_names())}")
+    runtime = _RUNTIMES.get(name.lower().replace("-", "").replace("_", ""))
+    hint = f" (did you mean {runtime!r}?)" if runtime else did_you_mean(name, target_names())
+    raise UsageError(f"unknown target {name!r}{hint}")
 
 
 def file_targets() -> dict[str, Target]:

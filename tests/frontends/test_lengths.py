@@ -64,6 +64,10 @@ def test_what_loops_over_a_length_is_static_and_says_so() -> None:
     compiled = refold.compile_for_inference(model, x)
     assert "the batch dimension is static at 3" in compiled.report.specialised[0]
     assert torch.allclose(compiled(x), model(x), atol=1e-6)
+    with pytest.raises(
+        refold.errors.UsageError, match=r"the model fixes dimension 0 .* another one"
+    ):
+        compiled(torch.randn(5, 2, 4))
 
 
 def test_a_branch_on_a_length_is_a_guard() -> None:
