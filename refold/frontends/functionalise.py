@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +19,7 @@ import sympy
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
@@ -130,6 +131,7 @@ def _without_idle_calls(program: ExportedProgram) -> ExportedProgram:
             node.replace_all_uses_with(source, propagate_meta=False)
             graph.erase_node(node)
     drop_dead_code(graph)
+    _drop_other_names(graph, signature, program)
     return ExportedProgram(
         root=program.graph_module,
         graph=graph,
@@ -141,6 +143,27 @@ def _without_idle_calls(program: ExportedProgram) -> ExportedProgram:
         constants=program.constants,
         verifiers=program.verifiers,
     )
+
+
+def _drop_other_names(
+    graph: fx.Graph, signature: ExportGraphSignature, program: ExportedProgram
+) -> None:
+    """Lists a tensor that has several names once: its calls all use one, and one may write it."""
+    known = {**program.state_dict, **program.constants}
+    count = Counter(id(t) for t in known.values())
+    inputs = {n.name: n for n in graph.find_nodes(op="placeholder")}
+    kept = []
+    for spec in signature.input_specs:
+        node = inputs.get(getattr(spec.arg, "name", ""))
+        tied = (
+            spec.kind in (InputKind.BUFFER, InputKind.PARAMETER)
+            and count[id(known.get(str(spec.target)))] > 1
+        )
+        if tied and node is not None and not node.users:
+            graph.erase_node(node)
+        else:
+            kept.append(spec)
+    signature.input_specs = kept
 
 
 def _unstamp(graph: fx.Graph) -> None:

@@ -633,3 +633,37 @@ class InPart(nn.Module):
 def test_a_buffer_that_views_one_that_is_written_is_refused_by_name(written: str) -> None:
     with pytest.raises(FrontendError, match="whole, part, which share memory"):
         refold.compile_for_inference(InPart(written), torch.randn(3, 2))
+
+
+class Tied(nn.Module):
+    """One tensor under two names: what one writes, the other reads."""
+
+    def __init__(self, writes: str, assigns: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.first = nn.BatchNorm1d(4)
+        self.second = self.first
+        self.register_buffer("h", torch.zeros(4))
+        self.register_buffer("g", self.h)
+        self.writes, self.assigns = writes, assigns
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.first.running_mean.add_(1.0)
+        if self.assigns:
+            setattr(self, self.writes, getattr(self, self.writes) + 1)
+        else:
+            getattr(self, self.writes).add_(1.0)
+        return self.second(self.layer(x)) + self.h + 2 * self.g
+
+
+@pytest.mark.parametrize("writes", ["h", "g"])
+@pytest.mark.parametrize("assigns", [True, False])
+def test_a_tensor_of_two_names_is_one(writes: str, assigns: bool) -> None:
+    torch.manual_seed(0)
+    model = Tied(writes, assigns).eval()
+    compiled = refold.compile_for_inference(model, torch.randn(3, 4))
+    original = copy.deepcopy(model)
+    for _ in range(3):
+        x = torch.randn(3, 4)
+        with torch.no_grad():
+            assert torch.allclose(compiled(x), original(x), atol=1e-5)
