@@ -13,7 +13,6 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from refold.graph import constants, nodes
-from refold.graph.constants import is_mutation
 from refold.graph.kinds import op_name
 
 # Operators that can return (a view of) their input although their schema does not say so.
@@ -364,7 +363,11 @@ def leaking(graph: fx.Graph) -> set[fx.Node]:
     out: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         for user in node.users:
-            if user.op == "output" or is_mutation(user) or (user in out and may_alias(user)):
+            if (
+                user.op == "output"
+                or constants.is_mutation(user)
+                or (user in out and may_alias(user))
+            ):
                 out.add(node)
                 break
     return out

@@ -37,9 +37,14 @@ def sources(values: Iterable[fx.Node]) -> set[fx.Node]:
         seen.add(node)
         if node.target is torch.ops.aten.squeeze_copy.dims:
             found.add(node)
-        if op_name(node) not in _STATE_THE_RANK:
+        if not states_its_rank(node):
             stack.extend(node.all_input_nodes)
     return found
+
+
+def states_its_rank(node: fx.Node) -> bool:
+    """Whether a call's result has one rank, whatever the call reads."""
+    return op_name(node) in _STATE_THE_RANK
 
 
 def objection(

@@ -8,6 +8,7 @@ is checked on the way:
 - no output comes to share storage with an input, a constant or another output;
 - no output gets other strides, and no call that reads strides reads others;
 - what the graph writes is read on the side of the write on which it was read;
+- where a squeeze drops a dimension in some calls alone, results have the rank that they had;
 - what the user excluded stays.
 
 What fails a check raises :class:`Refused`, and the graph is what it was: nodes, arguments,
@@ -295,7 +296,7 @@ class Edit:
             if node.users:
                 if value is not _UNSET or not self._reads_alike(node):
                     self._check_value(node)
-                if self.editor.squeezes and node in self._calls:
+                if self.editor.squeezes:
                     self._check_rank(node)
                 self._check_sharing(node)
         if self.editor.written:
@@ -411,6 +412,8 @@ class Edit:
 
     def _check_rank(self, node: fx.Node) -> None:
         """A call that was changed in place has the rank that it had, in calls of every size."""
+        if node not in self._calls or ranks.states_its_rank(node):
+            return
         before = pytree.tree_leaves(self._calls[node][1:])
         read = [n for n in before if isinstance(n, fx.Node)]
         reason = ranks.objection(read, node.all_input_nodes, ())

@@ -26,7 +26,7 @@ class Given:
 
     Args:
         graph: the trace.
-        make: makes a copy of the module, with eval semantics.
+        make: gives a copy of the module, with eval semantics, to be left as it is.
     """
 
     def __init__(self, graph: fx.GraphModule, make: Factory | None) -> None:

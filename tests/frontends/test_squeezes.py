@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import refold
 from refold.errors import UsageError
+from refold.frontends.export import trace
 from refold.frontends.functionalise import settle_squeezes
+from refold.rewrite.edit import Editor, Refused
 from tests.folding import Net
 
 
@@ -203,3 +205,22 @@ def test_a_fold_that_keeps_the_rank_is_taken_behind_a_squeeze() -> None:
     for batch in (1, 3):
         x = image(batch)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def _read_before(reader: Callable[[Net, Tensor], Tensor]) -> None:
+    """Lets what reads a squeeze read what is squeezed, which has the same shape in the trace."""
+    net = Net(reader, l=nn.Linear(4, 4)).float().eval()
+    gm = trace(net, (torch.randn(2, 4, 4),)).graph_module
+    (squeezed,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.squeeze_copy.dims)
+    (user,) = squeezed.users
+    with Editor(gm, "test").edit() as edit:
+        edit.set_operand(user, squeezed, squeezed.all_input_nodes[0])
+
+
+def test_the_door_keeps_the_rank_of_a_call_that_is_changed_in_place() -> None:
+    with pytest.raises(Refused, match="drops a dimension where its size is 1"):
+        _read_before(lambda s, x: s.l(x).squeeze(0).sigmoid())
+
+
+def test_a_call_that_states_its_rank_may_read_what_is_not_squeezed() -> None:
+    _read_before(lambda s, x: s.l(x).squeeze(0).repeat(2, 1, 1) + 1)
