@@ -36,8 +36,8 @@ NETS: dict[str, tuple[Callable[[Net, Tensor], Tensor], dict[str, nn.Module]]] = 
                              "d": nn.Conv2d(4, 6, 1), "e": nn.BatchNorm2d(6)}),
     "depthwise": (lambda s, x: s.b(s.c(x)), {"c": nn.Conv2d(4, 4, 3, padding=1, groups=4),
                                              "b": nn.BatchNorm2d(4)}),
-    "a scale of channels": (lambda s, x: s.f(s.c(x)),
-                            {"c": nn.Conv2d(4, 4, 1, groups=4), "f": nn.Conv2d(4, 6, 3)}),
+    "one channel": (lambda s, x: s.f(s.c(x[:, :1])),
+                    {"c": nn.Conv2d(1, 8, 1), "f": nn.Conv2d(8, 6, 3)}),
     "a chain": (_chain, {"c": nn.Conv2d(4, 16, 1), "b": nn.BatchNorm2d(16),
                          "f": nn.Conv2d(16, 4, 3, padding=1)}),
 }  # fmt: skip
