@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import refold
 from bench.common import interleaved, quiet, ratio, save
-from refold.backends.onnxruntime import LOSSY
+from refold.backends.onnx.session import LOSSY
 from refold.ops.bcq_linear import pack
 
 SHAPES = ("4096x4096", "4096x11008")

@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from bench.common import interleaved, quiet, ratio, save
-from refold.backends.base import Target, find_target, is_static, make_options
+from refold.backends.base import Target, is_static
+from refold.backends.registry import find_target, make_options
 from refold.compiler import copy_sharing_tensors
 from refold.errors import MissingDependencyError, RefoldError
 from refold.frontends.export import trace

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from refold._version import __version__
 
 if TYPE_CHECKING:
-    from refold.backends.base import Target, register_target
+    from refold.backends.base import Target
+    from refold.backends.registry import register_target
     from refold.compiled import CompiledModel
     from refold.compiler import compile_for_inference, explain, fold
     from refold.errors import RefoldError
@@ -38,7 +39,7 @@ _HOME = {
     "ewa_step_": "refold.training.ewa",
     "explain": "refold.compiler",
     "fold": "refold.compiler",
-    "register_target": "refold.backends.base",
+    "register_target": "refold.backends.registry",
     "rule_from_functions": "refold.rewrite.rule",
 }
 

@@ -96,7 +96,8 @@ def _fail(error: RefoldError, *, as_json: bool) -> int:
 
 
 def _export(arguments: argparse.Namespace, progress: _Progress) -> int:
-    from refold.backends.base import check_output, file_targets, find_target, marker_of, require
+    from refold.backends.registry import file_targets, find_target, require
+    from refold.backends.write import check_output, marker_of
     from refold.compiler import compile_for_inference
 
     target = find_target(arguments.target)
@@ -246,7 +247,7 @@ def _verify_directory(arguments: argparse.Namespace, progress: _Progress) -> int
 
 
 def _check(arguments: argparse.Namespace, progress: _Progress) -> int:
-    from refold.backends.base import find_target, require
+    from refold.backends.registry import find_target, require
     from refold.backends.tensorrt import artifact, check, library, ops
 
     name, _, number = arguments.target.partition(":")
@@ -359,7 +360,7 @@ def _build(arguments: argparse.Namespace, progress: _Progress) -> int:
 
 def _loader(path: Path) -> Any:
     """The target that loads a file; None for an exported program, which needs none."""
-    from refold.backends.base import file_targets, require
+    from refold.backends.registry import file_targets, require
 
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
@@ -419,14 +420,8 @@ def _summary(cls: type) -> str:
 
 def _targets(arguments: argparse.Namespace, progress: _Progress) -> int:
     from refold import native
-    from refold.backends.base import (
-        dtypes_of,
-        file_targets,
-        find_target,
-        is_static,
-        target_names,
-        verification_of,
-    )
+    from refold.backends.base import dtypes_of, is_static, verification_of
+    from refold.backends.registry import file_targets, find_target, target_names
 
     kernel = native.status() or "available"
     rows: list[dict[str, Any]] = []

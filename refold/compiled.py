@@ -14,14 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from refold.backends.base import (
-    Artifact,
-    Runner,
-    Target,
-    marker_of,
-    shares_weights,
-    write_atomically,
-)
+from refold.backends.base import Artifact, Runner, Target, shares_weights
+from refold.backends.write import marker_of, write_atomically
 from refold.errors import UsageError
 from refold.graph import constants, provenance
 from refold.inputs import InputCheck

@@ -24,13 +24,11 @@ from refold.backends.base import (
     Runner,
     Target,
     computes_complex,
-    find_target,
     is_static,
     layers_on,
-    make_options,
     ranks_follow_sizes,
-    require,
 )
+from refold.backends.registry import find_target, make_options, require
 from refold.calibrate.lockstep import divergence, logits
 from refold.compile_lock import one_at_a_time
 from refold.compiled import Compilation, CompiledModel, weight_origins

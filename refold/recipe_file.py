@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from refold._version import __version__
-from refold.backends import initializers
-from refold.backends.base import write_atomically
+from refold.backends.onnx import initializers
+from refold.backends.write import write_atomically
 from refold.errors import RefitError, UsageError
 from refold.graph.tape import Slot, Step, Tape
 from refold.recipes import Recipe, Source
@@ -131,7 +131,7 @@ def refit_file(
     """
     import onnx_ir
 
-    from refold.backends.onnx import save
+    from refold.backends.onnx.export import save
 
     source = Path(model)
     if not source.is_file():

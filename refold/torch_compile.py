@@ -22,8 +22,8 @@ from torch._inductor.exc import InductorError
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from refold.backends import inductor
-from refold.backends.own_outputs import OwnOutputs
+from refold.backends.pytorch import inductor
+from refold.backends.pytorch.own_outputs import OwnOutputs
 from refold.compile_lock import one_at_a_time
 from refold.errors import RefoldError, UsageError, did_you_mean
 from refold.frontends.dynamo import Captured, NotFoldable, capture, hold

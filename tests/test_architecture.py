@@ -69,10 +69,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("refold", "refold.__main__"),
 )
 # Circles of files that are left, each within one floor.
-_CIRCLES = (
-    {"refold.recipes", "refold.recipe_file", "refold.compiled"},
-    {"refold.backends.onnx", "refold.backends.onnxruntime", "refold.backends.shift_add.check"},
-)
+_CIRCLES = ({"refold.recipes", "refold.recipe_file", "refold.compiled"},)
 
 
 def floor(module: str) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from refold import __version__, cli
-from refold.backends.onnx import OnnxTarget
+from refold.backends.onnx.targets import OnnxTarget
 from refold.errors import FrontendError, UsageError
 from refold.frontends import model_spec
 from tests.small_nets import ConvNet, LateNorm
@@ -208,7 +208,7 @@ def test_unwritable_directory_is_said_before_any_work(run, tmp_path, monkeypatch
     code, _, err = run("export", "no.such:model", *SHAPE, "-o", tmp_path / "no" / "net.onnx")
     assert code == cli.ERROR
     assert "does not exist" in err
-    monkeypatch.setattr("refold.backends.base.os.access", lambda path, mode: False)
+    monkeypatch.setattr("refold.backends.write.os.access", lambda path, mode: False)
     code, _, err = run("export", "no.such:model", *SHAPE, "-o", tmp_path / "net.onnx")
     assert code == cli.ERROR
     assert "is not writable" in err

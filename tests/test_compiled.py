@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import refold
-from refold.backends.base import find_target
+from refold.backends.registry import find_target
 from refold.errors import UsageError
 from tests.randomise import randomise
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import refold
-from refold.backends import base
+from refold.backends import base, registry
 from refold.errors import (
     ExpectationError,
     FrontendError,
@@ -216,7 +216,7 @@ def test_wrong_numbers_are_an_error(model):
 
 def test_artifact_is_verified_too(model):
     target = _Doubling()
-    base.register_target(target)
+    registry.register_target(target)
     try:
         with pytest.raises(VerificationError):
             refold.compile_for_inference(model, X, target="doubling", factor=2)
@@ -226,7 +226,7 @@ def test_artifact_is_verified_too(model):
         with pytest.raises(UsageError, match="did you mean 'factor'"):
             refold.compile_for_inference(model, X, target="doubling", facto=1)
     finally:
-        del base._registered["doubling"]
+        del registry._registered["doubling"]
 
 
 @dataclass(frozen=True)
@@ -355,7 +355,7 @@ def test_explain_needs_inputs(model):
 
 
 def test_unavailable_target_says_why(model, monkeypatch):
-    from refold.backends.onnx import OnnxTarget
+    from refold.backends.onnx.targets import OnnxTarget
 
     monkeypatch.setattr(
         OnnxTarget, "available", lambda self: "onnx is not installed: pip install x"

@@ -1,9 +1,7 @@
 """Targets: what a folded program is lowered to. One file each; ``base`` holds the contract."""
 
-from refold.backends.base import (
-    Artifact,
-    Runner,
-    Target,
+from refold.backends.base import Artifact, Runner, Target
+from refold.backends.registry import (
     find_target,
     make_options,
     register_target,

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.metadata
 import importlib.util
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import fx
 
-from refold.errors import BackendError, MissingDependencyError, UsageError, did_you_mean
 from refold.graph import provenance
 from refold.graph.kinds import op_name
 
@@ -238,78 +232,6 @@ def _operator(word: str) -> str:
     return word.removeprefix("aten_").removesuffix("_default").removesuffix("_copy")
 
 
-_BUILT_IN = {
-    "torch": "refold.backends.torch:TorchTarget",
-    "inductor": "refold.backends.inductor:InductorTarget",
-    "aoti": "refold.backends.aoti:AotiTarget",
-    "onnx": "refold.backends.onnx:OnnxTarget",
-    "ort": "refold.backends.onnxruntime:OnnxRuntimeTarget",
-    "ort-format": "refold.backends.ort_format:OrtFormatTarget",
-    "openvino": "refold.backends.openvino:OpenVinoTarget",
-    "executorch": "refold.backends.executorch:ExecuTorchTarget",
-    "litert": "refold.backends.litert:LiteRtTarget",
-    "ncnn": "refold.backends.ncnn:NcnnTarget",
-    "coreml": "refold.backends.coreml:CoreMlTarget",
-    "trt": "refold.backends.tensorrt.target:TensorRTTarget",
-}
-_registered: dict[str, Target] = {}
-
-
-def register_target(target: Target) -> None:
-    """Makes a target known by its name, in this process.
-
-    Packages announce theirs through the entry point group ``refold.targets`` instead
-    (name = the target's name, value = a class without constructor arguments).
-    """
-    _registered[target.name] = target
-
-
-def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-    return {e.name: e for e in importlib.metadata.entry_points(group="refold.targets")}
-
-
-def target_names() -> list[str]:
-    """The names of all targets, built in first."""
-    return list(dict.fromkeys([*_BUILT_IN, *_entry_points(), *_registered]))
-
-
-_RUNTIMES = {"tensorrt": "trt", "onnxruntime": "ort", "tflite": "litert", "aotinductor": "aoti"}
-
-
-def find_target(name: str) -> Target:
-    """The target of that name; an unknown one is an error that names the nearest."""
-    if name in _registered:
-        return _registered[name]
-    if name in _BUILT_IN:
-        module, _, attribute = _BUILT_IN[name].partition(":")
-        return cast(Target, getattr(importlib.import_module(module), attribute)())
-    entry = _entry_points().get(name)
-    if entry is not None:
-        return cast(Target, entry.load()())
-    runtime = _RUNTIMES.get(name.lower().replace("-", "").replace("_", ""))
-    hint = f" (did you mean {runtime!r}?)" if runtime else did_you_mean(name, target_names())
-    raise UsageError(f"unknown target {name!r}{hint}")
-
-
-def file_targets() -> dict[str, Target]:
-    """By suffix the target that loads such files."""
-    found: dict[str, Target] = {}
-    for target in map(find_target, target_names()):
-        if isinstance(target, LoadsFile):
-            found.setdefault(target.suffix, target)
-    return found
-
-
-def make_options(target: Target, given: Mapping[str, Any]) -> Any:
-    """Builds the target's options; an unknown one is an error that names the nearest."""
-    known = [f.name for f in dataclasses.fields(target.options)]
-    for name in given:
-        if name not in known:
-            hint = did_you_mean(name, known) if known else " (it has none)"
-            raise UsageError(f"target {target.name!r} has no option {name!r}{hint}")
-    return target.options(**given)
-
-
 def missing(packages: tuple[str, ...], extra: str) -> str | None:
     """The sentence for packages that are not installed, or ``None``."""
     absent = [p for p in packages if importlib.util.find_spec(p) is None]
@@ -317,89 +239,3 @@ def missing(packages: tuple[str, ...], extra: str) -> str | None:
         return None
     verb = "is" if len(absent) == 1 else "are"
     return f"{' and '.join(absent)} {verb} not installed: pip install 'refold[{extra}]'"
-
-
-def require(target: Target) -> None:
-    """Raises :class:`MissingDependencyError` if the target cannot be used here."""
-    reason = target.available()
-    if reason:
-        raise MissingDependencyError(f"target {target.name!r} cannot be used here: {reason}")
-
-
-def marker_of(target: Target) -> str | None:
-    """The file that marks a saved artifact where that is a directory, ``None`` where it is a file.
-
-    A target says so in an optional attribute ``marker``.
-    """
-    return cast("str | None", getattr(target, "marker", None))
-
-
-def check_output(path: Path, *, force: bool = False, marker: str | None = None) -> None:
-    """Raises if ``path`` cannot be written, as far as that shows before it is tried.
-
-    Args:
-        path: file to write, or directory if there is a ``marker``.
-        force: whether an existing one may be replaced.
-        marker: a file that a directory must hold to be taken for an artifact and replaced.
-    """
-    if path.is_dir() and marker is None:
-        raise UsageError(f"{path} is a directory: name a file in it")
-    if path.exists() and not force:
-        raise UsageError(
-            f"{path} exists: pass force=True (--force on the command line) to overwrite it"
-        )
-    if path.exists() and marker is not None and not (path / marker).is_file():
-        raise UsageError(f"{path} has no {marker}, so it is no artifact: choose another name")
-    if not path.parent.is_dir():
-        raise BackendError(f"cannot write {path}: the directory {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise BackendError(f"cannot write {path}: the directory {path.parent} is not writable")
-
-
-def write_atomically(
-    path: str | os.PathLike[str],
-    writer: Callable[[Path, str], None],
-    *,
-    force: bool = False,
-    marker: str | None = None,
-) -> Path:
-    """Lets ``writer(folder, name)`` write into a hidden folder, then moves the files to ``path``.
-
-    Nothing is left behind when the writer fails, and an existing file is never half overwritten.
-    With a ``marker`` (see :func:`check_output`) ``name`` is a directory.
-
-    Raises:
-        UsageError: the file exists and ``force`` is false.
-        BackendError: the directory is missing or not writable, or the disk is full.
-    """
-    path = Path(path)
-    check_output(path, force=force, marker=marker)
-    folder: Path | None = None
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        writer(folder, path.name)
-        # The file of that name goes last: whoever sees it finds the files that it refers to.
-        for file in sorted(folder.iterdir(), key=lambda f: f.name == path.name):
-            _move(file, path.parent / file.name)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise BackendError(f"cannot write {path}: {reason}; nothing was written") from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-    return path
-
-
-def _move(source: Path, destination: Path) -> None:
-    """Moves a file over an existing one, or a directory into the place of an existing one."""
-    if not (source.is_dir() and destination.is_dir()):
-        os.replace(source, destination)
-        return
-    # No directory can be renamed over another: the old one steps aside, and back if need be.
-    aside = source.with_name(f"{source.name}.old")
-    os.replace(destination, aside)
-    try:
-        os.replace(source, destination)
-    except OSError:
-        os.replace(aside, destination)
-        raise

@@ -187,3 +187,9 @@ def is_output(node: fx.Node) -> bool:
 def pinned(node: fx.Node) -> bool:
     """True for nodes of module paths that the user excluded: no pass removes or rewrites them."""
     return bool(node.meta.get("refold_pinned"))
+
+
+def symbolic_dims(node: fx.Node) -> list[int]:
+    """The dimensions of an input that the trace left free."""
+    value: Any = node.meta["val"]
+    return [i for i, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]

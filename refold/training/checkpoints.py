@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from refold.backends.base import check_output, write_atomically
+from refold.backends.write import check_output, write_atomically
 from refold.errors import MissingDependencyError, UsageError
 from refold.graph.program import as_call
 

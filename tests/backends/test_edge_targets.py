@@ -14,7 +14,8 @@ import torch
 
 import refold
 from refold import cli
-from refold.backends.base import dtypes_of, find_target
+from refold.backends.base import dtypes_of
+from refold.backends.registry import find_target
 from refold.errors import BackendError
 from tests.backends import runtimes
 from tests.backends.quantised_nets import Int8Net

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import refold
-from refold.backends import executorch as backend
 from refold.backends.base import Artifact
+from refold.backends.edge import executorch as backend
 from refold.errors import BackendError
 from tests.backends import runtimes
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import refold
-from refold.backends.inductor import Layouts, SizeGuards, _laid_out
+from refold.backends.pytorch.inductor import Layouts, SizeGuards, _laid_out
 from refold.errors import BackendError, UsageError
 from tests.compare import SINGLE, relative_error
 from tests.small_nets import ConvNet, Structured, assert_same, seeded, structured_call

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import refold
-from refold.backends import litert as backend
+from refold.backends.edge import litert as backend
 from refold.errors import BackendError, UsageError
 from tests.backends import runtimes
 

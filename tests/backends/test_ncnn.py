@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 import refold
 from refold import cli
-from refold.backends import ncnn as backend
+from refold.backends.edge import ncnn as backend
 from refold.errors import BackendError, UsageError
 from tests.backends import runtimes
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import refold
-from refold.backends import base
-from refold.backends.onnx import OnnxTarget
+from refold.backends import write
+from refold.backends.onnx.targets import OnnxTarget
 from refold.errors import BackendError, UsageError
 from tests.small_nets import ConvNet, Structured, assert_same, seeded, structured_call
 
@@ -127,7 +127,7 @@ def test_interrupt_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        base.write_atomically(tmp_path / "net.onnx", interrupted)
+        write.write_atomically(tmp_path / "net.onnx", interrupted)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -145,22 +145,22 @@ def test_files_beside_come_first(tmp_path):
         (folder / name).write_text("a")
         (folder / f"{name}.data").write_text("b")
 
-    original = base.os.replace
-    base.os.replace = lambda a, b: (seen.append(Path(b).name), original(a, b))
+    original = write.os.replace
+    write.os.replace = lambda a, b: (seen.append(Path(b).name), original(a, b))
     try:
-        base.write_atomically(tmp_path / "net.onnx", two)
+        write.write_atomically(tmp_path / "net.onnx", two)
     finally:
-        base.os.replace = original
+        write.os.replace = original
     assert seen == ["net.onnx.data", "net.onnx"]
 
 
 def test_large_weights_go_beside(compiled, tmp_path, monkeypatch):
-    monkeypatch.setattr("refold.backends.onnx._EXTERNAL_DATA_BYTES", 100)
+    monkeypatch.setattr("refold.backends.onnx.export._EXTERNAL_DATA_BYTES", 100)
     path = compiled.save(tmp_path / "net.onnx")
     # Small tensors stay inside.
     assert (tmp_path / "net.onnx.data").stat().st_size == 4 * 4 * 3 * 3 * 3
     onnx.checker.check_model(str(path))
-    from refold.backends.onnxruntime import open_session
+    from refold.backends.onnx.session import open_session
 
     x = torch.randn(2, 3, 8, 8)
     (got,) = open_session(path).run(None, {"x": x.numpy()})

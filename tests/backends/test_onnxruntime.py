@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import refold
-from refold.backends import onnxruntime as backend
+from refold.backends.onnx import session as backend
 from refold.errors import BackendError, MissingDependencyError, UsageError
 from tests.small_nets import ConvNet, PaddedMaxPool, seeded
 
@@ -22,7 +22,7 @@ def test_zero_pad_before_max_pool_stays_zero(twice, own, tmp_path):
 
 def test_runtime_miscompiles_the_plain_spelling(tmp_path, monkeypatch):
     """Why the other spelling exists; once this fails, the runtime was mended."""
-    monkeypatch.setattr("refold.backends.onnx.keep_pads_before_max_pool", lambda model: 0)
+    monkeypatch.setattr("refold.backends.onnx.export.keep_pads_before_max_pool", lambda model: 0)
     model, x = seeded(PaddedMaxPool()), torch.randn(2, 2, 9, 9)
     with pytest.raises(refold.RefoldError, match="from the float64 reference"):
         refold.compile_for_inference(model, x, target="ort")

@@ -45,7 +45,7 @@ def test_precision_is_said(built):
 
 
 def test_executed_layers(built):
-    from refold.backends import openvino as backend
+    from refold.backends.edge import openvino as backend
 
     model = built[0]._done.artifact.content.model
     # convolution with relu, mean, linear; reorders of layouts may come on top

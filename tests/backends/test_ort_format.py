@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import refold
-from refold.backends import ort_format
+from refold.backends.onnx import ort_format
 from refold.errors import BackendError
 from tests.backends import runtimes
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import refold
-from refold.backends.base import find_target
+from refold.backends.registry import find_target
 
 HERE = ("torch", "inductor", "aoti", "ort", "openvino")
 

@@ -90,7 +90,7 @@ def test_computed_scale() -> None:
 
 
 def test_the_graph_at_hand_stays_as_it_is() -> None:
-    from refold.backends.onnx import lower
+    from refold.backends.onnx.export import lower
 
     program = trace(Through(-8, 7, torch.int8), (torch.randn(2, 9),), {})
     before = str(program.graph_module.graph)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import refold
-from refold.backends.onnxruntime import open_session
-from refold.backends.shift_add import check, choice, rewrite
+from refold.backends.onnx.session import open_session
+from refold.backends.onnx.shift_add import check, choice, rewrite
 from refold.errors import UsageError, VerificationError
 from refold.ops.bcq_linear import dequantise, pack, reference
 
@@ -350,7 +350,7 @@ def test_a_wrong_code_is_found(level, monkeypatch):
 
 def test_a_wrong_kernel_is_found(monkeypatch):
     """The dense weights are right, what the kernels return is not."""
-    from refold.backends import onnxruntime as backend
+    from refold.backends.onnx import session as backend
 
     real = backend.run_session
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import refold
-from refold.backends import base
-from refold.backends.static import StaticProgram, keep_pooled_dims
+from refold.backends import base, registry
+from refold.backends.edge.static import StaticProgram, keep_pooled_dims
 from refold.errors import BackendError
 from refold.frontends.export import trace
 from tests.small_nets import ConvNet, seeded
@@ -66,7 +66,7 @@ def test_places_name_module_and_line():
 def test_static_targets_are_traced_static(monkeypatch):
     class Plain:
         name, suffix, static = "plain-static", "", True
-        options = type(refold.backends.torch.TorchOptions())
+        options = type(refold.backends.pytorch.eager.TorchOptions())
 
         def available(self):
             return None
@@ -83,7 +83,7 @@ def test_static_targets_are_traced_static(monkeypatch):
         def stats(self, artifact):
             return {}
 
-    monkeypatch.setitem(base._registered, "plain-static", Plain())
+    monkeypatch.setitem(registry._registered, "plain-static", Plain())
     model = seeded(ConvNet())
     compiled = refold.compile_for_inference(model, torch.randn(1, 3, 8, 8), target="plain-static")
     assert compiled.report.inputs[0].sizes == (1, 3, 8, 8)

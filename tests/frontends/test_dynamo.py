@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import refold
 from refold import torch_compile
-from refold.backends import inductor
+from refold.backends.pytorch import inductor
 from refold.errors import UsageError
 from refold.graph.kinds import census
 from refold.passes import PIPELINES

@@ -245,7 +245,7 @@ def test_state_lives_on_in_files_and_with_bound_inputs(tmp_path) -> None:
 
 @pytest.mark.parametrize("target", ["aoti", "onnx", "ort", "openvino"])
 def test_targets_without_state_name_it(target: str) -> None:
-    if refold.backends.base.find_target(target).available():
+    if refold.backends.registry.find_target(target).available():
         pytest.skip("not installed")
     with pytest.raises(BackendError, match=r"writes its own state \(a\)"):
         refold.compile_for_inference(

@@ -14,7 +14,7 @@ from torch import nn
 
 import refold
 from refold import native
-from refold.backends.torch import constant_bytes
+from refold.backends.pytorch.eager import constant_bytes
 from refold.errors import VerificationError
 from refold.native.check import rounding
 from refold.native.interface import Library

@@ -12,10 +12,11 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from refold.backends import onnx
 from refold.backends.base import Artifact, Runner, missing
-from refold.backends.shift_add import choice as shift_add
-from refold.backends.shift_add.check import as_written, rebase
+from refold.backends.onnx import export
+from refold.backends.onnx.shift_add import choice as shift_add
+from refold.backends.onnx.shift_add.check import as_written, rebase
+from refold.backends.onnx.targets import OnnxOptions
 from refold.backends.tensorrt import artifact as directory
 from refold.backends.tensorrt import check, precision, reference
 from refold.errors import BackendError, MissingDependencyError, UsageError
@@ -68,7 +69,7 @@ class TensorRTOptions:
     requantise: int | None = None
 
     def __post_init__(self) -> None:
-        onnx.OnnxOptions(_opset(self))
+        OnnxOptions(_opset(self))
         if self.requantise not in (None, 4):
             raise UsageError(f"requantise {self.requantise!r}: TensorRT takes 4 bits, or None")
         if self.precision not in _PRECISIONS:
@@ -91,7 +92,7 @@ class TensorRTOptions:
 class Content:
     """What will be the directory; ``verification`` comes once the original's results are known."""
 
-    onnx: onnx.OnnxContent
+    onnx: export.OnnxContent
     graph_module: fx.GraphModule
     build: directory.Build
     layers: list[precision.Layer]
@@ -122,7 +123,7 @@ class TensorRTTarget:
         if options.precision:
             gm, layers, kept = _cast(program, gm, precision.DTYPES[options.precision])
             notes += kept
-        lowered = onnx.lower(program, gm, opset, shift_add.tensorrt(options.requantise))
+        lowered = export.lower(program, gm, opset, shift_add.tensorrt(options.requantise))
         model = lowered.content.model
         opset = model.opset_imports[""]
         from refold.backends.tensorrt.rewrite import rewrite
@@ -191,13 +192,13 @@ class TensorRTTarget:
         write(artifact.content, folder / name)
 
     def stats(self, artifact: Artifact) -> dict[str, int]:
-        return onnx.stats(artifact.content.onnx.model)
+        return export.stats(artifact.content.onnx.model)
 
 
 def write(content: Content, folder: Path) -> None:
     """Writes the directory, ``build.json`` last: it states the sums of all other files."""
     folder.mkdir()
-    onnx.save(content.onnx.model, folder, directory.MODEL)
+    export.save(content.onnx.model, folder, directory.MODEL)
     directory.write_json(folder / "provenance.json", check.provenance(content.onnx.model))
     directory.write_json(folder / "refit.json", _recipe(content))
     if content.layers:
@@ -212,10 +213,10 @@ def write(content: Content, folder: Path) -> None:
 
 def _load_onnx(content: Content) -> Runner:
     """The ONNX file in ONNX Runtime: it computes what an engine is made of, and is no engine."""
-    from refold.backends import onnxruntime
+    from refold.backends.onnx import session
 
     try:
-        return onnxruntime.load(content.onnx, accuracy_level=0)
+        return session.load(content.onnx, accuracy_level=0)
     except BackendError as error:
         raise MissingDependencyError(
             f"not executed by TensorRT, nor in ONNX Runtime: {error}"

@@ -98,7 +98,7 @@ def verify_onnx(folder: Path) -> Signed:
         raise MissingDependencyError(reason)
     import onnxruntime
 
-    from refold.backends.onnxruntime import open_session, run_session
+    from refold.backends.onnx.session import open_session, run_session
 
     made_of = artifact.read(folder)
     session = open_session(folder / artifact.MODEL, accuracy_level=0)

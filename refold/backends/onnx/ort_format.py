@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from refold.backends import flat, onnx, onnxruntime
+from refold.backends import flat
 from refold.backends.base import Artifact, Checked, Runner
+from refold.backends.onnx import export, session
+from refold.backends.onnx.targets import OnnxRuntimeOptions, OnnxRuntimeTarget
 from refold.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ class Content:
     weights: int
 
 
-class OrtFormatTarget(onnxruntime.OnnxRuntimeTarget):
+class OrtFormatTarget(OnnxRuntimeTarget):
     """Lowers through ONNX to a .ort file at the level that every processor can run."""
 
     name = "ort-format"
@@ -35,18 +37,16 @@ class OrtFormatTarget(onnxruntime.OnnxRuntimeTarget):
     shares_weights = ()
     verified = "run and compared on the CPU"
 
-    def lower(
-        self, program: Program, gm: fx.GraphModule, options: onnxruntime.OnnxRuntimeOptions
-    ) -> Artifact:
+    def lower(self, program: Program, gm: fx.GraphModule, options: OnnxRuntimeOptions) -> Artifact:
         if options.requantise is not None or options.accuracy_level != 4:
             raise UsageError(
                 "the .ort format names no 2 or 4-bit integers, and its runtime fuses none: drop "
                 "requantise and accuracy_level, or use target='ort'"
             )
-        lowered = onnx.lower(program, gm, options.opset)
-        content: onnx.OnnxContent = lowered.content
+        lowered = export.lower(program, gm, options.opset)
+        content: export.OnnxContent = lowered.content
         data = _convert(content.model, flat.half_precision(gm))
-        weights = onnx.weight_bytes(content.model)
+        weights = export.weight_bytes(content.model)
         return Artifact(Content(data, content.signature, weights), lowered.notes)
 
     def check(
@@ -54,18 +54,18 @@ class OrtFormatTarget(onnxruntime.OnnxRuntimeTarget):
         artifact: Artifact,
         gm: fx.GraphModule,
         known: References,
-        options: onnxruntime.OnnxRuntimeOptions,
+        options: OnnxRuntimeOptions,
     ) -> Checked:
         return Checked()  # there are floats in the file alone: rounding is all that may differ
 
-    def load(self, artifact: Artifact, options: onnxruntime.OnnxRuntimeOptions) -> Runner:
+    def load(self, artifact: Artifact, options: OnnxRuntimeOptions) -> Runner:
         content: Content = artifact.content
         signature = content.signature
-        session = onnxruntime.open_session(content.data, threads=options.threads)
+        opened = session.open_session(content.data, threads=options.threads)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             tensors = signature.tensors(args, kwargs)
-            return signature.rebuild(onnxruntime.run_session(session, tensors))
+            return signature.rebuild(session.run_session(opened, tensors))
 
         return run
 
@@ -86,7 +86,7 @@ def _convert(model: Any, hint: str) -> bytes:
 
     with tempfile.TemporaryDirectory(prefix="refold-") as folder:
         source, written = Path(folder) / "model.onnx", Path(folder) / "model.ort"
-        onnx.save(model, Path(folder), source.name)
+        export.save(model, Path(folder), source.name)
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         options.optimized_model_filepath = str(written)
@@ -95,13 +95,13 @@ def _convert(model: Any, hint: str) -> bytes:
         try:
             runtime.InferenceSession(
                 str(source), options, providers=["CPUExecutionProvider"],
-                disabled_optimizers=list(onnxruntime.LOSSY),
+                disabled_optimizers=list(session.LOSSY),
             )  # fmt: skip
         except Exception as error:
             # The bindings raise classes of their own that share no base but Exception.
             text = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BackendError(
-                f"ONNX Runtime cannot convert the model: {text}{onnx.places(model, text)}{hint}"
+                f"ONNX Runtime cannot convert the model: {text}{export.places(model, text)}{hint}"
             ) from error
         return written.read_bytes()
 

@@ -18,9 +18,9 @@ from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
 from refold.backends.base import Artifact, Runner, places
-from refold.backends.inductor import Layouts, may_freeze, missing_compiler, mode_settings
-from refold.backends.own_outputs import OwnOutputs
-from refold.backends.torch import re_export
+from refold.backends.pytorch.eager import re_export
+from refold.backends.pytorch.inductor import Layouts, may_freeze, missing_compiler, mode_settings
+from refold.backends.pytorch.own_outputs import OwnOutputs
 from refold.errors import BackendError, UsageError
 from refold.graph import constants
 from refold.graph.kinds import census

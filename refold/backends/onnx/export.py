@@ -1,10 +1,9 @@
-"""Target ``onnx``: a standard ONNX file, with the origin of every node in its metadata."""
+"""The folded graph as an ONNX model, with the origin of every node in its metadata."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,47 +15,22 @@ import torch
 from torch import fx
 from torch.export import Dim
 
-from refold.backends import base, flat, initializers, quantised
-from refold.backends.base import LEFT_ALONE, Artifact, Checked, Runner, missing
-from refold.backends.shift_add import choice as shift_add
-from refold.backends.shift_add import rewrite as shift_add_layers
-from refold.backends.torch import symbolic_dims
-from refold.errors import BackendError, RefitError, UsageError
+from refold.backends import base, flat
+from refold.backends.base import LEFT_ALONE, Artifact
+from refold.backends.onnx import initializers, quantised
+from refold.backends.onnx.mend import keep_pads_before_max_pool
+from refold.backends.onnx.shift_add import choice as shift_add
+from refold.backends.onnx.shift_add import rewrite as shift_add_layers
+from refold.errors import BackendError, RefitError
 from refold.graph.constants import stored
+from refold.graph.nodes import symbolic_dims
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
-    from refold.verify.references import References
 
-# The exporter turns a request below 18 into 18 without a word.
-_OPSETS = range(18, 24)
 # Protobuf ends at 2 GiB; what is not weights needs room too.
 _EXTERNAL_DATA_BYTES = 1_500_000_000
-_ACCURACY_LEVEL = 4  # of ONNX Runtime's sessions, where nobody tells them otherwise
 _SYMBOL = re.compile(r"(?<!\w)[su]\d+(?!\w)")
-
-
-@dataclass(frozen=True)
-class OnnxOptions:
-    """Options of the ``onnx`` target.
-
-    Attributes:
-        opset: version of the standard operator set, 18 to 23; shift-add layers in 2 or 4 bits raise
-            it where they must.
-        requantise: width, 4 or 8 bits, that shift-add layers are rounded to where their scales are
-            no integer grid; by default they keep their planes.
-    """
-
-    opset: int = 20
-    requantise: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.requantise not in (None, 4, 8):
-            raise UsageError(f"requantise {self.requantise!r}: choose 4 or 8 bits, or None")
-        if self.opset not in _OPSETS:
-            raise UsageError(
-                f"opset {self.opset} cannot be written: choose {_OPSETS[0]} to {_OPSETS[-1]}"
-            )
 
 
 @dataclass(frozen=True)
@@ -71,46 +45,6 @@ class OnnxContent:
     signature: flat.Signature
     shift_add: tuple[shift_add_layers.Written, ...] = ()
     initializers: initializers.Initializers | None = None
-
-
-class OnnxTarget:
-    """Writes ONNX; calls of the compiled model run in ONNX Runtime where that is installed."""
-
-    name = "onnx"
-    suffix = ".onnx"
-    shares_weights = ("files",)
-    complex_calls = False
-    options = OnnxOptions
-
-    def available(self) -> str | None:
-        return missing(("onnx", "onnxscript"), "onnx")
-
-    def lower(self, program: Program, gm: fx.GraphModule, options: Any) -> Artifact:
-        kernels = shift_add.onnx_runtime(_ACCURACY_LEVEL, options.requantise)
-        return lower(program, gm, options.opset, kernels)
-
-    def check(
-        self, artifact: Artifact, gm: fx.GraphModule, known: References, options: OnnxOptions
-    ) -> Checked:
-        from refold.backends.shift_add import check
-
-        return check.check(artifact.content, gm, known, _ACCURACY_LEVEL)
-
-    def load(self, artifact: Artifact, options: Any) -> Runner:
-        from refold.backends.onnxruntime import load
-
-        return load(artifact.content)
-
-    def save(self, artifact: Artifact, folder: Path, name: str) -> None:
-        save(artifact.content.model, folder, name)
-
-    def refit(
-        self, artifact: Artifact, gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]
-    ) -> Artifact:
-        return refit(artifact, tensors)
-
-    def stats(self, artifact: Artifact) -> dict[str, int]:
-        return stats(artifact.content.model)
 
 
 def refit(artifact: Artifact, tensors: Mapping[str, torch.Tensor]) -> Artifact:
@@ -367,61 +301,3 @@ def _values(graph: Any) -> Iterator[Any]:
     yield from graph.inputs
     for node in graph:
         yield from node.outputs
-
-
-def keep_pads_before_max_pool(model: Any) -> int:
-    """Spells constant pads that end in a MaxPool with explicit axes; returns how many.
-
-    ONNX Runtime's level-1 ``Pad_Fusion`` moves a zero Pad into the following MaxPool, whose own
-    padding is -inf: wrong wherever a border window is negative (measured with 1.31). It leaves a
-    Pad with an ``axes`` input alone, and that spelling means the same everywhere.
-    """
-    import numpy as np
-    import onnx_ir
-
-    count = 0
-    for node in list(model.graph):
-        if not is_fusable_pad(node) or not _feeds_max_pool(node):
-            continue
-        pads = onnx_ir.convenience.get_const_tensor(node.inputs[1]).numpy().tolist()
-        rank = len(pads) // 2
-        axes = [a for a in range(rank) if pads[a] or pads[rank + a]] or [rank - 1]
-        kept = [pads[a] for a in axes] + [pads[rank + a] for a in axes]
-        value = node.inputs[2] if len(node.inputs) > 2 else None
-        constants = []
-        for role, data in (("pads", kept), ("axes", axes)):
-            name = f"{node.outputs[0].name}_{role}"
-            tensor = onnx_ir.tensor(np.array(data, dtype=np.int64), name=name)
-            constants.append(onnx_ir.Value(name=name, const_value=tensor))
-            model.graph.register_initializer(constants[-1])
-        node.resize_inputs(4)
-        for index, new in enumerate([node.inputs[0], constants[0], value, constants[1]]):
-            node.replace_input_with(index, new)
-        count += 1
-    return count
-
-
-def is_fusable_pad(node: Any) -> bool:
-    """A constant Pad with known pads, no axes, and a value other than -inf."""
-    import onnx_ir
-
-    if node.op_type != "Pad" or node.domain or len(node.inputs) > 3:
-        return False
-    mode = node.attributes.get("mode")
-    if mode is not None and mode.as_string() != "constant":
-        return False
-    if onnx_ir.convenience.get_const_tensor(node.inputs[1]) is None:
-        return False
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        value = onnx_ir.convenience.get_const_tensor(node.inputs[2])
-        return value is None or float(value.numpy()) != -math.inf
-    return True
-
-
-def _feeds_max_pool(node: Any) -> bool:
-    # Identities vanish and neighbouring pads merge before the fusion is tried.
-    users = [user for output in node.outputs for user, _ in output.uses()]
-    return any(
-        u.op_type == "MaxPool" or (u.op_type in ("Identity", "Pad") and _feeds_max_pool(u))
-        for u in users
-    )

@@ -21,14 +21,16 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from refold.backends.base import Checked, Runner
-from refold.backends.shift_add.choice import REQUANTISED
-from refold.backends.shift_add.rewrite import Layer, Written, effective_weight
+from refold.backends.onnx import export
+from refold.backends.onnx import session as onnx_runtime
+from refold.backends.onnx.export import OnnxContent
+from refold.backends.onnx.shift_add.choice import REQUANTISED
+from refold.backends.onnx.shift_add.rewrite import Layer, Written, effective_weight
 from refold.errors import VerificationError
 from refold.graph.evaluate import Oracle, flat_inputs
 from refold.ops.bcq_linear import dequantise
 
 if TYPE_CHECKING:
-    from refold.backends.onnx import OnnxContent
     from refold.graph.program import Call
     from refold.verify.references import References
 
@@ -51,7 +53,6 @@ def check(
     Raises:
         VerificationError: the file or a kernel computes something else.
     """
-    from refold.backends import onnxruntime
     from refold.verify import compare
 
     if not content.shift_add or not known.calls:
@@ -61,7 +62,7 @@ def check(
     # Where nothing but rounding was allowed, the graph is what the references are of.
     same = written is gm and not known.allowed
     expected = known if same else rebase(written, known)
-    dense = onnxruntime.load(content, dense=True)
+    dense = onnx_runtime.load(content, dense=True)
     result = compare.verify(None, dense, expected)
     told = [f"shift-add file against the substituted graph, weights dense: {result.summary}"]
     by = None if written is gm else expected
@@ -74,11 +75,11 @@ def check(
         )
     fused = [w for w in content.shift_add if w.layer.choice.bits]
     if fused and accuracy_level == 0:
-        result = compare.verify(None, onnxruntime.load(content, accuracy_level=0), expected)
+        result = compare.verify(None, onnx_runtime.load(content, accuracy_level=0), expected)
         told.append(f"its kernels in float32: {result.summary}")
     elif fused:
         worst, name, past = _judge_kernels(content, fused, known)
-        moved = _outputs_apart(onnxruntime.load(content), dense, known)
+        moved = _outputs_apart(onnx_runtime.load(content), dense, known)
         by = replace(expected, nearby=[[_with_int8(gm, layers, call)] for call in known.calls])
         told.append(
             f"int8 activations cost at most {worst:.1e} of a layer ({name}) and {moved:.1e} of an "
@@ -213,8 +214,6 @@ def _traffic(
     content: OnnxContent, fused: list[Written], known: References
 ) -> Iterator[tuple[Written, list[tuple[torch.Tensor, torch.Tensor]]]]:
     """What each layer read and returned in a session with its kernels."""
-    from refold.backends import onnx, onnxruntime
-
     graph = content.model.graph
     inputs = [v.name for v in graph.inputs]
     kept = len(graph.outputs)
@@ -225,14 +224,14 @@ def _traffic(
     try:
         names = [v.name for v in graph.outputs]
         with tempfile.TemporaryDirectory(prefix="refold-") as folder:
-            onnx.save(content.model, Path(folder), "model.onnx")
-            session = onnxruntime.open_session(Path(folder) / "model.onnx")
+            export.save(content.model, Path(folder), "model.onnx")
+            session = onnx_runtime.open_session(Path(folder) / "model.onnx")
     finally:
         del graph.outputs[kept:]
     seen: list[dict[str, torch.Tensor]] = []
     for args, kwargs in known.calls:
         tensors = content.signature.tensors(args, kwargs)
-        results = onnxruntime.run_session(session, tensors)
+        results = onnx_runtime.run_session(session, tensors)
         seen.append(
             {**dict(zip(inputs, tensors, strict=True)), **dict(zip(names, results, strict=True))}
         )

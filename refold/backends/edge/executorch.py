@@ -12,7 +12,7 @@ from torch import fx
 
 from refold.backends import flat
 from refold.backends.base import Artifact, Runner, missing
-from refold.backends.static import StaticProgram, keep_pooled_dims, quiet
+from refold.backends.edge.static import StaticProgram, keep_pooled_dims, quiet
 from refold.errors import BackendError
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from torch import fx
 
 from refold.backends import flat
 from refold.backends.base import LEFT_ALONE, places
-from refold.backends.torch import symbolic_dims
 from refold.errors import BackendError, UsageError
 from refold.graph.kinds import op_name
+from refold.graph.nodes import symbolic_dims
 
 if TYPE_CHECKING:
     from refold.graph.program import Program

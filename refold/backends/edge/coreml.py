@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from refold.backends.base import Artifact, Runner, missing
-from refold.backends.static import StaticProgram, quiet
+from refold.backends.edge.static import StaticProgram, quiet
 from refold.errors import BackendError, MissingDependencyError, UsageError
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
 from refold.backends.base import Artifact, Runner, places
-from refold.backends.own_outputs import OwnOutputs
-from refold.backends.torch import constant_bytes
+from refold.backends.pytorch.eager import constant_bytes
+from refold.backends.pytorch.own_outputs import OwnOutputs
 from refold.errors import BackendError, UsageError, did_you_mean
 from refold.graph import constants, nodes
 from refold.graph.kinds import census

@@ -18,7 +18,14 @@ import torch
 from torch import fx
 
 from refold.algebra import integer_grid
-from refold.backends.shift_add.choice import DENSE, FUNCTION, REQUANTISED, Choice, Kernels, choose
+from refold.backends.onnx.shift_add.choice import (
+    DENSE,
+    FUNCTION,
+    REQUANTISED,
+    Choice,
+    Kernels,
+    choose,
+)
 from refold.errors import BackendError
 from refold.graph import constants, nodes, provenance
 from refold.ops.bcq_linear import dequantise, unpack

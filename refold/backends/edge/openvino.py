@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from refold.backends import flat, onnx
+from refold.backends import flat
 from refold.backends.base import Artifact, Runner, missing
+from refold.backends.onnx import export
+from refold.backends.onnx.targets import OnnxOptions
 from refold.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
@@ -63,8 +65,8 @@ class OpenVinoTarget:
         return missing(("onnx", "onnxscript", "openvino"), "openvino")
 
     def lower(self, program: Program, gm: fx.GraphModule, options: OpenVinoOptions) -> Artifact:
-        lowered = onnx.lower(program, gm, onnx.OnnxOptions().opset)
-        content: onnx.OnnxContent = lowered.content
+        lowered = export.lower(program, gm, OnnxOptions().opset)
+        content: export.OnnxContent = lowered.content
         return Artifact(Content(_read(content.model), content.signature), (*lowered.notes, _HINT))
 
     def load(self, artifact: Artifact, options: OpenVinoOptions) -> Runner:
@@ -125,13 +127,13 @@ def _read(model: Any) -> Any:
     from refold._version import __version__
 
     with tempfile.TemporaryDirectory(prefix="refold-") as folder:
-        onnx.save(model, Path(folder), "model.onnx")
+        export.save(model, Path(folder), "model.onnx")
         try:
             read = openvino.Core().read_model(str(Path(folder) / "model.onnx"))
         except RuntimeError as error:
             text = _last_line(error)
             raise BackendError(
-                f"OpenVINO cannot read the model: {text}{onnx.places(model, text)}"
+                f"OpenVINO cannot read the model: {text}{export.places(model, text)}"
             ) from error
     # The ONNX reader computes shapes of biases that are known.
     folding = Manager()

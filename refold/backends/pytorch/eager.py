@@ -17,6 +17,7 @@ from refold.backends.base import Artifact, Checked, Runner
 from refold.errors import BackendError
 from refold.graph.evaluate import flat_inputs
 from refold.graph.kinds import census
+from refold.graph.nodes import symbolic_dims
 from refold.native.lower import is_packed, lower, with_sums
 
 if TYPE_CHECKING:
@@ -153,9 +154,3 @@ def re_export(
     dynamic: Any = shapes if len(shapes) else None
     with torch.no_grad():
         return torch.export.export(gm, tuple(args), kwargs, dynamic_shapes=dynamic, strict=False)
-
-
-def symbolic_dims(node: fx.Node) -> list[int]:
-    """The dimensions of an input that the trace left free."""
-    value: Any = node.meta["val"]
-    return [i for i, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]

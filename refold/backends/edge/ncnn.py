@@ -14,7 +14,7 @@ from torch import fx
 
 from refold.backends import flat
 from refold.backends.base import Artifact, Runner, missing
-from refold.backends.static import StaticProgram, ThreadOptions, quiet
+from refold.backends.edge.static import StaticProgram, ThreadOptions, quiet
 from refold.errors import BackendError, UsageError
 
 if TYPE_CHECKING:

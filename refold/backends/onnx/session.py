@@ -1,105 +1,29 @@
-"""Target ``ort``: the folded graph in ONNX Runtime, on the CPU."""
+"""Runs ONNX models in ONNX Runtime, on the CPU, with the call convention of the model."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
 
-from refold.backends import flat, onnx
-from refold.backends.base import Artifact, Checked, Runner, missing
-from refold.backends.shift_add import choice as shift_add
-from refold.errors import BackendError, MissingDependencyError, UsageError
+from refold.backends import flat
+from refold.backends.base import Runner, missing
+from refold.backends.onnx import export
+from refold.errors import BackendError, MissingDependencyError
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
-    from refold.verify.references import References
 
 # Optimizations that change numbers: float weights and biases between quantised activations would be
 # rounded to 8 and 32 bits.
 LOSSY = ("WeightBiasQuantization",)
 
 
-@dataclass(frozen=True)
-class OnnxRuntimeOptions(onnx.OnnxOptions):
-    """Options of the ``ort`` target.
-
-    Attributes:
-        opset: version of the standard operator set, 18 to 23.
-        requantise: as for the ``onnx`` target.
-        threads: threads inside one operator; 0 lets ONNX Runtime choose.
-        accuracy_level: of products with 2, 4 and 8-bit weights. 4 rounds their activations to int8
-            and is fast; 0 computes in float32, twice as fast as float32 weights at batch 1.
-    """
-
-    threads: int = 0
-    accuracy_level: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.threads < 0:
-            raise UsageError(
-                f"threads must be 0 (ONNX Runtime chooses) or more, got {self.threads}"
-            )
-        if self.accuracy_level not in (0, 4):
-            raise UsageError(
-                f"accuracy_level must be 0 (float32) or 4 (int8 activations), got "
-                f"{self.accuracy_level}"
-            )
-
-
-class OnnxRuntimeTarget:
-    """Lowers through ONNX and runs the model in ONNX Runtime."""
-
-    name = "ort"
-    suffix = ".onnx"
-    shares_weights: tuple[str, ...] = ("files",)
-    complex_calls = False
-    layers_on = "onnxruntime"
-    dtypes = ("float32", "float16")
-    options = OnnxRuntimeOptions
-
-    def available(self) -> str | None:
-        return missing(("onnx", "onnxscript", "onnxruntime"), "ort")
-
-    def lower(self, program: Program, gm: fx.GraphModule, options: OnnxRuntimeOptions) -> Artifact:
-        kernels = shift_add.onnx_runtime(options.accuracy_level, options.requantise)
-        return onnx.lower(program, gm, options.opset, kernels)
-
-    def check(
-        self, artifact: Artifact, gm: fx.GraphModule, known: References, options: OnnxRuntimeOptions
-    ) -> Checked:
-        from refold.backends.shift_add import check
-
-        return check.check(artifact.content, gm, known, options.accuracy_level)
-
-    def load(self, artifact: Artifact, options: OnnxRuntimeOptions) -> Runner:
-        return load(
-            artifact.content, threads=options.threads, accuracy_level=options.accuracy_level
-        )
-
-    def save(self, artifact: Artifact, folder: Path, name: str) -> None:
-        onnx.save(artifact.content.model, folder, name)
-
-    def refit(
-        self, artifact: Artifact, gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]
-    ) -> Artifact:
-        return onnx.refit(artifact, tensors)
-
-    def stats(self, artifact: Artifact) -> dict[str, int]:
-        return onnx.stats(artifact.content.model)
-
-    def load_file(self, path: Path, program: Program) -> Runner:
-        return load_file(path, program)
-
-
 def load(
-    content: onnx.OnnxContent, *, threads: int = 0, accuracy_level: int = 4, dense: bool = False
+    content: export.OnnxContent, *, threads: int = 0, accuracy_level: int = 4, dense: bool = False
 ) -> Runner:
     """Loads a model in memory into a session with the model's own call convention.
 
@@ -116,7 +40,7 @@ def load(
                 "cannot hold: compile a float32 or float16 model for this target"
             )
     with tempfile.TemporaryDirectory(prefix="refold-") as folder:
-        onnx.save(content.model, Path(folder), "model.onnx")
+        export.save(content.model, Path(folder), "model.onnx")
         session = open_session(
             Path(folder) / "model.onnx",
             threads=threads,

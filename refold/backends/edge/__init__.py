@@ -1,0 +1,1 @@
+"""Targets of small devices, each with a converter of its own."""

@@ -1,0 +1,155 @@
+"""Targets ``onnx`` and ``ort``: a standard ONNX file, and the same in ONNX Runtime, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from refold.backends.base import Artifact, Checked, Runner, missing
+from refold.backends.onnx import export, session
+from refold.backends.onnx.shift_add import check
+from refold.backends.onnx.shift_add import choice as shift_add
+from refold.errors import UsageError
+
+if TYPE_CHECKING:
+    from refold.graph.program import Program
+    from refold.verify.references import References
+
+# The exporter turns a request below 18 into 18 without a word.
+_OPSETS = range(18, 24)
+_ACCURACY_LEVEL = 4  # of ONNX Runtime's sessions, where nobody tells them otherwise
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """Options of the ``onnx`` target.
+
+    Attributes:
+        opset: version of the standard operator set, 18 to 23; shift-add layers in 2 or 4 bits raise
+            it where they must.
+        requantise: width, 4 or 8 bits, that shift-add layers are rounded to where their scales are
+            no integer grid; by default they keep their planes.
+    """
+
+    opset: int = 20
+    requantise: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.requantise not in (None, 4, 8):
+            raise UsageError(f"requantise {self.requantise!r}: choose 4 or 8 bits, or None")
+        if self.opset not in _OPSETS:
+            raise UsageError(
+                f"opset {self.opset} cannot be written: choose {_OPSETS[0]} to {_OPSETS[-1]}"
+            )
+
+
+class OnnxTarget:
+    """Writes ONNX; calls of the compiled model run in ONNX Runtime where that is installed."""
+
+    name = "onnx"
+    suffix = ".onnx"
+    shares_weights = ("files",)
+    complex_calls = False
+    options = OnnxOptions
+
+    def available(self) -> str | None:
+        return missing(("onnx", "onnxscript"), "onnx")
+
+    def lower(self, program: Program, gm: fx.GraphModule, options: Any) -> Artifact:
+        kernels = shift_add.onnx_runtime(_ACCURACY_LEVEL, options.requantise)
+        return export.lower(program, gm, options.opset, kernels)
+
+    def check(
+        self, artifact: Artifact, gm: fx.GraphModule, known: References, options: OnnxOptions
+    ) -> Checked:
+        return check.check(artifact.content, gm, known, _ACCURACY_LEVEL)
+
+    def load(self, artifact: Artifact, options: Any) -> Runner:
+        return session.load(artifact.content)
+
+    def save(self, artifact: Artifact, folder: Path, name: str) -> None:
+        export.save(artifact.content.model, folder, name)
+
+    def refit(
+        self, artifact: Artifact, gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]
+    ) -> Artifact:
+        return export.refit(artifact, tensors)
+
+    def stats(self, artifact: Artifact) -> dict[str, int]:
+        return export.stats(artifact.content.model)
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeOptions(OnnxOptions):
+    """Options of the ``ort`` target.
+
+    Attributes:
+        opset: version of the standard operator set, 18 to 23.
+        requantise: as for the ``onnx`` target.
+        threads: threads inside one operator; 0 lets ONNX Runtime choose.
+        accuracy_level: of products with 2, 4 and 8-bit weights. 4 rounds their activations to int8
+            and is fast; 0 computes in float32, twice as fast as float32 weights at batch 1.
+    """
+
+    threads: int = 0
+    accuracy_level: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threads < 0:
+            raise UsageError(
+                f"threads must be 0 (ONNX Runtime chooses) or more, got {self.threads}"
+            )
+        if self.accuracy_level not in (0, 4):
+            raise UsageError(
+                f"accuracy_level must be 0 (float32) or 4 (int8 activations), got "
+                f"{self.accuracy_level}"
+            )
+
+
+class OnnxRuntimeTarget:
+    """Lowers through ONNX and runs the model in ONNX Runtime."""
+
+    name = "ort"
+    suffix = ".onnx"
+    shares_weights: tuple[str, ...] = ("files",)
+    complex_calls = False
+    layers_on = "onnxruntime"
+    dtypes = ("float32", "float16")
+    options = OnnxRuntimeOptions
+
+    def available(self) -> str | None:
+        return missing(("onnx", "onnxscript", "onnxruntime"), "ort")
+
+    def lower(self, program: Program, gm: fx.GraphModule, options: OnnxRuntimeOptions) -> Artifact:
+        kernels = shift_add.onnx_runtime(options.accuracy_level, options.requantise)
+        return export.lower(program, gm, options.opset, kernels)
+
+    def check(
+        self, artifact: Artifact, gm: fx.GraphModule, known: References, options: OnnxRuntimeOptions
+    ) -> Checked:
+        return check.check(artifact.content, gm, known, options.accuracy_level)
+
+    def load(self, artifact: Artifact, options: OnnxRuntimeOptions) -> Runner:
+        return session.load(
+            artifact.content, threads=options.threads, accuracy_level=options.accuracy_level
+        )
+
+    def save(self, artifact: Artifact, folder: Path, name: str) -> None:
+        export.save(artifact.content.model, folder, name)
+
+    def refit(
+        self, artifact: Artifact, gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]
+    ) -> Artifact:
+        return export.refit(artifact, tensors)
+
+    def stats(self, artifact: Artifact) -> dict[str, int]:
+        return export.stats(artifact.content.model)
+
+    def load_file(self, path: Path, program: Program) -> Runner:
+        return session.load_file(path, program)
