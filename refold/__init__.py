@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from refold.compiler import compile_for_inference, explain, fold
     from refold.errors import RefoldError
     from refold.report import Report
+    from refold.rewrite.context import Context
     from refold.rewrite.pipeline import Pipeline
     from refold.rewrite.result import Pass, PassResult
     from refold.rewrite.rule import RewriteRule, rule_from_functions
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # Loaded on first use: `import refold` costs nothing that the caller does not ask for.
 _HOME = {
     "CompiledModel": "refold.compiled",
+    "Context": "refold.rewrite.context",
     "EWAMoE": "refold.training.ewa",
     "Pass": "refold.rewrite.result",
     "PassResult": "refold.rewrite.result",
@@ -45,6 +47,7 @@ _HOME = {
 
 __all__ = [
     "CompiledModel",
+    "Context",
     "EWAMoE",
     "Pass",
     "PassResult",

@@ -51,6 +51,7 @@ from refold.passes import PIPELINES
 from refold.passes.experts.join import state_expectation
 from refold.recipes import Kept, Recipe, record
 from refold.report import GraphRecord, InputRecord, PassRecord, Report, counts, standing
+from refold.rewrite.context import Context
 from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
 from refold.rewrite.result import Declined, Substitution, failed
 from refold.shared_weights import SharedWeights, copy_shared, tensors
@@ -69,6 +70,7 @@ class _Settings:
     target: Target
     options: Any
     pipeline: Pipeline
+    context: Context
     dynamic_shapes: Any = None
     bind: Mapping[str, Any] = field(default_factory=dict)
     verify: bool = True
@@ -76,7 +78,6 @@ class _Settings:
     copy_weights: bool = False
     recipe: bool = False
     expect: Mapping[str, int] = field(default_factory=dict)
-    exclude: tuple[str, ...] = ()
     trust: bool = False
     progress: Progress | None = None
 
@@ -148,11 +149,11 @@ def compile_for_inference(
     if copy_weights and consume:
         raise UsageError("consume=True leaves no model to change: drop it, or copy_weights=True")
     found = find_target(target)
-    chosen = _pipeline(pipeline, max_growth).for_layers_on(layers_on(found))
     settings = _Settings(
         target=found,
         options=make_options(found, target_options),
-        pipeline=chosen if computes_complex(found) else chosen.without_complex_calls(),
+        pipeline=_pipeline(pipeline).for_layers_on(layers_on(found)),
+        context=Context(max_growth, _globs(exclude), computes_complex(found)),
         dynamic_shapes=dynamic_shapes,
         bind=dict(bind or {}),
         verify=verify,
@@ -160,7 +161,6 @@ def compile_for_inference(
         copy_weights=copy_weights,
         recipe=recipe,
         expect=dict(expect or {}),
-        exclude=_globs(exclude),
         trust=trust,
         progress=progress,
     )
@@ -209,14 +209,14 @@ def explain(
         trust: as for :func:`compile_for_inference`.
         progress: as for :func:`compile_for_inference`.
     """
-    chosen, globs = _pipeline(pipeline, max_growth), _globs(exclude)
+    chosen, context = _pipeline(pipeline), Context(max_growth, _globs(exclude))
     call = _example(model, example_inputs)
     if call is None:
         raise UsageError("explain needs example_inputs: a tuple, a dict of keywords, or a tensor")
     clock = _Clock(progress)
     with clock("trace"):
         program = trace(model, *call, dynamic_shapes=dynamic_shapes, bind=bind, trust=trust)
-    folded = _fold(program, chosen, globs, clock)
+    folded = _fold(program, chosen, context, clock)
     return _report(model, program, folded, chosen, None, clock)
 
 
@@ -288,7 +288,7 @@ def _compile(
             known = references(original, program, module=program.module)
     owner = model if settings.consume else None
     folded = _fold(
-        program, settings.pipeline, settings.exclude, clock, owner, failures,
+        program, settings.pipeline, settings.context, clock, owner, failures,
         recorded=settings.recipe,
     )  # fmt: skip
     gm, target = program.graph_module, settings.target
@@ -423,7 +423,7 @@ def _load(target: Target, artifact: Artifact, options: Any) -> tuple[Runner, str
 def _fold(
     program: Program,
     pipeline: Pipeline,
-    exclude: tuple[str, ...],
+    context: Context,
     clock: _Clock,
     consumed: Any = None,
     failures: Sequence[Declined] = (),
@@ -441,7 +441,7 @@ def _fold(
     dead = _analysed("dead-parameters", lambda: dead_parameters(gm), failures)
     warnings = _analysed("axis-collisions", lambda: axis_collisions(gm.graph), failures)
     with clock("fold"):
-        run_passes = functools.partial(pipeline.run, gm, exclude=exclude, consumed=consumed)
+        run_passes = functools.partial(pipeline.run, gm, context, consumed=consumed)
         if recorded:
             result, recipe = record(program, lambda label: run_passes(progress=label))
         else:
@@ -573,12 +573,12 @@ def _expect(expect: Mapping[str, int], report: Report) -> None:
     raise ExpectationError("\n".join(["; ".join(missing), *reasons]))
 
 
-def _pipeline(pipeline: str | Pipeline, max_growth: float | None) -> Pipeline:
+def _pipeline(pipeline: str | Pipeline) -> Pipeline:
     if isinstance(pipeline, str):
         if pipeline not in PIPELINES:
             raise UsageError(f"unknown pipeline {pipeline!r}{did_you_mean(pipeline, PIPELINES)}")
         pipeline = PIPELINES[pipeline]
-    return pipeline if max_growth is None else pipeline.with_growth(max_growth)
+    return pipeline
 
 
 def _globs(exclude: Sequence[str]) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from refold.errors import RefoldError, UsageError, did_you_mean
 from refold.frontends.dynamo import Captured, NotFoldable, capture, hold
 from refold.graph import provenance
 from refold.passes import PIPELINES
+from refold.rewrite.context import Context
 from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
 from refold.verify.compare import verify_widely
 from refold.verify.references import references
@@ -434,7 +435,7 @@ class _Guarded:
         try:
             gm = captured.bind(args)
             original = copy_sharing_tensors(gm)
-            result = settings.passes.run(gm, exclude=_present(gm, settings.exclude))
+            result = settings.passes.run(gm, Context(exclude=_present(gm, settings.exclude)))
             if settings.verify and result.modified:
                 program = captured.program(original, args)
                 known = references(original, program)
@@ -470,8 +471,8 @@ def _picker(positions: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, 
     return operator.itemgetter(*positions)
 
 
-def _present(gm: fx.GraphModule, exclude: Sequence[str]) -> list[str]:
+def _present(gm: fx.GraphModule, exclude: Sequence[str]) -> tuple[str, ...]:
     """The globs that match here; after a graph break a graph has some of the modules only."""
     paths = {provenance.module_path(n) for n in gm.graph.nodes}
     parts = {".".join(p.split(".")[: i + 1]) for p in paths for i in range(p.count(".") + 1)}
-    return [g for g in exclude if any(fnmatch.fnmatchcase(p, g) for p in parts)]
+    return tuple(g for g in exclude if any(fnmatch.fnmatchcase(p, g) for p in parts))

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from refold.frontends.export import trace
 from refold.graph.kinds import census
+from refold.rewrite.context import Context
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Declined, Pass
 from tests.compare import EXACT, relative_error
@@ -48,13 +49,14 @@ def image(channels: int = 4, height: int = 7, width: int = 6) -> torch.Tensor:
 
 
 def run(
-    passes: Pass | Sequence[Pass], model: nn.Module, x: torch.Tensor, *, dynamic: bool = True
-) -> tuple[fx.GraphModule, list[Declined]]:
+    passes: Pass | Sequence[Pass], model: nn.Module, x: torch.Tensor, *, dynamic: bool = True,
+    context: Context = Context(),
+) -> tuple[fx.GraphModule, list[Declined]]:  # fmt: skip
     """Folds, checks the numbers at two batch sizes, and returns the graph and what declined."""
     with torch.no_grad():
         gm = trace(model, (x,), {}, dynamic_batch=dynamic).graph_module
         chosen = tuple(passes) if isinstance(passes, Sequence) else (passes,)
-        result = Pipeline("test", chosen).run(gm, debug=True)
+        result = Pipeline("test", chosen).run(gm, context, debug=True)
         for batch in (1, 2, 3) if dynamic else (2,):
             probe = torch.randn(batch, *x.shape[1:], dtype=x.dtype)
             error = relative_error(gm(probe), model(probe))

@@ -27,6 +27,7 @@ from refold.graph.kinds import op_name
 from refold.graph.program import Program
 from refold.passes.prepare import clean_up
 from refold.rewrite import driver
+from refold.rewrite.context import Context
 from refold.rewrite.pattern import root_targets
 from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
 from refold.rewrite.result import Applied, Declined, Pass, PassResult, Substitution
@@ -98,14 +99,14 @@ class Only:
     def exactness(self) -> str:
         return self.inner.exactness
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         with ExitStack() as stack:
             chosen = lambda rules: [r for r, key in _keys(rules).items() if key == self.key]
             stack.enter_context(_driving(chosen))
             for rule, (module, function, idle) in _BY_HAND.items():
                 if rule.startswith(f"{self.name}/") and rule != self.key:
                     stack.enter_context(patch.object(module, function, idle))
-            return self.inner.run(gm)
+            return self.inner.run(gm, context)
 
 
 # --- bugs -----------------------------------------------------------------------------------------
@@ -130,9 +131,9 @@ class Planted:
     def exactness(self) -> str:
         return self.inner.exactness
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         before = {n: (_call(n), n.all_input_nodes) for n in gm.graph.nodes}
-        result = self.inner.run(gm)
+        result = self.inner.run(gm, context)
         self.applied = result.applied
         bugs = list(_bugs(gm, before)) if result.applied else []
         if self.index < len(bugs):

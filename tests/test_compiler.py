@@ -198,7 +198,7 @@ class _Wrong:
     name: str = "wrong"
     exactness: str = "exact"
 
-    def run(self, gm):
+    def run(self, gm, context):
         for node in gm.graph.nodes:
             if node.op == "get_attr" and node.target == "head.bias":
                 bias = gm.head.bias.detach() / 2

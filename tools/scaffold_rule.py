@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from refold.rewrite.context import Context
 from refold.rewrite.driver import apply_rules
 from refold.rewrite.pattern import Call, Match, Var
 from refold.rewrite.result import PassResult
@@ -59,7 +60,7 @@ class {cls}:
     name: str = "{id}"
     exactness: str = "exact"
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         """Applies the rule to its fixpoint."""
         return apply_rules(gm, ({rule}(),))
 '''

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from refold.errors import RefoldError, UsageError, VerifierError, did_you_mean
 from refold.graph import constants, provenance, subgraphs
 from refold.graph.kinds import census
 from refold.graph.verifier import Signature, signature, verify
+from refold.rewrite.context import Context
 from refold.rewrite.edit import Snapshot
 from refold.rewrite.result import Pass, PassResult, failed
 
@@ -84,7 +86,12 @@ class Pipeline:
             if isinstance(item, type) or not isinstance(item, Pass):
                 raise UsageError(
                     f"pipeline {self.name!r}: {item!r} is not a pass; a pass has a name, an "
-                    "exactness and run(graph_module) (did you forget the parentheses?)"
+                    "exactness and run(graph_module, context) (did you forget the parentheses?)"
+                )
+            if not _takes_context(item):
+                raise UsageError(
+                    f"pass {item.name!r}: write run(self, gm, context), it is called with a graph "
+                    "module and a refold.Context"
                 )
             if item.exactness not in _EXACTNESS:
                 raise UsageError(
@@ -125,20 +132,6 @@ class Pipeline:
         self._known(name)
         return replace(self, passes=tuple(p for p in self.passes if p.name != name))
 
-    def with_growth(self, factor: float) -> Pipeline:
-        """A pipeline whose passes let the stored constants grow by ``factor`` in all.
-
-        Raises:
-            UsageError: the factor is no number or less than 1.
-        """
-        if not factor >= 1:
-            raise UsageError(f"max_growth is {factor}: expected 1 (no growth), more, or infinity")
-        return self._with_option("max_growth", factor)
-
-    def without_complex_calls(self) -> Pipeline:
-        """A pipeline for a target that computes no complex numbers: it stores constants of them."""
-        return self._with_option("complex_calls", False)
-
     def for_layers_on(self, backend: str) -> Pipeline:
         """A pipeline whose passes reckon with what calls of layers cost on a backend."""
         return self._with_option("layers_on", backend)
@@ -170,8 +163,8 @@ class Pipeline:
     def run(
         self,
         gm: fx.GraphModule,
+        context: Context = Context(),
         *,
-        exclude: Sequence[str] = (),
         debug: bool = False,
         progress: Callable[[str], None] | None = None,
         compare: Compare | None = None,
@@ -181,8 +174,8 @@ class Pipeline:
 
         Args:
             gm: the graph module.
-            exclude: globs of module paths that no pass touches; a glob also covers what lies
-                inside the modules that it names.
+            context: the policies that every pass runs under. A glob of its ``exclude`` also covers
+                what lies inside the modules that it names.
             debug: after each pass also run the whole graph on fake tensors, and ``compare``.
             progress: called with the id of each pass before it runs.
             compare: in debug mode called with the graph before a pass, the graph after it, and
@@ -195,11 +188,11 @@ class Pipeline:
                 the pass. Otherwise it is undone and recorded.
         """
         subgraphs.own(gm)
-        pin(gm, exclude)
+        pin(gm, context.exclude)
         whole = [Snapshot(graph) for graph in subgraphs.walk(gm)]
-        result = self._run(gm, whole[0], debug=debug, progress=progress, compare=compare)
+        result = self._run(gm, context, whole[0], debug=debug, progress=progress, compare=compare)
         try:
-            self._run_branches(gm, result, debug=debug)
+            self._run_branches(gm, context, result, debug=debug)
             if result.modified or subgraphs.conds(gm):
                 constants.sweep(gm)
                 if consumed is not None:
@@ -218,6 +211,7 @@ class Pipeline:
     def _run(
         self,
         gm: fx.GraphModule,
+        context: Context,
         snapshot: Snapshot,
         *,
         debug: bool,
@@ -230,7 +224,7 @@ class Pipeline:
             if progress is not None:
                 progress(item.name)
             run, contract = _run_pass(
-                item, gm, before, contract, snapshot, debug=debug, compare=compare
+                item, gm, context, before, contract, snapshot, debug=debug, compare=compare
             )
             if run.result.modified:
                 snapshot = Snapshot(gm)
@@ -238,16 +232,26 @@ class Pipeline:
             before = run.after
         return result
 
-    def _run_branches(self, gm: fx.GraphModule, result: PipelineResult, *, debug: bool) -> None:
+    def _run_branches(
+        self, gm: fx.GraphModule, context: Context, result: PipelineResult, *, debug: bool
+    ) -> None:
         for cond in subgraphs.conds(gm):
             subgraphs.sink(cond)
             for branch in subgraphs.branches(cond):
-                inner = self._run(branch, Snapshot(branch), debug=debug)
-                self._run_branches(branch, inner, debug=debug)
+                inner = self._run(branch, context, Snapshot(branch), debug=debug)
+                self._run_branches(branch, context, inner, debug=debug)
                 constants.sweep(branch)
                 constants.materialise_all(branch)
                 result.runs = [_joined(*pair) for pair in zip(result.runs, inner.runs, strict=True)]
             subgraphs.lift(gm, cond)
+
+
+def _takes_context(item: Pass) -> bool:
+    try:
+        inspect.signature(item.run).bind(None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def _unfolded(
@@ -293,6 +297,7 @@ def _joined(outer: PassRun, inner: PassRun) -> PassRun:
 def _run_pass(
     item: Pass,
     gm: fx.GraphModule,
+    context: Context,
     before: Counter[str],
     contract: Signature,
     snapshot: Snapshot,
@@ -308,7 +313,7 @@ def _run_pass(
     copy = copy_sharing_tensors(gm) if debug and compare is not None else None
     started = time.perf_counter()
     try:
-        result = item.run(gm)
+        result = item.run(gm, context)
         seconds = time.perf_counter() - started
         after = census(gm.graph)
         if result.modified:

@@ -13,6 +13,7 @@ from torch import fx
 from refold.algebra.lazy import Lazy
 from refold.graph import provenance
 from refold.graph.program import Call
+from refold.rewrite.context import Context
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ class PassResult:
 class Pass(Protocol):
     """A pass: a frozen dataclass whose fields are its options.
 
-    ``exactness`` is ``exact``, ``reassociates`` or ``approximate``.
+    ``exactness`` is ``exact``, ``reassociates`` or ``approximate``. ``run`` changes the graph in
+    place, under the policies of the compilation; they have defaults, so that a pass runs alone.
     """
 
     @property
@@ -140,7 +142,7 @@ class Pass(Protocol):
     @property
     def exactness(self) -> str: ...
 
-    def run(self, gm: fx.GraphModule) -> PassResult: ...
+    def run(self, gm: fx.GraphModule, context: Context = ..., /) -> PassResult: ...
 
 
 def applied(

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from refold.errors import UsageError
 from refold.rewrite.build import Builder
+from refold.rewrite.context import Context
 from refold.rewrite.driver import Verdict, apply_rules
 from refold.rewrite.pattern import Call, Const, Decline, Literal, Match, Pattern, Var
 from refold.rewrite.result import PassResult
@@ -40,7 +41,7 @@ class RewriteRule:
         """Makes (or picks) the node that takes the place of ``match.root``."""
         raise NotImplementedError
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         """Applies the rule everywhere in the graph, to its fixpoint."""
         return apply_rules(gm, (self,))
 

@@ -13,6 +13,7 @@ from refold.graph import printer
 from refold.passes import PIPELINES
 from refold.passes.prepare.defer_expands import DeferExpands
 from refold.passes.prepare.fold_constants import FoldConstants
+from refold.rewrite.context import Context
 from tests import golden
 from tests.folding import Net, left, run
 from tests.tracing import find, trace
@@ -204,7 +205,7 @@ def test_a_reader_of_strides_keeps_them() -> None:
 def test_an_excluded_layer_stays() -> None:
     model = net(lambda s, x: s.f(s.norm(expanded(s, x)))).eval()
     gm = trace(model, tokens(), dynamic=True)
-    PIPELINES["default"].run(gm, exclude=["f"])
+    PIPELINES["default"].run(gm, Context(exclude=("f",)))
     assert {k: n for k, n in left(gm).items() if k in ("linear", "layer-norm")} == {"linear": 1}
     x = tokens(3)
     torch.testing.assert_close(gm(x), model(x), rtol=1e-12, atol=1e-13)

@@ -10,6 +10,7 @@ from torch import nn
 from refold.graph import printer
 from refold.passes import PIPELINES
 from refold.passes.branches.defer_resizes import DeferResizes
+from refold.rewrite.context import Context
 from tests import golden
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
@@ -207,7 +208,7 @@ def test_excluded_resizes_stay() -> None:
     model = net(lambda s, x: s.f(s.up(x)), f=head(64), up=Up())
     with torch.no_grad():
         gm = trace(model, big())
-        PIPELINES["default"].run(gm, exclude=["up"])
+        PIPELINES["default"].run(gm, Context(exclude=("up",)))
     (resize,) = gm.graph.find_nodes(
         op="call_function", target=torch.ops.aten.upsample_bilinear2d.vec
     )

@@ -10,6 +10,7 @@ from torch import fx, nn
 from refold.graph import printer
 from refold.passes import PIPELINES
 from refold.passes.prepare.drop_zero_channels import DropZeroChannels
+from refold.rewrite.context import Context
 from tests import golden
 from tests.folding import Net, image, run
 from tests.tracing import trace
@@ -248,7 +249,7 @@ def test_excluded_layers_stay() -> None:
     for name in ("a", "b"):
         gm = trace(model, image())
         with torch.no_grad():
-            PIPELINES["default"].run(gm, exclude=[name])
+            PIPELINES["default"].run(gm, Context(exclude=(name,)))
         assert widths(gm) == FULL
 
 

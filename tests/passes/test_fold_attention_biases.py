@@ -13,6 +13,7 @@ from torch import fx, nn
 from refold.graph import printer
 from refold.passes import PIPELINES
 from refold.passes.scale_shift.fold_attention_biases import FoldAttentionBiases
+from refold.rewrite.context import Context
 from tests import golden
 from tests.compare import EXACT, relative_error
 from tests.folding import Net, left, run
@@ -326,7 +327,7 @@ def test_excluded_layers_stay() -> None:
     for name, expected in (("k", [True, True, False, True]), ("v", KEYS), ("out", KEYS)):
         with torch.no_grad():
             gm = trace(Attention(fused()), tokens())
-            PIPELINES["default"].without("merge-parallel-layers").run(gm, exclude=[name])
+            PIPELINES["default"].without("merge-parallel-layers").run(gm, Context(exclude=(name,)))
         assert biases(gm) == expected
 
 

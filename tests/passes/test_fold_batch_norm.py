@@ -10,6 +10,7 @@ from torch import nn
 from refold.graph import printer
 from refold.passes.batch_norm.fold_batch_norm import FoldBatchNorm
 from refold.passes.branches.fold_branches import FoldBranches
+from refold.rewrite.context import Context
 from tests import golden
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
@@ -198,6 +199,8 @@ def test_sharing_a_large_weight_is_not_undone_past_the_budget() -> None:
     assert left(gm)["batch-norm"] == 1
     assert any("shared by 2 layers" in d.reason for d in declined)
     gm, _ = run(FoldBatchNorm(max_growth=3.0), net, image(64))
+    assert "batch-norm" not in left(gm)
+    gm, _ = run(FoldBatchNorm(), net, image(64), context=Context(growth=3.0))
     assert "batch-norm" not in left(gm)
 
 

@@ -16,6 +16,7 @@ from refold.passes import PIPELINES
 from refold.passes.branches.fold_branches import FoldBranches
 from refold.passes.prepare.clean_up import CleanUp
 from refold.passes.prepare.fold_constants import FoldConstants
+from refold.rewrite.context import Context
 from refold.rewrite.pipeline import Pipeline
 from tests import golden
 from tests.folding import Net, image, left, run
@@ -297,7 +298,7 @@ def test_nothing_merges_across_an_excluded_layer() -> None:
     )  # fmt: skip
     with torch.no_grad():
         gm = trace(net, image())
-        Pipeline("test", (FOLD,)).run(gm, exclude=["a"])
+        Pipeline("test", (FOLD,)).run(gm, Context(exclude=("a",)))
         assert left(gm)["conv"] == 2
         x = image()
         assert torch.allclose(gm(x), net(x), rtol=0, atol=1e-12)

@@ -20,6 +20,7 @@ from refold.graph.kinds import op_name
 from refold.graph.printer import render
 from refold.passes.prepare import fold_constants
 from refold.passes.prepare.fold_constants import FoldConstants
+from refold.rewrite.context import Context
 from refold.rewrite.result import Declined, PassResult
 from tests import golden
 
@@ -54,8 +55,8 @@ def calls(gm: fx.GraphModule) -> list[str]:
     ]
 
 
-def run(gm: fx.GraphModule, **options: float) -> PassResult:
-    result = FoldConstants(**options).run(gm)
+def run(gm: fx.GraphModule, *, complex_: bool = True, **options: float) -> PassResult:
+    result = FoldConstants(**options).run(gm, Context(complex=complex_))
     gm.recompile()
     return result
 
@@ -265,7 +266,7 @@ def test_complex_constants_are_stored_where_nothing_computes_them() -> None:
     assert not result.notes
     assert {"exp", "real", "matmul"} <= set(calls(kept))
     assert len(result.declined) == 2
-    stored, result = folded(model, x, KEPT, complex_calls=False)
+    stored, result = folded(model, x, KEPT, complex_=False)
     assert set(calls(stored)) <= {"mul", "add", "matmul", "flatten", "view", "slice"}
     assert calls(stored).count("matmul") == 1
     (record,) = result.declined
@@ -288,7 +289,7 @@ def test_stored_complex_constants_take_no_growth_from_others(forced: bool) -> No
         bank=torch.rand(2, 128, 128), mix=torch.rand(3, 2, 1, 1),
     )  # fmt: skip
     limit = {"max_growth": 1.34}  # 192 KiB now, 256 KiB with three weights for the bank of two
-    gm, result = folded(model, torch.randn(2, 16384), KEPT, complex_calls=not forced, **limit)
+    gm, result = folded(model, torch.randn(2, 16384), KEPT, complex_=not forced, **limit)
     assert calls(gm).count("tanh") == 3
     assert ("sum" in calls(gm)) != forced, "the sum of the waves, not of the bank"
     assert bool(result.notes) == forced
@@ -299,7 +300,7 @@ def test_what_complex_constants_feed_still_keeps_to_max_growth() -> None:
         return x @ torch.outer(torch.polar(s.a, s.b).real, s.a)
 
     model = Does(function, a=torch.rand(256), b=torch.randn(256))
-    gm, result = folded(model, torch.randn(2, 256), KEPT, complex_calls=False)
+    gm, result = folded(model, torch.randn(2, 256), KEPT, complex_=False)
     assert calls(gm) == ["outer", "matmul"]
     assert not result.notes, "the part that is complex does not grow"
     assert len(result.declined) == 1

@@ -10,6 +10,7 @@ from torch import nn
 from refold.graph import printer
 from refold.passes import PIPELINES
 from refold.passes.scale_shift.join_scale_shifts import JoinScaleShifts
+from refold.rewrite.context import Context
 from tests import golden
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
@@ -129,7 +130,7 @@ def test_excluded_layers_stay() -> None:
     model = net(lambda s, x: s.n(x) + x, n=nn.BatchNorm2d(4))
     with torch.no_grad():
         gm = trace(model, image())
-        PIPELINES["default"].run(gm, exclude=["n"])
+        PIPELINES["default"].run(gm, Context(exclude=("n",)))
         assert left(gm)["batch-norm"] == 1
 
 

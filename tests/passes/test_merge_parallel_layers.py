@@ -14,6 +14,7 @@ from refold.graph import printer, provenance
 from refold.passes import PIPELINES
 from refold.passes.branches.merge_parallel_layers import MergeParallelLayers
 from refold.rewrite import cost
+from refold.rewrite.context import Context
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import PassResult
 from tests import golden
@@ -313,7 +314,7 @@ def test_what_the_caller_does_not_get_is_merged_without_it() -> None:
 
 def test_an_excluded_layer_stays() -> None:
     gm = trace(net(lambda s, x: attended(s.q(x), s.k(x), s.v(x))), tokens())
-    PIPELINES["default"].run(gm, exclude=["k"])
+    PIPELINES["default"].run(gm, Context(exclude=("k",)))
     assert sorted(widths(gm)) == [8, 20]
 
 

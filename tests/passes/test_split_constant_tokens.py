@@ -16,6 +16,7 @@ from refold.passes import PIPELINES
 from refold.passes.prepare.defer_expands import DeferExpands
 from refold.passes.prepare.fold_constants import FoldConstants
 from refold.passes.prepare.split_constant_tokens import SplitConstantTokens
+from refold.rewrite.context import Context
 from tests import golden
 from tests.folding import Net, left, run
 from tests.tracing import trace
@@ -372,7 +373,7 @@ def test_a_part_that_is_written_later_stays_in_its_concatenation() -> None:
 
 def test_an_excluded_layer_stays() -> None:
     gm = trace(net(lambda s, x: s.f(s.norm(prompted(s, x)))), tokens(), dynamic=True)
-    PIPELINES["default"].run(gm, exclude=["f"])
+    PIPELINES["default"].run(gm, Context(exclude=("f",)))
     assert products(gm) == [(PROMPTS + OWN, WIDTH)]
 
 

@@ -25,6 +25,7 @@ from refold.ops.bcq_linear import dequantise
 from refold.passes import PIPELINES
 from refold.passes.shift_add import codes as layer_codes
 from refold.passes.shift_add.substitute_shift_add import SubstituteShiftAdd
+from refold.rewrite.context import Context
 from refold.rewrite.edit import Edit
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Declined, PassResult
@@ -84,7 +85,7 @@ def substitute(
     with torch.no_grad():
         gm = trace(model.eval(), (x,), {}).graph_module
         chosen = Pipeline("test", (SubstituteShiftAdd(**options),))
-        run = chosen.run(gm, debug=True, exclude=exclude).runs[0]
+        run = chosen.run(gm, Context(exclude=exclude), debug=True).runs[0]
     return gm, run.result
 
 
@@ -292,7 +293,7 @@ def test_pinned_layers_stay() -> None:
     with torch.no_grad():
         gm = trace(Scorer().eval(), (ids(),), {}).graph_module
         chosen = SubstituteShiftAdd(min_features=16, group_size=16)
-        runs = Pipeline("test", (chosen,)).run(gm, exclude=["block.q"]).runs
+        runs = Pipeline("test", (chosen,)).run(gm, Context(exclude=("block.q",))).runs
     assert modules(runs[0].result) == [f"block.{n}" for n in ("k", "v", "up", "down")]
 
 
@@ -740,7 +741,7 @@ def test_a_wrong_fold_before_it_is_found() -> None:
     class Broken:
         name, exactness = "broken", "exact"
 
-        def run(self, gm: fx.GraphModule) -> PassResult:
+        def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
             node = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.relu.default)
             node.target = torch.ops.aten.gelu.default
             gm.recompile()

@@ -19,6 +19,7 @@ from refold.passes.batch_norm.fold_batch_norm import FoldBatchNorm
 from refold.passes.scale_shift.absorb_scale_shift import AbsorbScaleShift
 from refold.passes.scale_shift.push import thresholds
 from refold.passes.scale_shift.push.factor import Factor, Refused
+from refold.rewrite.context import Context
 from tests import golden
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
@@ -156,7 +157,7 @@ def test_excluded_signs_stay() -> None:
     net = built(lambda s, x: s.s(s.n(x)), n=norm(POSITIVE), s=Sign())
     with torch.no_grad():
         gm = trace(net, image())
-        PIPELINES["default"].run(gm, exclude=["s"])
+        PIPELINES["default"].run(gm, Context(exclude=("s",)))
     assert left(gm) == {"relu": 1, "batch-norm": 1, "sign": 1}
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from refold.graph import printer
 from refold.passes import PIPELINES
 from refold.passes.branches.fold_branches import FoldBranches
+from refold.rewrite.context import Context
 from tests import golden
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
@@ -140,7 +141,7 @@ def test_what_multiplies_more_stays() -> None:
 def test_excluded_layers_stay() -> None:
     with torch.no_grad():
         gm = trace(Net(lambda s, x: s.a(x) + s.b(x), a=up(), b=up()), image())
-        PIPELINES["default"].run(gm, exclude=["b"])
+        PIPELINES["default"].run(gm, Context(exclude=("b",)))
         assert left(gm) == {"conv-transpose": 2, "add": 1}
 
 

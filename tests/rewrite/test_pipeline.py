@@ -15,10 +15,10 @@ from refold.frontends import export
 from refold.graph import constants, nodes, subgraphs
 from refold.graph.kinds import census
 from refold.passes import PIPELINES
-from refold.passes.branches.fold_branches import FoldBranches
 from refold.passes.branches.merge_parallel_layers import MergeParallelLayers
 from refold.passes.prepare.clean_up import CleanUp
 from refold.passes.prepare.fold_constants import FoldConstants
+from refold.rewrite.context import Context
 from refold.rewrite.pipeline import Pipeline, load_pass
 from refold.rewrite.result import Declined, PassResult
 from refold.rewrite.rule import rule_from_functions
@@ -32,7 +32,7 @@ class Nothing:
     name: str
     exactness: str = "exact"
 
-    def run(self, gm):
+    def run(self, gm, context):
         return PassResult()
 
 
@@ -45,7 +45,7 @@ class Doing:
     exactness: str = "exact"
     modified: bool = True
 
-    def run(self, gm):
+    def run(self, gm, context):
         self.do(gm)
         return PassResult(self.modified)
 
@@ -83,22 +83,41 @@ def test_what_closes_a_pipeline_stays_behind_what_is_added() -> None:
     assert closed.without("a").with_(Nothing("new")).names == ("new", "merge-parallel-layers")
 
 
-def test_growth_reaches_every_pass_that_bounds_it() -> None:
-    pipeline = Pipeline("test", (FoldConstants(), Nothing("n"), FoldBranches(prefer="nodes")))
-    grown = pipeline.with_growth(7)
-    assert grown.passes == (
-        FoldConstants(max_growth=7), Nothing("n"), FoldBranches(prefer="nodes", max_growth=7),
-    )  # fmt: skip
-    assert pipeline.passes[0] == FoldConstants()
+@dataclass(frozen=True)
+class Hears:
+    """A pass that keeps what it is told."""
+
+    heard: list[Context]
+    name: str = "hears"
+    exactness: str = "exact"
+
+    def run(self, gm, context):
+        self.heard.append(context)
+        return PassResult()
+
+
+def test_every_pass_hears_the_policies() -> None:
+    heard: list[Context] = []
+    said = Context(growth=7.0, exclude=("blocks.0",), complex=False)
+    Pipeline("test", (Hears(heard), Nothing("n"), Hears(heard))).run(trace(Blocks(), T), said)
+    assert heard == [said, said]
+
+
+def test_a_growth_that_is_said_goes_before_a_pass_own() -> None:
+    assert Context().growth_or(1.25) == 1.25
+    assert Context(growth=7.0).growth_or(1.25) == 7.0
     for factor in (0.9, float("nan")):
         with pytest.raises(UsageError, match="max_growth"):
-            pipeline.with_growth(factor)
+            Context(growth=factor)
 
 
-def test_a_target_without_complex_numbers_stores_constants_of_them() -> None:
-    pipeline = Pipeline("test", (FoldConstants(max_growth=3), Nothing("n")))
-    kept = FoldConstants(max_growth=3, complex_calls=False)
-    assert pipeline.without_complex_calls().passes == (kept, Nothing("n"))
+def test_a_pass_that_takes_no_policies_is_told_how_to() -> None:
+    class Old(Nothing):
+        def run(self, gm):
+            return PassResult()
+
+    with pytest.raises(UsageError, match=r"run\(self, gm, context\)"):
+        Pipeline("test", (Old("old"),))
 
 
 def test_unknown_names_suggest_the_nearest() -> None:
@@ -137,17 +156,17 @@ def test_a_run_records_time_and_census() -> None:
 
 def test_excluded_modules_are_not_touched() -> None:
     graph = trace(Blocks(), T)
-    Pipeline("test", (CleanUp(),)).run(graph, exclude=["blocks.0"])
+    Pipeline("test", (CleanUp(),)).run(graph, Context(exclude=("blocks.0",)))
     assert ops(graph)["relu"] == 3
     assert sum(nodes.pinned(n) for n in graph.graph.nodes) == 2
     graph = trace(Blocks(), T)
-    Pipeline("test", (CleanUp(),)).run(graph, exclude=["blocks.*.1"])
+    Pipeline("test", (CleanUp(),)).run(graph, Context(exclude=("blocks.*.1",)))
     assert ops(graph)["relu"] == 4
 
 
 def test_a_glob_that_matches_nothing_is_an_error() -> None:
     with pytest.raises(UsageError, match=r"'block\.0'.*did you mean 'blocks.0'"):
-        Pipeline("test", (CleanUp(),)).run(trace(Blocks(), T), exclude=["block.0"])
+        Pipeline("test", (CleanUp(),)).run(trace(Blocks(), T), Context(exclude=("block.0",)))
 
 
 def test_an_invalid_graph_is_blamed_on_the_pass() -> None:

@@ -44,6 +44,7 @@ from refold.graph import nodes, records
 from refold.graph.kinds import kind
 from refold.graph.nodes import aten, is_call
 from refold.passes.scale_shift.push.pusher import Pusher
+from refold.rewrite.context import Context
 from refold.rewrite.result import PassResult, declined
 
 
@@ -59,8 +60,9 @@ class FoldBatchNorm:
     exactness: str = "reassociates"
     max_growth: float = 1.25
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
-        pusher = Pusher(gm, self.name, lambda record: record.is_norm, self.max_growth)
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
+        growth = context.growth_or(self.max_growth)
+        pusher = Pusher(gm, self.name, lambda record: record.is_norm, growth)
         result = pusher.run()
         reported = {d.node for d in result.declined}
         for node in gm.graph.nodes:

@@ -50,6 +50,7 @@ from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, hints, is_tensor, only_user, same, shape
 from refold.rewrite import cost
 from refold.rewrite.build import Builder
+from refold.rewrite.context import Context
 from refold.rewrite.driver import apply_rules
 from refold.rewrite.pattern import Attr, Call, Match, Var
 from refold.rewrite.result import PassResult
@@ -72,7 +73,7 @@ class DeferResizes:
     name: str = "defer-resizes"
     exactness: str = "reassociates"
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         return apply_rules(gm, (Split(), Join()))
 
 

@@ -61,6 +61,7 @@ from refold.passes.branches import maps
 from refold.passes.branches.maps import Key, MapReader
 from refold.passes.scale_shift.push.walk import overflows
 from refold.rewrite import cost
+from refold.rewrite.context import Context
 from refold.rewrite.edit import Editor, Refused
 from refold.rewrite.result import Declined, PassResult, applied, declined
 
@@ -90,8 +91,9 @@ class FoldBranches:
     prefer: str = "cost"
     max_growth: float = 2.0
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
-        return _Folder(gm, self).run()
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
+        growth = context.growth_or(self.max_growth)
+        return _Folder(gm, replace(self, max_growth=growth)).run()
 
 
 _Emission = tuple[float, int, Callable[[], fx.Node]]  # microseconds, calls, what writes them

@@ -46,6 +46,7 @@ from refold.graph import aliasing, nodes, provenance, records
 from refold.graph.nodes import aten, hints
 from refold.passes.scale_shift.push.walk import constant_name
 from refold.rewrite import cost
+from refold.rewrite.context import Context
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
@@ -74,7 +75,7 @@ class MergeParallelLayers:
     name: str = "merge-parallel-layers"
     exactness: str = "reassociates"
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         return _Merger(gm, self.name, self.layers_on).run()
 
 

@@ -52,6 +52,7 @@ from refold.graph.nodes import aten, dtype, hints, is_tensor, pinned
 from refold.passes.experts import join as join_experts
 from refold.passes.experts.join import Network
 from refold.passes.experts.read import Mixture, Refusal, Unread
+from refold.rewrite.context import Context
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import PassResult, declined
 
@@ -103,7 +104,7 @@ class AverageExperts:
     def exactness(self) -> str:
         return "approximate" if self.mode == "average" else "reassociates"
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         editor = Editor(gm, self.name)
         result = editor.result
         found = list(join_experts.find(gm.graph))

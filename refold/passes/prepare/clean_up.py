@@ -49,6 +49,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from refold.graph import aliasing, constants, nodes
 from refold.rewrite.build import Builder
+from refold.rewrite.context import Context
 from refold.rewrite.driver import apply_rules
 from refold.rewrite.edit import Editor
 from refold.rewrite.pattern import Attr, Call, Const, Match, Pattern, Var, Where
@@ -81,7 +82,7 @@ class CleanUp:
     name: str = "clean-up"
     exactness: str = "exact"
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         """Cleans a graph in place."""
         editor = Editor(gm, self.name)
         done, swept = _remove_dead(editor)  # a dead user would hold the call that it reads

@@ -52,6 +52,7 @@ from refold.graph.nodes import (
     same,
     shape,
 )
+from refold.rewrite.context import Context
 from refold.rewrite.edit import Editor, Refused
 from refold.rewrite.result import PassResult, applied
 
@@ -76,7 +77,7 @@ class DeferExpands:
     name: str = "defer-expands"
     exactness: str = "reassociates"
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         return _Deferral(gm, self.name).run()
 
 

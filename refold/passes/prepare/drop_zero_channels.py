@@ -46,6 +46,7 @@ from refold.algebra.lazy import Lazy
 from refold.graph import constants, nodes, records
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, is_call, is_tensor, same, shape
+from refold.rewrite.context import Context
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import PassResult, applied, declined
 
@@ -124,7 +125,7 @@ class DropZeroChannels:
     name: str = "drop-zero-channels"
     exactness: str = "reassociates"
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         return _Dropper(gm, self.name).run()
 
 

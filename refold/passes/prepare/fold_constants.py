@@ -40,6 +40,7 @@ from refold.graph.evaluate import evaluate_constants, in_own_dtype
 from refold.graph.kinds import op_name
 from refold.graph.nodes import arguments, aten, is_call, is_tensor, pinned
 from refold.passes.prepare.decided_sizes import decide_sizes
+from refold.rewrite.context import Context
 from refold.rewrite.edit import Editor, Refused
 from refold.rewrite.result import Applied, Declined, PassResult, applied, declined
 
@@ -60,16 +61,13 @@ class FoldConstants:
     Attributes:
         max_growth: the stored constants may grow by this factor in all. A single constant may
             grow by it too, and by 2 where it is less; ``math.inf`` folds whatever is constant.
-        complex_calls: whether what runs the graph computes complex numbers; where it does not, the
-            constants that are made of them are stored past ``max_growth``.
     """
 
     name: str = "fold-constants"
     exactness: str = "reassociates"
     max_growth: float = 1.25
-    complex_calls: bool = True
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         result = PassResult()
         graph, editor = gm.graph, Editor(gm, self.name, result)
         decided = decide_sizes(editor)
@@ -79,11 +77,12 @@ class FoldConstants:
         constant = _foldable(graph)
         result.declined += _impure(self.name, graph, constant)
         leaks = leaking(graph)
-        chosen, refused = self._choose(graph, constant, leaks, set())
-        forced = set() if self.complex_calls else _of_complex(constant)
+        growth = context.growth_or(self.max_growth)
+        chosen, refused = self._choose(graph, constant, leaks, set(), growth)
+        forced = set() if context.complex else _of_complex(constant)
         if forced:
             kept = set(chosen)
-            chosen, refused = self._choose(graph, constant, leaks, forced)
+            chosen, refused = self._choose(graph, constant, leaks, forced, growth)
             result.notes += _stored_anyway([n for n in chosen if n in forced and n not in kept])
         for node, reason, hint in refused:
             result.declined.append(declined(self.name, node, reason, hint))
@@ -106,16 +105,18 @@ class FoldConstants:
         constant: set[fx.Node],
         leaks: set[fx.Node],
         forced: set[fx.Node],
+        growth: float,
     ) -> tuple[list[fx.Node], list[tuple[fx.Node, str, str]]]:
         """The nodes to fold, in graph order, and those declined with reason and hint.
 
-        ``forced`` ones are folded whatever they store.
+        ``forced`` ones are folded whatever they store; all others may grow the constants by
+        ``growth``.
         """
         sources, parallel = _Storage(graph), _parallel_weights(graph)
         refused: dict[fx.Node, tuple[str, str]] = {}
         # not folded; only what the model itself reads is worth a word
         barred = {n for n in leaks if n in constant and is_tensor(n) and _strides_zero(n)}
-        largest, limit = max(_LARGEST, self.max_growth), self.max_growth * sources.before
+        largest, limit = max(_LARGEST, growth), growth * sources.before
         chosen = self._frontier(graph, constant, leaks, barred)
         read = set(chosen)
         many = False  # small constants: so many that they are refused too
@@ -145,7 +146,7 @@ class FoldConstants:
                 growing = [n for n in growing if n not in forced]
                 if not growing:
                     return chosen, [(n, *why) for n, why in refused.items() if n in read]
-                words = f"past the growth of {self.max_growth:g}, all constants would store"
+                words = f"past the growth of {growth:g}, all constants would store"
                 while growing and excess > 0:
                     worst = growing.pop()
                     excess -= _bytes(worst)

@@ -63,6 +63,7 @@ from refold.graph.nodes import (
 )
 from refold.passes.prepare.index_bounds import IndexBounds, Interval
 from refold.rewrite import cost
+from refold.rewrite.context import Context
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
@@ -84,7 +85,7 @@ class SplitConstantTokens:
     name: str = "split-constant-tokens"
     exactness: str = "reassociates"
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         return _Splitter(gm, self.name).run()
 
 

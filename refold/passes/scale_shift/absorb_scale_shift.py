@@ -49,6 +49,7 @@ from refold.graph import nodes
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, is_call
 from refold.passes.scale_shift.push.pusher import Pusher
+from refold.rewrite.context import Context
 from refold.rewrite.result import PassResult, declined
 
 _ARITHMETIC = (aten.add, aten.sub, aten.rsub, aten.mul, aten.neg)
@@ -71,10 +72,10 @@ class AbsorbScaleShift:
     max_growth: float = 1.25
     border_maps: bool = False
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         result = Pusher(
-            gm, self.name, lambda record: not record.is_norm, self.max_growth,
-            border_maps=self.border_maps,
+            gm, self.name, lambda record: not record.is_norm,
+            context.growth_or(self.max_growth), border_maps=self.border_maps,
         ).run()  # fmt: skip
         for node in gm.graph.nodes:
             if is_call(node, *_ARITHMETIC) and nodes.dtype(node) in _NARROW:

@@ -44,6 +44,7 @@ from refold.graph.attention import Attention, Operand, attention
 from refold.graph.kinds import kind
 from refold.graph.nodes import aten, is_tensor, shape
 from refold.passes.scale_shift.push.walk import constant_name, overflows, reads
+from refold.rewrite.context import Context
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
@@ -63,7 +64,7 @@ class FoldAttentionBiases:
     name: str = "fold-attention-biases"
     exactness: str = "reassociates"
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         return _Folder(gm, self.name).run()
 
 

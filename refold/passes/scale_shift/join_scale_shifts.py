@@ -36,6 +36,7 @@ from refold.algebra.lazy import Lazy
 from refold.graph import constants, nodes, records
 from refold.graph.nodes import aten
 from refold.rewrite.build import Builder
+from refold.rewrite.context import Context
 from refold.rewrite.driver import apply_rules
 from refold.rewrite.pattern import Call, Match, Var
 from refold.rewrite.result import PassResult
@@ -59,7 +60,7 @@ class JoinScaleShifts:
     name: str = "join-scale-shifts"
     exactness: str = "reassociates"
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         return apply_rules(gm, (Join(),))
 
 

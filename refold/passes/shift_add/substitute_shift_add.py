@@ -49,6 +49,7 @@ from refold.graph.nodes import aten, pinned
 from refold.graph.program import Call, as_call
 from refold.passes.shift_add.codes import WIDTHS, Code, Coder
 from refold.passes.shift_add.widths import budget_of, choose_widths
+from refold.rewrite.context import Context
 from refold.rewrite.edit import Editor
 from refold.rewrite.pipeline import copy_sharing_tensors, matching
 from refold.rewrite.result import Applied, PassResult, StoredCode, Substitution, applied, declined
@@ -124,7 +125,7 @@ class SubstituteShiftAdd:
     def exactness(self) -> str:
         return "approximate"
 
-    def run(self, gm: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         result = PassResult()
         layers = self._layers(gm, result)
         if not layers:
