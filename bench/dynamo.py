@@ -23,7 +23,7 @@ from torch._inductor.utils import fresh_inductor_cache
 
 import refold
 from bench.common import interleaved, quiet, ratio, save
-from refold.torch_compile import _Guarded, _picker, _State
+from refold.torch_compile.backend import _Guarded, _picker, _State
 from tests.compare import relative_error
 from tests.models.timm_networks import deploy_form, network
 

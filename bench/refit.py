@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import refold
 from bench.common import quiet, save
-from refold.recipe_file import refit_file
+from refold.backends.onnx.recipe_file import refit_file
 from tests.models.adapters import LoRABlock
 from tests.models.timm_networks import network
 from tests.randomise import randomise

@@ -20,9 +20,9 @@ from torch import fx
 from bench.common import interleaved, quiet, ratio, save
 from refold.backends.base import Target, is_static
 from refold.backends.registry import find_target, make_options
-from refold.compiler import copy_sharing_tensors
 from refold.errors import MissingDependencyError, RefoldError
 from refold.frontends.export import trace
+from refold.graph.copies import copy_sharing_tensors
 from refold.graph.program import Program
 from refold.passes import PIPELINES
 from refold.verify.compare import verify_widely

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import refold
-from refold.frontends.model_spec import load_model, randomize_batch_norms
+from refold.cli.model_spec import load_model, randomize_batch_norms
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from refold.rewrite.pipeline import Pipeline
     from refold.rewrite.result import Pass, PassResult
     from refold.rewrite.rule import RewriteRule, rule_from_functions
-    from refold.torch_compile import backend
+    from refold.torch_compile.backend import backend
     from refold.training.checkpoints import average_checkpoints
     from refold.training.ewa import EWAMoE, ewa_step_
 
@@ -36,7 +36,7 @@ _HOME = {
     "RewriteRule": "refold.rewrite.rule",
     "Target": "refold.backends.base",
     "average_checkpoints": "refold.training.checkpoints",
-    "backend": "refold.torch_compile",
+    "backend": "refold.torch_compile.backend",
     "compile_for_inference": "refold.compiler",
     "ewa_step_": "refold.training.ewa",
     "explain": "refold.compiler",

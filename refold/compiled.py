@@ -3,69 +3,22 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-from refold.backends.base import Artifact, Runner, Target, shares_weights
+from refold.backends.base import shares_weights
 from refold.backends.write import marker_of, write_atomically
+from refold.compilation import Compilation, refit
 from refold.errors import UsageError
-from refold.graph import constants, provenance
-from refold.inputs import InputCheck
-from refold.recipes import Kept, refit
+from refold.graph import constants
 from refold.report import Report
-from refold.rewrite.pipeline import copy_sharing_tensors
-from refold.shared_weights import SharedWeights
-
-
-@dataclass(frozen=True)
-class Compilation:
-    """Everything that one compilation produced."""
-
-    graph_module: fx.GraphModule
-    check: InputCheck
-    target: Target
-    artifact: Artifact
-    runner: Runner
-    report: Report
-    weights: dict[str, dict[str, Any]]
-    shared: SharedWeights
-    options: Any = None
-    kept: Kept | None = None
-    copies_weights: bool = False
-
-    @property
-    def state(self) -> list[str]:
-        """Names of the tensors that calls write."""
-        written = constants.written(self.graph_module.graph)
-        return [str(n.target) for n in written if n.op == "get_attr"]
-
-    def copied(self) -> Compilation:
-        """The same with state of its own; what no call writes is shared."""
-        if not self.state:
-            return self
-        content = self.artifact.content
-        runs = _with_own_state(content.graph_module)
-        same = content.graph_module is self.graph_module
-        gm = runs if same else _with_own_state(self.graph_module)
-        artifact = dataclasses.replace(
-            self.artifact, content=dataclasses.replace(content, graph_module=runs)
-        )
-        runner = self.target.load(artifact, self.options)
-        return dataclasses.replace(self, graph_module=gm, artifact=artifact, runner=runner)
-
-
-def _with_own_state(gm: fx.GraphModule) -> fx.GraphModule:
-    copy = copy_sharing_tensors(gm)
-    constants.own_written(copy)
-    return copy
+from refold.weights.shared import SharedWeights
 
 
 class CompiledModel:
@@ -154,7 +107,7 @@ class CompiledModel:
         done.target.save(done.artifact, folder, name)
         related = getattr(done.artifact.content, "initializers", None)
         if done.kept is not None and related is not None:
-            from refold import recipe_file
+            from refold.backends.onnx import recipe_file
 
             recipe_file.write(folder / f"{name}{recipe_file.SUFFIX}", done.kept.recipe, related)
 
@@ -240,43 +193,3 @@ class CompiledModel:
         if self._compilation is None:
             return "CompiledModel(not compiled yet: compiles at the first call)"
         return f"CompiledModel({self.report.model}, target={self.target!r})"
-
-
-def weight_origins(gm: fx.GraphModule, original: fx.GraphModule) -> dict[str, dict[str, Any]]:
-    """For each constant of the folded graph: original keys, module paths, rules."""
-    sources = {n.name: n for n in original.graph.nodes}
-    keys = {str(n.target) for n in original.graph.nodes if n.op == "get_attr"}
-    constant = constants.constant_nodes(original.graph)
-    out: dict[str, dict[str, Any]] = {}
-    for node in gm.graph.nodes:
-        if node.op != "get_attr" or not node.users:
-            continue
-        name = str(node.target)
-        if name in keys:
-            out[name] = {"from": [name], "modules": [provenance.module_path(node)], "rules": []}
-            continue
-        origins = [provenance.of(user) for user in node.users]
-        named = dict.fromkeys(n for o in origins for n in o["nodes"])
-        read: dict[str, None] = {}
-        for source in named:
-            if source in sources:
-                _keys_read(sources[source], constant, read)
-        out[name] = {
-            "from": list(read),
-            "modules": list(dict.fromkeys(m for o in origins for m in o["modules"])),
-            "rules": list(dict.fromkeys(r for o in origins for r in o["rules"])),
-        }
-    return out
-
-
-def _keys_read(node: fx.Node, constant: set[fx.Node], found: dict[str, None]) -> None:
-    """Adds the parameters that a node reads, directly or through constant expressions."""
-    pending, seen = [node], set[fx.Node]()
-    while pending:
-        current = pending.pop()
-        for source in reversed(current.all_input_nodes):
-            if source.op == "get_attr":
-                found[str(source.target)] = None
-            elif source in constant and source not in seen:
-                seen.add(source)
-                pending.append(source)

@@ -30,8 +30,9 @@ from refold.backends.base import (
 )
 from refold.backends.registry import find_target, make_options, require
 from refold.calibrate.lockstep import divergence, logits
+from refold.compilation import Compilation, Kept, weight_origins
 from refold.compile_lock import one_at_a_time
-from refold.compiled import Compilation, CompiledModel, weight_origins
+from refold.compiled import CompiledModel
 from refold.diagnose.axis_collisions import axis_collisions
 from refold.diagnose.dead_parameters import DeadParameter, dead_parameters
 from refold.errors import (
@@ -45,20 +46,21 @@ from refold.errors import (
 from refold.frontends.export import fix_ranks, trace
 from refold.frontends.functionalise import ranks_matter
 from refold.graph import kinds, subgraphs
+from refold.graph.copies import copy_sharing_tensors
 from refold.graph.program import Program, as_call, fresh
 from refold.inputs import InputCheck
 from refold.passes import PIPELINES
 from refold.passes.experts.join import state_expectation
-from refold.recipes import Kept, Recipe, record
+from refold.refit.recipe import Recipe, record
 from refold.report import GraphRecord, InputRecord, PassRecord, Report, counts, standing
 from refold.rewrite.context import Context
-from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
+from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Declined, Substitution, failed
-from refold.shared_weights import SharedWeights, copy_shared, tensors
 from refold.verify import codes
 from refold.verify.compare import verify_widely
 from refold.verify.randomness import draws
 from refold.verify.references import References, outputs, references
+from refold.weights.shared import SharedWeights, copy_shared, tensors
 
 Progress = Callable[[str], None]
 

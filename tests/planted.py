@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from refold.errors import VerificationError
 from refold.frontends.export import trace
 from refold.graph import constants, nodes
+from refold.graph.copies import copy_sharing_tensors
 from refold.graph.evaluate import Oracle
 from refold.graph.kinds import op_name
 from refold.graph.program import Program
@@ -29,7 +30,7 @@ from refold.passes.prepare import clean_up
 from refold.rewrite import driver
 from refold.rewrite.context import Context
 from refold.rewrite.pattern import root_targets
-from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
+from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Applied, Declined, Pass, PassResult, Substitution
 from refold.rewrite.rule import RewriteRule
 from refold.verify import codes

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from refold import __version__, cli
+from refold import __version__
 from refold.backends.onnx.targets import OnnxTarget
+from refold.cli import exit_codes, model_spec
+from refold.cli import progress as telling
 from refold.errors import FrontendError, UsageError
-from refold.frontends import model_spec
 from tests.small_nets import ConvNet, LateNorm
 
 SHAPE = ("--shape", "1x3x8x8")
@@ -37,7 +38,7 @@ def test_export_then_verify(run, tmp_path):
     assert "relative error" in out
     # Other weights: the file is not of this model.
     code, _, err = run(*command.split(), "--seed", 1)
-    assert code == cli.NUMBERS
+    assert code == exit_codes.NUMBERS
     assert "from the float64 reference" in err
 
 
@@ -136,7 +137,7 @@ def test_version_and_help():
 
 def test_no_command_is_usage(run):
     code, out, _ = run()
-    assert code == cli.USAGE
+    assert code == exit_codes.USAGE
     assert "examples:" in out
 
 
@@ -166,7 +167,7 @@ def test_usage_errors_exit_with_2(run, arguments, message, tmp_path):
     code, out, err = run(
         *arguments, *(("-o", tmp_path / "x.onnx") if arguments[0] == "export" else ())
     )
-    assert code == cli.USAGE
+    assert code == exit_codes.USAGE
     assert message in err
     assert not out
     assert list(tmp_path.iterdir()) == []
@@ -174,10 +175,10 @@ def test_usage_errors_exit_with_2(run, arguments, message, tmp_path):
 
 def test_untraceable_model_exits_with_1(run):
     code, _, err = run("explain", NET, "--shape", "1x4x8x8")
-    assert code == cli.ERROR
+    assert code == exit_codes.ERROR
     assert "ConvNet raises on the example inputs" in err
     code, _, err = run("explain", "net.onnx")
-    assert code == cli.ERROR
+    assert code == exit_codes.ERROR
     assert "not yet" in err
 
 
@@ -187,7 +188,7 @@ def test_missing_fold_exits_with_4_and_writes_nothing(run, tmp_path):
         "export", "tests.small_nets:LateNorm", "--shape", "1x3x4x4", "-o", path,
         "--expect", "batch-norm=1", "--json",
     )  # fmt: skip
-    assert code == cli.EXPECTATION
+    assert code == exit_codes.EXPECTATION
     assert "0 of 1 went" in err
     assert json.loads(out)["error"]["exit_code"] == 4
     assert not path.exists()
@@ -198,7 +199,7 @@ def test_existing_output_is_refused_before_any_work(run, tmp_path):
     path.write_text("mine")
     start = time.monotonic()
     code, _, err = run("export", "no.such:model", *SHAPE, "-o", path)
-    assert code == cli.USAGE
+    assert code == exit_codes.USAGE
     assert "--force on the command line" in err
     assert path.read_text() == "mine"
     assert time.monotonic() - start < 5
@@ -206,11 +207,11 @@ def test_existing_output_is_refused_before_any_work(run, tmp_path):
 
 def test_unwritable_directory_is_said_before_any_work(run, tmp_path, monkeypatch):
     code, _, err = run("export", "no.such:model", *SHAPE, "-o", tmp_path / "no" / "net.onnx")
-    assert code == cli.ERROR
+    assert code == exit_codes.ERROR
     assert "does not exist" in err
     monkeypatch.setattr("refold.backends.write.os.access", lambda path, mode: False)
     code, _, err = run("export", "no.such:model", *SHAPE, "-o", tmp_path / "net.onnx")
-    assert code == cli.ERROR
+    assert code == exit_codes.ERROR
     assert "is not writable" in err
 
 
@@ -338,11 +339,11 @@ def test_randomized_batch_norms_keep_activations_in_range():
 
 
 def test_progress_is_quiet_for_short_work_and_a_line_for_long(monkeypatch, capsys):
-    progress = cli._Progress(sys.stderr)
+    progress = telling.Progress(sys.stderr)
     progress("short")
     progress.close()
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(cli, "_QUIET_SECONDS", 0.01)
+    monkeypatch.setattr(telling, "_QUIET_SECONDS", 0.01)
     progress("long")
     time.sleep(0.05)
     progress("next")
@@ -365,5 +366,5 @@ def test_timm_network_end_to_end(run, tmp_path):
     code, out, _ = run("verify", "timm:repvgg_a0", path, "--shape", "1x3x64x64", "--randomize-bn")
     assert code == 0
     code, _, err = run("explain", "timm:repvgg_b0x")
-    assert code == cli.USAGE
+    assert code == exit_codes.USAGE
     assert "did you mean 'repvgg_" in err

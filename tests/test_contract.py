@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import refold
+from refold.cli.torchvision_shim import declare_torchvision_ops
 from refold.errors import UsageError
-from refold.frontends.torchvision_shim import declare_torchvision_ops
 from refold.graph import constants
 from tests import small_nets
 from tests.compare import EXACT, double, relative_error

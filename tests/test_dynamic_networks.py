@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import refold
-from refold.compiler import copy_sharing_tensors
 from refold.errors import FrontendError, UsageError
 from refold.frontends.export import trace
 from refold.graph import kinds, subgraphs
+from refold.graph.copies import copy_sharing_tensors
 from refold.passes import PIPELINES
 from tests.compare import EXACT, SINGLE, relative_error
 from tests.models.systems.dynamic import (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import refold
-from refold.frontends.torchvision_shim import declare_torchvision_ops
+from refold.cli.torchvision_shim import declare_torchvision_ops
 from refold.graph import kinds
 from tests.compare import SINGLE, call, double, fold_double, relative_error
 from tests.models import counts

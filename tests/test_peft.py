@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import refold
-from refold.frontends.torchvision_shim import declare_torchvision_ops
+from refold.cli.torchvision_shim import declare_torchvision_ops
 from tests.compare import EXACT, SINGLE, call, relative_error
 from tests.models.systems import peft_adapters
 

@@ -23,14 +23,15 @@ from torch import Tensor, fx, nn
 
 import refold.passes
 from refold.algebra.binary_coding import BinaryCode
+from refold.cli.torchvision_shim import declare_torchvision_ops
 from refold.errors import VerificationError
-from refold.frontends.torchvision_shim import declare_torchvision_ops
+from refold.graph.copies import copy_sharing_tensors
 from refold.passes import PASSES, PIPELINES
 from refold.passes.branches.fold_branches import FoldBranches
 from refold.passes.scale_shift.absorb_scale_shift import AbsorbScaleShift
 from refold.passes.shift_add import codes as layer_codes
 from refold.passes.shift_add.substitute_shift_add import SubstituteShiftAdd
-from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
+from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Declined, Pass
 from tests.folding import Net
 from tests.models.experts import spread

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import refold
 from refold.errors import RefitError, UsageError
 from refold.graph import constants
-from refold.graph.tape import Recorder
+from refold.refit.tape import Recorder
 from tests.models import adapters, branches, weights
 from tests.randomise import randomise
 
@@ -394,7 +394,7 @@ def test_refit_of_a_file(tmp_path: Path, run: Any) -> None:
 
 
 def test_a_recipe_calls_nothing_but_operators_of_torch() -> None:
-    from refold import recipe_file
+    from refold.backends.onnx import recipe_file
 
     for name in ("os.system.default", "aten.from_file.default", "aten.none_such.default"):
         with pytest.raises(UsageError, match="the recipe calls"):

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from refold.cli.torchvision_shim import declare_torchvision_ops
 from refold.errors import RefoldError
-from refold.frontends.torchvision_shim import declare_torchvision_ops
 from tests.models.systems import (
     SYSTEMS,
     Check,

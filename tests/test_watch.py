@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refold import native, watch
+from refold import native
 from refold.native import build
+from refold.weights import watch
 
 
 @pytest.fixture(scope="module", autouse=True)

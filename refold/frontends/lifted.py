@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from refold.graph import nodes
+from refold.graph.copies import copy_sharing_tensors
 
 _ROOT = re.compile(r"^[LG]\['[^']*'\]\.?")
 _KEY = re.compile(r"(?:_modules|_parameters|_buffers)\['([^']+)'\]")
@@ -67,9 +68,7 @@ def bind(gm: fx.GraphModule, values: Mapping[int, tuple[str, torch.Tensor]]) -> 
         gm: the graph, not changed.
         values: name and tensor of each placeholder that becomes a constant, by position.
     """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    bound = fx.GraphModule(gm, graph)
+    bound = copy_sharing_tensors(gm)
     bind_here(bound, values)
     return bound
 

@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from refold.graph import constants, provenance
+from refold.graph.copies import copy_sharing_tensors
 from refold.graph.nodes import is_call
 
 
@@ -54,9 +55,7 @@ def own(gm: fx.GraphModule) -> None:
     for number, cond in enumerate(conds(gm)):
         copies = []
         for word, old in zip(("true", "false"), branches(cond), strict=True):
-            graph = fx.Graph()
-            graph.output(graph.graph_copy(old.graph, {}))
-            copy = fx.GraphModule(old, graph)
+            copy = copy_sharing_tensors(old)
             _name_modules(cond, copy)
             own(copy)
             name = _unique(gm, f"{word}_graph_{number}")

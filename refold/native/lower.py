@@ -7,6 +7,7 @@ from torch import fx
 
 from refold import native
 from refold.graph import constants, nodes, provenance
+from refold.graph.copies import copy_sharing_tensors
 from refold.native import op  # noqa: F401  (registers the operator)
 from refold.native.layer import GEMV_ROWS, pack
 
@@ -56,13 +57,12 @@ def lower(gm: fx.GraphModule, *, exact: bool) -> tuple[str, ...]:
 
 def with_sums(gm: fx.GraphModule, *, exact: bool) -> fx.GraphModule:
     """A lowered graph over the same tensors with the other kind of sums, or the same."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    graph.set_codegen(gm.graph._codegen)
-    for node in graph.nodes:
+    copy = copy_sharing_tensors(gm)
+    for node in copy.graph.nodes:
         if is_packed(node):
             node.args = (*node.args[:-1], exact)
-    return fx.GraphModule(gm, graph)
+    copy.recompile()
+    return copy
 
 
 def is_packed(node: fx.Node) -> bool:

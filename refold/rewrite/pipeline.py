@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any
@@ -14,12 +13,14 @@ from typing import Any
 from torch import fx, nn
 
 from refold.errors import RefoldError, UsageError, VerifierError, did_you_mean
-from refold.graph import constants, provenance, subgraphs
+from refold.graph import constants, subgraphs
+from refold.graph.copies import copy_sharing_tensors
 from refold.graph.kinds import census
 from refold.graph.verifier import Signature, signature, verify
 from refold.rewrite.context import Context
 from refold.rewrite.edit import Snapshot
 from refold.rewrite.result import Pass, PassResult, failed
+from refold.rewrite.selection import pin
 
 ENTRY_POINT_GROUP = "refold.passes"
 _EXACTNESS = ("exact", "reassociates", "approximate")
@@ -348,56 +349,6 @@ def _undone(
     snapshot.restore()
     result = PassResult(declined=[failed(item.name, None, error)])
     return PassRun(item.name, result, time.perf_counter() - started, before, before)
-
-
-def copy_sharing_tensors(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph over the same tensors, with the same call convention."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    graph.set_codegen(gm.graph._codegen)
-    return fx.GraphModule(gm, graph)
-
-
-def pin(gm: fx.GraphModule, exclude: Iterable[str]) -> None:
-    """Marks the nodes of excluded module paths, so that no pass rewrites or removes them.
-
-    Raises:
-        UsageError: a glob matches no module path of the graph.
-    """
-    for node in matching(gm, exclude, "exclude"):
-        node.meta["refold_pinned"] = True
-
-
-def matching(gm: fx.GraphModule, globs: str | Iterable[str], option: str) -> set[fx.Node]:
-    """The nodes of the modules that globs name, and of what lies inside these.
-
-    Args:
-        gm: the graph module.
-        globs: globs of module paths.
-        option: what the user calls them.
-
-    Raises:
-        UsageError: a glob matches no module path of the graph.
-    """
-    globs = [globs] if isinstance(globs, str) else list(globs)
-    if not globs:
-        return set()
-    inside = [n for g in subgraphs.walk(gm) for n in g.graph.nodes]
-    chains = {n: _ancestors(provenance.module_path(n)) for n in inside}
-    known = {path for chain in chains.values() for path in chain}
-    for glob in globs:
-        if not any(fnmatch.fnmatchcase(path, glob) for path in known):
-            raise UsageError(f"{option}: no module matches {glob!r}{did_you_mean(glob, known)}")
-    return {
-        node
-        for node, chain in chains.items()
-        if any(fnmatch.fnmatchcase(path, glob) for path in chain for glob in globs)
-    }
-
-
-def _ancestors(path: str) -> list[str]:
-    parts = path.split(".") if path else []
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def load_pass(name: str, builtin: Mapping[str, type]) -> Pass:

@@ -23,8 +23,8 @@ from torch import fx
 from refold.calibrate.lockstep import Lockstep
 from refold.errors import VerificationError
 from refold.graph import constants, provenance
+from refold.graph.copies import copy_sharing_tensors
 from refold.graph.program import Program
-from refold.rewrite.pipeline import copy_sharing_tensors
 from refold.rewrite.result import StoredCode, Substitution
 from refold.verify.compare import verify_widely
 from refold.verify.references import References

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import refold
-from refold import cli
 from refold.backends.base import dtypes_of
 from refold.backends.registry import find_target
+from refold.cli import exit_codes
 from refold.errors import BackendError
 from tests.backends import runtimes
 from tests.backends.quantised_nets import Int8Net
@@ -98,11 +98,11 @@ def test_command_line_verifies_the_file(edge: Edge, run: Any, tmp_path: Path) ->
     assert code == 0, err
     assert "relative error" in out
     code, _, err = run(*command, "--seed", 1)
-    assert code == cli.NUMBERS
+    assert code == exit_codes.NUMBERS
     assert "from the float64 reference" in err
     path.write_bytes(b"no network" * 100)
     code, _, err = run(*command)
-    assert code == cli.ERROR
+    assert code == exit_codes.ERROR
     assert edge.damaged in err
 
 
@@ -189,7 +189,7 @@ def test_fixed_shapes_are_not_named(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "net.pte"
     path.write_bytes(b"")
     code, _, err = run("verify", "tests.small_nets:ConvNet", path, "--shape", "1x3xH=8x8")
-    assert code == cli.USAGE
+    assert code == exit_codes.USAGE
     assert "has fixed shapes: write them in --shape as numbers" in err
 
 
@@ -197,6 +197,6 @@ def test_what_can_be_verified_is_listed(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "net.mlpackage"
     path.write_bytes(b"")
     code, _, err = run("verify", "tests.small_nets:ConvNet", path, "--shape", "1x3x8x8")
-    assert code == cli.USAGE
+    assert code == exit_codes.USAGE
     for suffix in (".pt2", ".onnx", *(e.suffix for e in EDGES), "trt target"):
         assert suffix in err

@@ -3,8 +3,8 @@ import torch
 from torch.nn import functional as F
 
 import refold
-from refold import cli
 from refold.backends.edge import ncnn as backend
+from refold.cli import exit_codes
 from refold.errors import BackendError, UsageError
 from tests.backends import runtimes
 
@@ -83,5 +83,5 @@ def test_weights_beside_the_file_are_needed(run, built, tmp_path):
     path = built[0].save(tmp_path / "net.param")
     (tmp_path / "net.bin").unlink()
     code, _, err = run("verify", "tests.small_nets:ConvNet", path, "--shape", "1x3x8x8")
-    assert code == cli.ERROR
+    assert code == exit_codes.ERROR
     assert "needs net.bin beside it" in err

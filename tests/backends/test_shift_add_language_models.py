@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import refold
-from refold.frontends.torchvision_shim import declare_torchvision_ops
+from refold.cli.torchvision_shim import declare_torchvision_ops
 from refold.passes import PIPELINES
 from refold.passes.shift_add.substitute_shift_add import SubstituteShiftAdd
 

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 import refold
-from refold import cli
 from refold.backends.tensorrt import artifact, build, check, library, ops, precision, reference
 from refold.backends.tensorrt import verify as judge
 from refold.backends.tensorrt.target import TensorRTOptions, TensorRTTarget
+from refold.cli import exit_codes
 from refold.errors import (
     BackendError,
     MissingDependencyError,
@@ -875,17 +875,17 @@ def test_commands(run, tmp_path, no_library):
     assert "none of " in out
     assert "no parser" in out
     code, _, err = run("build", path)
-    assert code == cli.ERROR
+    assert code == exit_codes.ERROR
     assert "pip install tensorrt" in err
     code, _, err = run("verify", path)
-    assert code == cli.ERROR
+    assert code == exit_codes.ERROR
 
 
 def test_check_rejects_with_an_exit_code(run, tmp_path, no_library):
     name = "tests.backends.test_tensorrt:Pooled"
     code, out, _ = run("check", name, "--shape", "1x3x8x8", "--json")
     found = json.loads(out)
-    assert code == cli.ERROR
+    assert code == exit_codes.ERROR
     assert found["accepted"] is False
     assert found["rejections"][0]["modules"] == "pool"
     code, out, _ = run("check", name, "--shape", "1x3x8x8")
@@ -905,5 +905,5 @@ def test_check_rejects_with_an_exit_code(run, tmp_path, no_library):
 )
 def test_usage_errors(run, arguments):
     code, _, err = run(*arguments)
-    assert code == cli.USAGE
+    assert code == exit_codes.USAGE
     assert err

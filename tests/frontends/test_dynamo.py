@@ -17,11 +17,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import refold
-from refold import torch_compile
 from refold.backends.pytorch import inductor
 from refold.errors import UsageError
 from refold.graph.kinds import census
 from refold.passes import PIPELINES
+from refold.torch_compile import backend as torch_compile
 from tests.compare import SINGLE, call, double, relative_error
 from tests.models import counts
 from tests.models.timm_networks import NETWORKS, network

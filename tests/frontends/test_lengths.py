@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import refold
+from refold.cli.torchvision_shim import declare_torchvision_ops
 from refold.frontends.export import trace
-from refold.frontends.torchvision_shim import declare_torchvision_ops
 from tests.folding import Net
 
 BATCHES = (1, 2, 3, 7)

@@ -7,8 +7,8 @@ from copy import deepcopy
 import torch
 from torch import fx, nn
 
+from refold.cli.torchvision_shim import declare_torchvision_ops
 from refold.frontends.export import trace
-from refold.frontends.torchvision_shim import declare_torchvision_ops
 from tests.randomise import randomise
 
 # Name and image size. Fixed-size models keep their own; mobileone with random weights is so badly

@@ -688,7 +688,7 @@ def _close(model: nn.Module, by: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("spelling", ["grouped_mm", "batched_mm"])
 def test_mixtral_to_onnx_runtime(spelling: str) -> None:
-    from refold.frontends.torchvision_shim import declare_torchvision_ops
+    from refold.cli.torchvision_shim import declare_torchvision_ops
 
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -729,7 +729,7 @@ def test_mixtral_to_onnx_runtime(spelling: str) -> None:
 
 @pytest.mark.slow
 def test_vision_transformer_with_experts_to_onnx_runtime() -> None:
-    from refold.frontends.torchvision_shim import declare_torchvision_ops
+    from refold.cli.torchvision_shim import declare_torchvision_ops
 
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

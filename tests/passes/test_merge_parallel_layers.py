@@ -335,7 +335,7 @@ def test_new_weights_go_into_the_merged_layer() -> None:
 
 
 def test_torch_compile_merges_for_what_runs_the_graph() -> None:
-    from refold import torch_compile
+    from refold.torch_compile import backend as torch_compile
 
     def costs(**options) -> str:
         return torch_compile._Settings(**options).passes.passes[-1].layers_on

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import refold
 from refold.errors import VerificationError
 from refold.frontends.export import trace
+from refold.graph.copies import copy_sharing_tensors
 from refold.passes import PIPELINES
-from refold.rewrite.pipeline import copy_sharing_tensors
 from refold.rewrite.rule import rule_from_functions
 from refold.verify import compare
 from refold.verify.references import references

@@ -10,9 +10,10 @@ from torch import nn
 import refold
 from refold.errors import VerificationError
 from refold.frontends.export import trace
+from refold.graph.copies import copy_sharing_tensors
 from refold.ops.bcq_linear import dequantise, pack
 from refold.passes.shift_add.substitute_shift_add import SubstituteShiftAdd
-from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
+from refold.rewrite.pipeline import Pipeline
 from refold.verify import codes
 from refold.verify.references import references
 

@@ -44,6 +44,7 @@ from refold.calibrate import layers as dense_layers
 from refold.calibrate.layers import Layer, Refusal
 from refold.errors import UsageError
 from refold.graph import constants, records
+from refold.graph.copies import copy_sharing_tensors
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, pinned
 from refold.graph.program import Call, as_call
@@ -51,8 +52,8 @@ from refold.passes.shift_add.codes import WIDTHS, Code, Coder
 from refold.passes.shift_add.widths import budget_of, choose_widths
 from refold.rewrite.context import Context
 from refold.rewrite.edit import Editor
-from refold.rewrite.pipeline import copy_sharing_tensors, matching
 from refold.rewrite.result import Applied, PassResult, StoredCode, Substitution, applied, declined
+from refold.rewrite.selection import matching
 
 _HELD_OUT = 8  # one of so many calibration inputs is held out
 

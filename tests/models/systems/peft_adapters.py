@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refold.frontends.torchvision_shim import declare_torchvision_ops
+from refold.cli.torchvision_shim import declare_torchvision_ops
 from tests.models.systems.case import Systems
 
 SYSTEMS = Systems("Adapters of peft")

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import nn
 
-from refold.frontends.torchvision_shim import declare_torchvision_ops
+from refold.cli.torchvision_shim import declare_torchvision_ops
 from tests.models.systems.case import Systems
 
 SYSTEMS = Systems("Whole networks (timm)")

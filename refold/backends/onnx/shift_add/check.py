@@ -27,6 +27,7 @@ from refold.backends.onnx.export import OnnxContent
 from refold.backends.onnx.shift_add.choice import REQUANTISED
 from refold.backends.onnx.shift_add.rewrite import Layer, Written, effective_weight
 from refold.errors import VerificationError
+from refold.graph.copies import copy_sharing_tensors
 from refold.graph.evaluate import Oracle, flat_inputs
 from refold.ops.bcq_linear import dequantise
 
@@ -124,10 +125,8 @@ def as_written(gm: fx.GraphModule, layers: list[Layer]) -> fx.GraphModule:
     """The graph with the weights that a file has: its own, but for layers that were rounded."""
     if not any(map(_rounded, layers)):
         return gm
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    graph.set_codegen(gm.graph._codegen)
-    copy = fx.GraphModule(gm, graph)
+    copy = copy_sharing_tensors(gm)
+    graph = copy.graph
     target = torch.ops.refold.bcq_linear.default
     found = [n for n in graph.nodes if n.op == "call_function" and n.target is target]
     for index, (node, layer) in enumerate(zip(found, layers, strict=True)):

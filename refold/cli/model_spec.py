@@ -238,7 +238,7 @@ def randomize_batch_norms(model: nn.Module, inputs: Sequence[torch.Tensor]) -> i
 
 
 def _from_timm(name: str) -> NamedModel:
-    from refold.frontends.torchvision_shim import declare_torchvision_ops
+    from refold.cli.torchvision_shim import declare_torchvision_ops
 
     declare_torchvision_ops()
     try:

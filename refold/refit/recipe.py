@@ -1,6 +1,6 @@
 """New weights for a folded model, without tracing or folding again.
 
-A recipe is the tape of one fold (:mod:`refold.graph.tape`) and the names of what went into it. It
+A recipe is the tape of one fold (:mod:`refold.refit.tape`) and the names of what went into it. It
 computes the folded constants from other weights of the same architecture, or from another value of
 a bound input, exactly as folding anew would; where folding anew would leave another graph, it says
 so and computes nothing.
@@ -13,23 +13,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from refold.backends.base import Refits
 from refold.errors import RefitError, UsageError, did_you_mean
 from refold.graph import constants
-from refold.graph.tape import Recorder, Tape
-from refold.shared_weights import SharedWeights, copy_shared
-from refold.verify.compare import verify_widely
-from refold.verify.references import references
+from refold.refit.tape import Recorder, Tape
 
 if TYPE_CHECKING:
-    from refold.compiled import Compilation
     from refold.graph.program import Program
 
 _SHOWN = 5
-_INPUTS = 1  # what refitted numbers are compared on: the recipe itself is exact
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ class Recipe:
         """
         if self.tape.unknown:
             raise RefitError(
-                f"how {_listed(self.tape.unknown)} was computed is not known: compile again with "
+                f"how {listed(self.tape.unknown)} was computed is not known: compile again with "
                 "the new weights"
             )
         return self.tape.run(self.values)
@@ -121,7 +115,7 @@ class Recipe:
         if unknown:
             near = did_you_mean(unknown[0], self.shapes)
             hint = near if near.startswith(" (did") else ""
-            raise RefitError(f"the model has no weight {_listed(unknown)}{hint}")
+            raise RefitError(f"the model has no weight {listed(unknown)}{hint}")
         missing = [
             source.keys[0]
             for source in self.sources.values()
@@ -129,7 +123,7 @@ class Recipe:
         ]
         if missing and strict:
             raise RefitError(
-                f"missing: {_listed(missing)}; give all weights, or strict=False to keep these"
+                f"missing: {listed(missing)}; give all weights, or strict=False to keep these"
             )
         for key, value in weights.items():
             if tuple(value.shape) != self.shapes[key]:
@@ -158,11 +152,11 @@ class Recipe:
     def _kept(self, name: str) -> torch.Tensor:
         source = self.sources[name]
         if name not in self.values:
-            raise RefitError(f"{_listed(source.keys or (source.bound or name,))} has to be given")
+            raise RefitError(f"{listed(source.keys or (source.bound or name,))} has to be given")
         value = self.values[name]
         if self._stamps.get(name, _stamp(value)) != _stamp(value):
             raise RefitError(
-                f"{_listed(source.keys)} was written after the model was compiled: pass all weights"
+                f"{listed(source.keys)} was written after the model was compiled: pass all weights"
             )
         return value
 
@@ -191,7 +185,7 @@ def _stamp(value: torch.Tensor) -> tuple[int, int]:
     return version, value.data_ptr()
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     found = sorted(names)
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return ", ".join(repr(n) for n in found[:_SHOWN]) + more
@@ -245,26 +239,6 @@ def _keys(
     return found
 
 
-def with_tensors(gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
-    """A copy of a graph that reads other tensors; those not named are shared."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    graph.set_codegen(gm.graph._codegen)
-    copy = fx.GraphModule(gm, graph)
-    written = {str(n.target) for n in constants.written(graph) if n.op == "get_attr"}
-    for name, tensor in tensors.items():
-        path, _, attribute = name.rpartition(".")
-        owner = copy.get_submodule(path)
-        if not hasattr(owner, attribute):
-            continue
-        value = tensor.clone() if name in written else tensor
-        if attribute in owner._parameters:
-            owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
-        else:
-            setattr(owner, attribute, value)
-    return copy
-
-
 def as_weights(weights: Any) -> Mapping[str, torch.Tensor] | None:
     """A state dict, or that of a module."""
     if weights is None:
@@ -275,66 +249,3 @@ def as_weights(weights: Any) -> Mapping[str, torch.Tensor] | None:
     if isinstance(weights, Mapping):
         return weights
     raise UsageError(f"refit: expected a state dict or a module, got {type(weights).__name__}")
-
-
-# --- a compiled model with other weights ----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What a compiled model keeps to take new weights: its recipe, and the unfolded program.
-
-    The program has the first weights; the present ones are the recipe's.
-    """
-
-    recipe: Recipe
-    program: Program
-    original: fx.GraphModule
-
-
-def refit(
-    done: Compilation,
-    weights: Any,
-    bind: Mapping[str, Any] | None,
-    *,
-    strict: bool,
-    verify: bool,
-) -> Compilation:
-    """The compilation with other weights; see :meth:`refold.CompiledModel.refit`."""
-    kept, target = done.kept, done.target
-    if kept is None:
-        raise UsageError("the model has no recipe: compile it with recipe=True")
-    if not isinstance(target, Refits):
-        raise UsageError(
-            f"target {target.name!r} cannot take new weights: compile again, or refit for 'torch', "
-            "'onnx' or 'ort'"
-        )
-    recipe = kept.recipe.assign(as_weights(weights), bind, strict=strict)
-    tensors = recipe.constants()
-    missing = constants.stored(done.graph_module).keys() - tensors.keys()
-    if missing:
-        raise RefitError(f"how {_listed(missing)} was computed is not known: compile again")
-    gm = with_tensors(done.graph_module, tensors)
-    if done.copies_weights:
-        copy_shared(gm, recipe.values.values())
-    artifact = target.refit(done.artifact, gm, tensors)
-    runner = target.load(artifact, done.options)
-    note = "refitted: these are new weights in the graph that was folded from others"
-    report = replace(done.report, notes=(*done.report.notes, note), numerics=None,
-                     artifact_numerics=None)  # fmt: skip
-    if verify:
-        original = with_tensors(kept.original, recipe.values)
-        known = references(original, kept.program, most=_INPUTS)
-        if artifact.leaves_inputs:
-            known = known.leaving_inputs()
-        result, known = verify_widely(original, runner, kept.program, known)
-        report.numerics = result.to_dict()  # of what runs, which is the graph or was made from it
-    return replace(
-        done,
-        graph_module=gm,
-        artifact=artifact,
-        runner=runner,
-        report=report,
-        kept=Kept(recipe, kept.program, kept.original),
-        shared=SharedWeights(gm, recipe.values.values()),
-    )

@@ -28,12 +28,13 @@ from refold.compile_lock import one_at_a_time
 from refold.errors import RefoldError, UsageError, did_you_mean
 from refold.frontends.dynamo import Captured, NotFoldable, capture, hold
 from refold.graph import provenance
+from refold.graph.copies import copy_sharing_tensors
 from refold.passes import PIPELINES
 from refold.rewrite.context import Context
-from refold.rewrite.pipeline import Pipeline, copy_sharing_tensors
+from refold.rewrite.pipeline import Pipeline
 from refold.verify.compare import verify_widely
 from refold.verify.references import references
-from refold.watch import watch
+from refold.weights.watch import watch
 
 log = logging.getLogger(__name__)
 

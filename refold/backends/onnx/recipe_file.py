@@ -18,8 +18,8 @@ from refold._version import __version__
 from refold.backends.onnx import initializers
 from refold.backends.write import write_atomically
 from refold.errors import RefitError, UsageError
-from refold.graph.tape import Slot, Step, Tape
-from refold.recipes import Recipe, Source
+from refold.refit.recipe import Recipe, Source
+from refold.refit.tape import Slot, Step, Tape
 
 if TYPE_CHECKING:
     import os

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from refold.errors import UsageError
 from refold.graph import aliasing, constants
-from refold.watch import watch
+from refold.weights.watch import watch
 
 _SAMPLE = 16  # bytes of each weight that are compared: in one line of the cache
 _SHOWN = 3

@@ -1,0 +1,1 @@
+"""New weights for a folded graph, without folding it again."""
