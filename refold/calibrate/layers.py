@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from refold.algebra.compensation import Hessian
 from refold.algebra.lazy import Lazy
 from refold.calibrate.lockstep import Compute, Environment
-from refold.graph import constants, records
+from refold.graph import constants
 from refold.graph.kinds import LAYOUT, op_name
 from refold.graph.nodes import arguments, aten, dtype, is_output, shape
+from refold.graph.records import convolutions, products
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _call(target: Any, *args: Any) -> Any:
 
 def linear(node: fx.Node) -> Layer | Refusal | None:
     """The node as a dense layer if it is a product with a stored matrix."""
-    found = records.linear(node)
+    found = products.linear(node)
     if found is None:
         return None
     attribute = _attribute(found.weight_node)
@@ -131,7 +132,7 @@ def linear(node: fx.Node) -> Layer | Refusal | None:
 
 def convolution(node: fx.Node) -> Layer | Refusal | None:
     """The node as a dense layer if it is a convolution with a stored weight."""
-    conv = records.conv(node)
+    conv = convolutions.conv(node)
     if conv is None:
         return None
     attribute = _attribute(conv.weight_node)

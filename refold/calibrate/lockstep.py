@@ -11,10 +11,11 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from refold.graph import constants, records
+from refold.graph import constants
 from refold.graph.evaluate import flat_inputs
 from refold.graph.kinds import op_name
 from refold.graph.program import Call
+from refold.graph.records import products
 
 _KEEPS_LOGITS = frozenset({"_to_copy", "to", "clone", "alias", "contiguous", "slice", "select"})
 
@@ -158,7 +159,7 @@ def logits(gm: fx.GraphModule) -> list[bool]:
 def _is_logits(node: Any) -> bool:
     while isinstance(node, fx.Node) and op_name(node) in _KEEPS_LOGITS:
         node = node.args[0]
-    return records.linear(node) is not None
+    return products.linear(node) is not None
 
 
 def divergence(expected: Sequence[Any], got: Sequence[Any], scores: Sequence[bool]) -> Divergence:

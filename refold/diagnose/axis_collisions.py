@@ -15,8 +15,9 @@ from pathlib import PurePath
 
 from torch import fx
 
-from refold.graph import constants, provenance, records
+from refold.graph import constants, provenance
 from refold.graph.nodes import aten, is_call, is_tensor, same, shape
+from refold.graph.records import convolutions, scale_shifts
 
 _ARITHMETIC = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
 
@@ -47,7 +48,7 @@ def axis_collisions(graph: fx.Graph) -> list[str]:
 
 def _has_channels(node: fx.Node) -> bool:
     """True if axis 1 is the channels': a convolution or its norm, with arithmetic in between."""
-    while not (records.conv(node) or records.batch_norm(node)):
+    while not (convolutions.conv(node) or scale_shifts.batch_norm(node)):
         if not is_call(node, *_ARITHMETIC) or not is_tensor(node.args[0]):
             return False
         node = node.args[0]  # type: ignore[assignment]

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from refold.graph import constants, records
+from refold.graph import constants
 from refold.graph.evaluate import ancestors, wide_call
 from refold.graph.kinds import op_name
 from refold.graph.nodes import arguments, aten, is_call, is_tensor
+from refold.graph.records import convolutions, sums, windows
 
 _LARGEST = 2**22  # entries; the search needs several copies of a parameter in float64
 _ATTEMPTS = 2
@@ -233,7 +234,7 @@ def _shift_of(node: fx.Node) -> fx.Node | None:
     """The parameter that a norm or a convolution adds to each channel of its output."""
     if node.op != "call_function" or not is_tensor(node):
         return None
-    if node.target in _NORMS or records.conv(node) is not None:
+    if node.target in _NORMS or convolutions.conv(node) is not None:
         bias = arguments(node).get("bias")
         return bias if isinstance(bias, fx.Node) else None
     return None
@@ -259,10 +260,10 @@ def _cancels(start: fx.Node) -> bool:
 
 def _carried(node: fx.Node, shifted: dict[fx.Node, float]) -> float | None:
     """How many times the shift is in a call's result, or ``None`` if that cannot be said."""
-    total = records.add(node)
+    total = sums.add(node)
     if total is not None:
         return shifted.get(total.left, 0.0) + total.alpha * shifted.get(total.right, 0.0)
-    pool = records.avg_pool(node)
+    pool = windows.avg_pool(node)
     if pool is not None and pool.keeps_constants:
         return shifted[pool.x]
     if is_call(node, aten.clone.default, aten.contiguous.default):

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from refold.graph import records
 from refold.graph.kinds import LAYOUT, kind, op_name
 from refold.graph.nodes import hints
+from refold.graph.records import convolutions, products, windows
 
 _LANES = 16  # floats in a vector of the kernels that the table was measured on
 _FEW = 4  # up to so many input channels kernels for images do not pad them
@@ -129,7 +129,7 @@ def _einsum(node: fx.Node, width: int) -> float:
     """Microseconds of an einsum, contracted from the left to the right."""
     operands: Any = node.args[1]
     moved = width * (math.prod(hints(node)) + sum(math.prod(hints(x)) for x in operands))
-    terms, result = records.einsum_axes(node) or ([], [])
+    terms, result = products.einsum_axes(node) or ([], [])
     sizes: dict[str, int] = {}
     open_axes: set[str] = set()
     flops = 0.0
@@ -147,7 +147,7 @@ def of(node: fx.Node) -> float:
     if not isinstance(value, torch.Tensor) or node.op != "call_function":
         return 0.0
     shape, width = hints(node), value.element_size()
-    if (conv := records.conv(node)) is not None:
+    if (conv := convolutions.conv(node)) is not None:
         taps = conv.weight.shape[2:]
         if not conv.transposed:
             return convolution(shape, hints(conv.x), conv.weight.shape[1], conv.groups, taps, width)
@@ -156,9 +156,9 @@ def of(node: fx.Node) -> float:
             return convolution(shape, hints(conv.x), inner, conv.groups, taps, width)
         inner = conv.weight.shape[1]
         return convolution(hints(conv.x), hints(conv.x), inner, conv.groups, taps, width)
-    if (product := records.left_product(node)) is not None:  # as the convolution that it is
+    if (product := products.left_product(node)) is not None:  # as the convolution that it is
         return convolution(shape, hints(product.x), product.weight.shape[1], 1, (1,), width)
-    if (linear := records.linear(node)) is not None:
+    if (linear := products.linear(node)) is not None:
         rows = math.prod(shape[:-1])
         return matrix(rows, shape[-1], linear.weight.shape[1], width)
     if op_name(node) == "einsum":
@@ -176,6 +176,6 @@ def of(node: fx.Node) -> float:
     tensors = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
     read = sum(math.prod(hints(a)) for a in tensors)
     window = 1
-    if (pool := records.avg_pool(node)) is not None:
+    if (pool := windows.avg_pool(node)) is not None:
         window = math.prod(pool.kernel)
     return _time(0.0, 1.0, (read * window + math.prod(shape)) * width)

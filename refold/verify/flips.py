@@ -14,7 +14,7 @@ from refold.graph.evaluate import Oracle, flat_inputs
 from refold.graph.kinds import op_name
 from refold.graph.nodes import is_tensor
 from refold.graph.program import Call, fresh
-from refold.graph.records import MIRRORED
+from refold.graph.records.comparisons import MIRRORED
 from refold.verify.given import state_kept
 from refold.verify.locate import name_of, stands_for
 from refold.verify.result import Numerics

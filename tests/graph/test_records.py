@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refold.graph import records
+from refold.graph.records import convolutions
 from tests.tracing import find, trace
 
 
@@ -24,11 +24,11 @@ class SamplesAsGroups(nn.Module):
 
 def test_groups_that_vary_with_the_batch_are_no_convolution() -> None:
     x = torch.randn(2, 4, 5, 5)
-    assert records.conv(find(trace(SamplesAsGroups(), x, dynamic=True), "conv2d")) is None
+    assert convolutions.conv(find(trace(SamplesAsGroups(), x, dynamic=True), "conv2d")) is None
 
 
 def test_groups_of_a_fixed_number_are() -> None:
     conv = nn.Conv2d(4, 6, 3, groups=2)
-    record = records.conv(find(trace(conv, torch.randn(2, 4, 5, 5), dynamic=True), "conv2d"))
+    record = convolutions.conv(find(trace(conv, torch.randn(2, 4, 5, 5), dynamic=True), "conv2d"))
     assert record is not None
     assert record.groups == 2

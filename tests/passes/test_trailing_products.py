@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from refold.graph import records
+from refold.graph.records import products
 from refold.passes.branches.fold_branches import FoldBranches
 from refold.passes.prepare.fold_constants import FoldConstants
 from refold.rewrite import cost
@@ -105,7 +105,7 @@ def test_the_matrix_is_that_of_any_equation(equation, swapped) -> None:
         equation = f"{constant},{ours}->{out}"
     model = Net(lambda s, v: torch.einsum(equation, *((s.w, v) if swapped else (v, s.w))), w=w)
     node = next(n for n in trace(model, x).graph.nodes if "einsum" in n.name)
-    product = records.trailing_product(node)
+    product = products.trailing_product(node)
     assert product is not None
     rows, columns = product.weight.shape
     found = (x.reshape(-1, columns) @ product.weight.get().t()).reshape(model(x).shape)

@@ -40,9 +40,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from refold.graph import nodes, records
+from refold.graph import nodes
 from refold.graph.kinds import kind
 from refold.graph.nodes import aten, is_call
+from refold.graph.records import scale_shifts
 from refold.passes.scale_shift.push.pusher import Pusher
 from refold.rewrite.context import Context
 from refold.rewrite.result import PassResult, declined
@@ -68,7 +69,7 @@ class FoldBatchNorm:
         for node in gm.graph.nodes:
             if node.name in reported or kind(node) != "batch-norm" or nodes.pinned(node):
                 continue
-            if records.batch_norm(node) is None and not is_call(
+            if scale_shifts.batch_norm(node) is None and not is_call(
                 node, aten._native_batch_norm_legit_no_training.default
             ):
                 result.declined.append(

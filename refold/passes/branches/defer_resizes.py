@@ -45,9 +45,10 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes, records
+from refold.graph import constants, nodes
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, hints, is_tensor, only_user, same, shape
+from refold.graph.records import concatenations, convolutions
 from refold.rewrite import cost
 from refold.rewrite.build import Builder
 from refold.rewrite.context import Context
@@ -141,7 +142,7 @@ class Split(RewriteRule):
         return result
 
     def _product(
-        self, conv: records.Conv, term: _Term, build: Builder, *, with_bias: bool
+        self, conv: convolutions.Conv, term: _Term, build: Builder, *, with_bias: bool
     ) -> fx.Node:
         x = term.sources[0]
         if len(term.sources) > 1:
@@ -195,15 +196,15 @@ def _alike(node: fx.Node) -> bool:
     return alone and same_channels and not shrinks
 
 
-def _read(node: fx.Node) -> tuple[records.Conv, tuple[_Term, ...]] | None:
+def _read(node: fx.Node) -> tuple[convolutions.Conv, tuple[_Term, ...]] | None:
     """A pointwise convolution and its input by resize, if any of it is resized."""
-    conv = records.conv(node)
+    conv = convolutions.conv(node)
     if conv is None or conv.transposed or any(conv.padding) or nodes.pinned(node):
         return None
     if any(k != 1 for k in conv.weight.shape[2:]) or any(s != 1 for s in conv.stride):
         return None
     parts = [conv.x]
-    cat = records.cat(conv.x)
+    cat = concatenations.cat(conv.x)
     if cat is not None and cat.axis == 1 and conv.groups == 1 and not nodes.pinned(conv.x):
         parts = list(cat.parts)
     found: dict[Any, list[tuple[fx.Node, tuple[int, int]]]] = {}
@@ -233,7 +234,7 @@ def _resize(node: fx.Node) -> tuple[Any, ...] | None:
     return node.target, str(node.args[1:]), str(node.kwargs), extents
 
 
-def _moved(conv: records.Conv, terms: tuple[_Term, ...]) -> tuple[_Term, ...]:
+def _moved(conv: convolutions.Conv, terms: tuple[_Term, ...]) -> tuple[_Term, ...]:
     """The terms that it pays to compute below their resize; each helps on its own, or not."""
     moved: tuple[_Term, ...] = ()
     gained = 0.0
@@ -256,7 +257,7 @@ def _settled(terms: Iterable[_Term], moved: tuple[_Term, ...]) -> list[_Term]:
     return out
 
 
-def _gain(conv: records.Conv, terms: tuple[_Term, ...], moved: tuple[_Term, ...]) -> float:
+def _gain(conv: convolutions.Conv, terms: tuple[_Term, ...], moved: tuple[_Term, ...]) -> float:
     """Microseconds that moving some terms saves."""
     now, whole = cost.of(conv.node), only_user(conv.x, conv.node)
     joined = terms[0].parts[0] is not conv.x

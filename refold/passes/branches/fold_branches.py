@@ -54,9 +54,10 @@ from torch import fx
 from refold.algebra import affine_map as am
 from refold.algebra.affine_map import AffineMap
 from refold.algebra.lazy import Lazy
-from refold.graph import bounds, constants, layout, nodes, records
+from refold.graph import bounds, constants, layout, nodes
 from refold.graph.kinds import kind, op_name
 from refold.graph.nodes import aten, hint, hints, same, shape
+from refold.graph.records import sums
 from refold.passes.branches import maps
 from refold.passes.branches.maps import Key, MapReader
 from refold.passes.scale_shift.push.walk import overflows
@@ -145,7 +146,7 @@ class _Folder:
         if self._inside_a_sum(node):
             return  # the whole sum is merged at once, where it ends
         node = self._settle(self._cancelled(node, result), result)
-        if records.add(node) is not None:
+        if sums.add(node) is not None:
             inner = self._leaves(node)[1]
             for part in sorted(inner):
                 self._settle(part, result)
@@ -168,7 +169,7 @@ class _Folder:
         Infinity minus infinity is NaN, so the terms that go must be finite, or NaN with what stays.
         A single term takes the sum's place only where nobody sees other strides or storage.
         """
-        if records.add(node) is None or nodes.pinned(node):
+        if sums.add(node) is None or nodes.pinned(node):
             return node
         leaves, inner = self._leaves(node)
         totals: dict[fx.Node, float] = {}
@@ -223,7 +224,7 @@ class _Folder:
         users = list(node.users)
         if len(users) != 1 or nodes.pinned(users[0]):
             return False
-        return records.add(node) is not None and records.add(users[0]) is not None
+        return sums.add(node) is not None and sums.add(users[0]) is not None
 
     def _declined(self) -> Iterable[Declined]:
         alive = {n for n in self.gm.graph.nodes if n.users}
@@ -263,7 +264,7 @@ class _Folder:
                 continue
             if key[1] is not node and (choice := self._weigh(node, key, merged, [], {node})):
                 yield choice
-        if records.add(node) is not None and not self._inside_a_sum(node):
+        if sums.add(node) is not None and not self._inside_a_sum(node):
             yield from self._partial_sums(node)
 
     def _partial_sums(self, node: fx.Node) -> Iterable[_Choice]:
@@ -297,7 +298,7 @@ class _Folder:
         stack = [(1.0, node)]
         while stack:
             factor, current = stack.pop()
-            total = records.add(current)
+            total = sums.add(current)
             if total is None or (
                 current is not node and (len(current.users) != 1 or nodes.pinned(current))
             ):

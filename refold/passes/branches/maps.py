@@ -24,9 +24,10 @@ from torch import fx
 from refold.algebra import affine_map as am
 from refold.algebra.affine_map import AffineMap
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes, records
+from refold.graph import constants, nodes
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, is_call, is_tensor, known, same, shape
+from refold.graph.records import concatenations, convolutions, products, scale_shifts, sums, windows
 
 Key = tuple[str, fx.Node]
 Maps = dict[Key, AffineMap]
@@ -95,27 +96,27 @@ class MapReader:
     # -- one reader per family ------------------------------------------------------------------
 
     def _read(self, node: fx.Node) -> Maps:
-        if (conv := records.conv(node)) is not None:
+        if (conv := convolutions.conv(node)) is not None:
             return self._transposed(conv) if conv.transposed else self._conv(conv)
-        if (linear := records.linear(node)) is not None:
+        if (linear := products.linear(node)) is not None:
             return self._linear(linear)
-        if (product := records.left_product(node)) is not None:
+        if (product := products.left_product(node)) is not None:
             return self._left_product(product)
-        if (product := records.trailing_product(node)) is not None:
+        if (product := products.trailing_product(node)) is not None:
             return self._trailing_product(product)
-        if (affine := records.affine(node)) is not None:
+        if (affine := scale_shifts.affine(node)) is not None:
             return self._affine(affine)
-        if (total := records.add(node)) is not None:
+        if (total := sums.add(node)) is not None:
             return self._sum(total)
-        if (weighted := records.weighted_sum(node)) is not None:
+        if (weighted := sums.weighted_sum(node)) is not None:
             return self._weighted(weighted)
-        if (pool := records.avg_pool(node)) is not None:
+        if (pool := windows.avg_pool(node)) is not None:
             return self._pool(pool)
-        if (pad := records.pad(node)) is not None:
+        if (pad := windows.pad(node)) is not None:
             return self._pad(pad)
         if is_call(node, aten.embedding.default):
             return self._embedding(node)
-        if (cat := records.cat(node)) is not None:
+        if (cat := concatenations.cat(node)) is not None:
             return self._cat(cat)
         if is_call(node, aten.slice.Tensor):
             return self._slice(node)
@@ -165,14 +166,14 @@ class MapReader:
             out[key] = am.compose(outer, inner)
         return out
 
-    def _conv(self, conv: records.Conv) -> Maps:
+    def _conv(self, conv: convolutions.Conv) -> Maps:
         bias = _bias(conv.bias, conv.out_channels)
         outer = am.convolution(
             conv.weight, bias, conv.groups, conv.stride, conv.padding, conv.dilation
         )
         return self._after(outer, conv.x, conv.node, "conv")
 
-    def _transposed(self, conv: records.Conv) -> Maps:
+    def _transposed(self, conv: convolutions.Conv) -> Maps:
         bias = _bias(conv.bias, conv.out_channels)
         outer = am.transposed_convolution(
             conv.weight, bias, conv.groups, conv.stride, conv.padding, conv.dilation
@@ -194,18 +195,18 @@ class MapReader:
             out["transposed", root] = am.compose(outer, inner)
         return out
 
-    def _linear(self, linear: records.Linear) -> Maps:
+    def _linear(self, linear: products.Linear) -> Maps:
         outer = am.matrix(linear.weight, _bias(linear.bias, linear.weight.shape[0]))
         return self._after(outer, linear.x, linear.node, "feature")
 
-    def _left_product(self, product: records.Linear) -> Maps:
+    def _left_product(self, product: products.Linear) -> Maps:
         """``weight @ x`` mixes the axis that is a convolution's channels: a pointwise one."""
         rows, columns = product.weight.shape
         weight = product.weight.map((rows, columns, 1), lambda w: w.unsqueeze(-1))
         outer = am.convolution(weight, _bias(None, rows), 1, (1,), (0,), (1,))
         return self._after(outer, product.x, product.node, "conv")
 
-    def _trailing_product(self, product: records.Linear) -> Maps:
+    def _trailing_product(self, product: products.Linear) -> Maps:
         """The rows of the matrix span several axes of ``x``, and so do those of its maps."""
         outer = am.matrix(product.weight, _bias(None, product.weight.shape[0]))
         out: Maps = {}
@@ -225,7 +226,7 @@ class MapReader:
         matrix = table.map(table.shape[::-1], lambda rows: rows.t())
         return {("table", picked): am.matrix(matrix, _bias(None, table.shape[1]))}
 
-    def _affine(self, affine: records.Affine) -> Maps:
+    def _affine(self, affine: scale_shifts.Affine) -> Maps:
         out: Maps = {}
         for kind, axis in _axes(affine.node):
             size = shape(affine.node)[axis]
@@ -245,7 +246,7 @@ class MapReader:
                 out[key] = am.compose(am.diagonal(wide[0], wide[1], 0), inner)
         return out
 
-    def _sum(self, total: records.Sum) -> Maps:
+    def _sum(self, total: sums.Sum) -> Maps:
         left, right = self.of(total.left), self.of(total.right)
         _bridge(left, right, total.left, total.right)
         _enter_pads(left, right)
@@ -265,7 +266,7 @@ class MapReader:
             self._explain_pads(total, left, right)
         return out
 
-    def _weighted(self, total: records.WeightedSum) -> Maps:
+    def _weighted(self, total: sums.WeightedSum) -> Maps:
         views = [self.of(x) for x, _ in total.terms]
         out: Maps = {}
         for kind, axis in _axes(total.node):
@@ -287,18 +288,18 @@ class MapReader:
                     out[key] = am.add(maps)
         return out
 
-    def _explain_pads(self, total: records.Sum, left: Maps, right: Maps) -> None:
+    def _explain_pads(self, total: sums.Sum, left: Maps, right: Maps) -> None:
         """Says why branches that pad one tensor in different modes do not merge."""
         for term, others in ((total.left, right), (total.right, left)):
-            conv = records.conv(term)
-            pad = records.pad(conv.x) if conv is not None else None
+            conv = convolutions.conv(term)
+            pad = windows.pad(conv.x) if conv is not None else None
             if pad is not None and pad.mode != "constant" and ("conv", pad.x) in others:
                 self.refusals[total.node] = (
                     f"its branches pad {pad.x.name} in different modes ({pad.mode} and another): "
                     f"they differ at the border"
                 )
 
-    def _pool(self, pool: records.AvgPool) -> Maps:
+    def _pool(self, pool: windows.AvgPool) -> Maps:
         if not pool.uniform:
             if any(pool.padding):
                 self.refusals[pool.node] = (
@@ -312,7 +313,7 @@ class MapReader:
         outer = am.average_pool(channels, pool.kernel, pool.stride, pool.padding, pool.divisor)
         return self._after(outer, pool.x, pool.node, "conv")
 
-    def _pad(self, pad: records.Pad) -> Maps:
+    def _pad(self, pad: windows.Pad) -> Maps:
         rank, count = len(shape(pad.x)), len(pad.low)
         if count > rank - 2 or not isinstance(shape(pad.x)[1], int):
             return {}
@@ -340,7 +341,7 @@ class MapReader:
             self._settle(pad.node, key, _Border(base, sides), out)
         return out
 
-    def _mirrored(self, pad: records.Pad) -> Maps:
+    def _mirrored(self, pad: windows.Pad) -> Maps:
         """Padding that repeats pixels commutes with a pointwise map: pad its root instead."""
         out: Maps = {}
         for key, inner in self.of(pad.x).items():
@@ -394,7 +395,7 @@ class MapReader:
             self._settle(node, key, _Border(border.base, sides), out)
         return out
 
-    def _cat(self, cat: records.Cat) -> Maps:
+    def _cat(self, cat: concatenations.Cat) -> Maps:
         node, parts, axis = cat.node, cat.parts, cat.axis
         if any(nodes.dtype(p) != nodes.dtype(node) for p in parts):
             return {}
@@ -571,7 +572,7 @@ def _enter_pads(left: Maps, right: Maps) -> None:
     """
     for ours, theirs in ((left, right), (right, left)):
         for kind, padded in list(theirs):
-            pad = records.pad(padded)
+            pad = windows.pad(padded)
             key = ("conv", pad.x) if pad is not None else None
             if pad is None or key not in ours or ("conv", padded) in ours:
                 continue

@@ -42,8 +42,9 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import aliasing, nodes, provenance, records
+from refold.graph import aliasing, nodes, provenance
 from refold.graph.nodes import aten, hints
+from refold.graph.records import products
 from refold.passes.scale_shift.push.walk import constant_name
 from refold.rewrite import cost
 from refold.rewrite.context import Context
@@ -101,16 +102,16 @@ class _Merger:
         self.result.modified = bool(self.result.applied)
         return self.result
 
-    def _groups(self) -> list[list[records.Linear]]:
+    def _groups(self) -> list[list[products.Linear]]:
         """The layers of each tensor that several read."""
-        readers: dict[fx.Node, list[records.Linear]] = {}
+        readers: dict[fx.Node, list[products.Linear]] = {}
         for node in self.gm.graph.nodes:
-            layer = None if nodes.pinned(node) else records.linear(node)
+            layer = None if nodes.pinned(node) else products.linear(node)
             if layer is not None:
                 readers.setdefault(layer.x, []).append(layer)
         return [group for group in readers.values() if len(group) > 1]
 
-    def _no_costs(self, groups: list[list[records.Linear]]) -> str | None:
+    def _no_costs(self, groups: list[list[products.Linear]]) -> str | None:
         """Why nothing is known of what merging gains, or ``None``."""
         if not groups:
             return None
@@ -123,7 +124,7 @@ class _Merger:
             return _UNMERGED.get(self.backend, f"what a call takes on {self.backend} is not known")
         return None
 
-    def _unshared(self, group: list[records.Linear]) -> list[records.Linear]:
+    def _unshared(self, group: list[products.Linear]) -> list[products.Linear]:
         """Those whose constants nothing else reads."""
         left = []
         for layer in group:
@@ -134,7 +135,7 @@ class _Merger:
                 self._decline(layer, f"{constant_name(shared)} is read elsewhere too")
         return left
 
-    def _merge(self, group: list[records.Linear]) -> None:
+    def _merge(self, group: list[products.Linear]) -> None:
         chosen, before, saved = self._choose(group)
         if len(chosen) < 2:
             return
@@ -147,7 +148,7 @@ class _Merger:
         self._merge([layer for layer in group if layer.node not in refused])
 
     def _replace(
-        self, layers: Sequence[records.Linear], before: float, saved: float
+        self, layers: Sequence[products.Linear], before: float, saved: float
     ) -> dict[fx.Node, str]:
         """Makes layers one; where some of them may not be parts of it, says why, and makes none."""
         with self.editor.edit() as edit:
@@ -168,7 +169,7 @@ class _Merger:
         self.result.applied.append(record)
         return {}
 
-    def _choose(self, group: list[records.Linear]) -> tuple[list[records.Linear], float, float]:
+    def _choose(self, group: list[products.Linear]) -> tuple[list[products.Linear], float, float]:
         """The layers that gain by being one, what they take now, and what that saves."""
         gains = [(layer, *self._gain(layer)) for layer in group]
         chosen = [found for found in gains if found[2] >= _MARGIN * found[1]]
@@ -184,14 +185,14 @@ class _Merger:
             self._decline(group[0], reason)
         return [], 0.0, 0.0
 
-    def _gain(self, layer: records.Linear) -> tuple[float, float]:
+    def _gain(self, layer: products.Linear) -> tuple[float, float]:
         """What a layer takes, and what that is less as a part of a larger one."""
         costs = cost.layer_costs(self.backend)
         assert costs is not None
         call = costs.call + (costs.bias if layer.bias is not None else 0.0)
         return call + _product(layer), call - costs.part - _copy(layer)
 
-    def _total(self, gains: list[tuple[records.Linear, float, float]]) -> tuple[float, float]:
+    def _total(self, gains: list[tuple[products.Linear, float, float]]) -> tuple[float, float]:
         """What layers take, and what one instead of them saves: its own call is not saved."""
         costs = cost.layer_costs(self.backend)
         assert costs is not None
@@ -199,7 +200,7 @@ class _Merger:
         own = costs.call + (costs.bias if biased else 0.0)
         return sum(found[1] for found in gains), sum(found[2] for found in gains) - own
 
-    def _make(self, edit: Edit, layers: Sequence[records.Linear]) -> list[fx.Node]:
+    def _make(self, edit: Edit, layers: Sequence[products.Linear]) -> list[fx.Node]:
         """Makes constants, the merged layer and its cut; returns a part for each layer."""
         old = [layer.node for layer in layers]
         sizes = [layer.weight.shape[0] for layer in layers]
@@ -218,7 +219,7 @@ class _Merger:
             ]
 
     def _record(
-        self, layers: Sequence[records.Linear], parts: list[fx.Node], before: float, saved: float
+        self, layers: Sequence[products.Linear], parts: list[fx.Node], before: float, saved: float
     ) -> Applied:
         old = [layer.node for layer in layers]
         names = [provenance.module_path(node) or node.name for node in old]
@@ -229,29 +230,29 @@ class _Merger:
         figures = {"predicted us before": before, "predicted us after": before - saved}
         return Applied(**{**vars(record), "figures": figures})
 
-    def _decline(self, layer: records.Linear, reason: str) -> None:
+    def _decline(self, layer: products.Linear, reason: str) -> None:
         self.result.declined.append(declined(self.rule, layer.node, reason))
 
 
-def _count(groups: list[list[records.Linear]]) -> str:
+def _count(groups: list[list[products.Linear]]) -> str:
     layers = sum(map(len, groups))
     tensors = "one tensor" if len(groups) == 1 else f"{len(groups)} tensors"
     return f"{layers} layers that read {tensors}"
 
 
-def _product(layer: records.Linear) -> float:
+def _product(layer: products.Linear) -> float:
     """Microseconds of the product alone."""
     return cost.of(layer.node) - cost.CostTable.load().launch
 
 
-def _copy(layer: records.Linear) -> float:
+def _copy(layer: products.Linear) -> float:
     """Microseconds of reading and writing a part: the backend cuts it out, or a reader packs it."""
     value = layer.node.meta["val"]
     copied = cost.elementwise(hints(layer.node), 1, value.element_size())
     return copied - cost.CostTable.load().launch
 
 
-def _shared_constant(layer: records.Linear) -> fx.Node | None:
+def _shared_constant(layer: products.Linear) -> fx.Node | None:
     """A constant behind a layer that something else reads too."""
     stack = [n for n in layer.node.all_input_nodes if n is not layer.x]
     while stack:
@@ -262,7 +263,7 @@ def _shared_constant(layer: records.Linear) -> fx.Node | None:
     return None
 
 
-def _stacked_weights(layers: Sequence[records.Linear]) -> Lazy:
+def _stacked_weights(layers: Sequence[products.Linear]) -> Lazy:
     weights = [layer.weight for layer in layers]
     size = (sum(w.shape[0] for w in weights), weights[0].shape[1])
     return Lazy(
@@ -274,7 +275,7 @@ def _stacked_weights(layers: Sequence[records.Linear]) -> Lazy:
     )
 
 
-def _stacked_biases(layers: Sequence[records.Linear]) -> Lazy:
+def _stacked_biases(layers: Sequence[products.Linear]) -> Lazy:
     """The biases one behind the other; zeros for a layer without."""
     biases = [
         layer.bias or Lazy.of(torch.zeros(layer.weight.shape[0], dtype=torch.float64))

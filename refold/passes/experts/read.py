@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, records
+from refold.graph import constants
 from refold.graph.kinds import op_name
 from refold.graph.nodes import (
     arguments,
@@ -37,6 +37,7 @@ from refold.graph.nodes import (
     same,
     shape,
 )
+from refold.graph.records import products
 
 LARGEST = 256  # steps of one expert; what is larger is no expert of a layer
 DEEPEST = 64  # steps one after the other, in an expert or in a sum
@@ -617,7 +618,7 @@ def _joined_by_einsum(node: fx.Node) -> _Joined | None:
     operands: Any = node.args[1]
     inputs, arrow, result = equation.partition("->")
     terms = inputs.split(",")
-    if not arrow or len(terms) != 2 or "." in equation or records.einsum_broadcasts(node):
+    if not arrow or len(terms) != 2 or "." in equation or products.einsum_broadcasts(node):
         return None
     for at in (0, 1):
         gate, value = operands[at], operands[1 - at]

@@ -14,8 +14,9 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, records
+from refold.graph import constants
 from refold.graph.nodes import arguments, aten, is_call, is_tensor, pinned, same, shape
+from refold.graph.records import products
 from refold.passes.experts.read import (
     AFFINE,
     DEEPEST,
@@ -212,7 +213,7 @@ class _Axis:
         equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
         inputs, arrow, result = equation.partition("->")
         terms = inputs.split(",")
-        if not arrow or len(terms) != 2 or "." in equation or records.einsum_broadcasts(node):
+        if not arrow or len(terms) != 2 or "." in equation or products.einsum_broadcasts(node):
             raise Refusal("the einsum is not understood")
         if constants.compact(operands[0]) is not None:
             terms, operands = terms[::-1], operands[::-1]

@@ -43,9 +43,10 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes, records
+from refold.graph import constants, nodes
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, is_call, is_tensor, same, shape
+from refold.graph.records import convolutions, products, scale_shifts, windows
 from refold.rewrite.context import Context
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import PassResult, applied, declined
@@ -133,9 +134,9 @@ def _layer(node: fx.Node) -> _Layer | None:
     """Reads a layer that maps all channels to all, or each to itself."""
     if node.op != "call_function" or node.target not in _LAYERS:
         return None
-    if (linear := records.linear(node)) is not None:
+    if (linear := products.linear(node)) is not None:
         return _Layer(node, linear.x, linear.weight, linear.bias, padded=False, depthwise=False)
-    conv = records.conv(node)
+    conv = convolutions.conv(node)
     if conv is None:
         return None
     depthwise = conv.groups > 1 and conv.groups == conv.weight.shape[0]
@@ -322,7 +323,7 @@ def _starts(node: fx.Node) -> Iterator[tuple[fx.Node, int]]:
         if not layer.depthwise and _enough(~flat.any(0)):
             axis = len(shape(layer.x)) - 1 if layer.node.target is aten.linear.default else 1
             yield layer.x, axis
-    elif (affine := records.affine(node)) is not None:
+    elif (affine := scale_shifts.affine(node)) is not None:
         varying = [a for a, s in enumerate(affine.scale.shape) if s != 1]
         if len(varying) == 1 and _enough(affine.scale.get().reshape(-1) == 0):
             yield node, varying[0]
@@ -403,7 +404,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
         if not layer.depthwise:
             raise _Refused(node, "its channels are made along another axis")
         return [layer.x]
-    affine = records.affine(node)
+    affine = scale_shifts.affine(node)
     if affine is not None and affine.reader is node and not _is_tuple(node):
         return [affine.x]
     plain = name in _UNARY or name in _KEEPING or name == "flatten"
@@ -422,7 +423,7 @@ def _is_tuple(node: fx.Node) -> bool:
 
 
 def _pools(node: fx.Node) -> bool:
-    return records.avg_pool(node) is not None or records.pad(node) is not None
+    return windows.avg_pool(node) is not None or windows.pad(node) is not None
 
 
 def _input_axis(node: fx.Node, source: fx.Node, axis: int) -> int:
@@ -442,7 +443,7 @@ def _input_axis(node: fx.Node, source: fx.Node, axis: int) -> int:
         return axis
     if name in _KEEPING or _pools(node):
         pooled = next((int(c) for c in name if c.isdigit()), 0)
-        if (pad := records.pad(node)) is not None:
+        if (pad := windows.pad(node)) is not None:
             pooled = len(pad.low)
         if axis >= len(after) - pooled:
             raise _Refused(node, f"{name} acts along the channels")
@@ -493,7 +494,7 @@ def _kept(node: fx.Node, region: _Region, found: dict[fx.Node, _Channels], count
     operands = _operands(node)
     unknown = _Channels(torch.zeros(count, dtype=torch.bool), torch.zeros(count).double())
     inner = [found.get(n, unknown) for n in operands]
-    if (affine := records.affine(node)) is not None:
+    if (affine := scale_shifts.affine(node)) is not None:
         sizes = (*enumerate(affine.scale.shape), *enumerate(affine.shift.shape))
         if any(size != 1 for a, size in sizes if a != axis):
             return unknown  # another value at every position
@@ -511,9 +512,9 @@ def _kept(node: fx.Node, region: _Region, found: dict[fx.Node, _Channels], count
         alpha = nodes.arguments(node)["alpha"] * (1 if is_call(node, aten.add) else -1)
         left, right = inner
         return _Channels(left.constant & right.constant, left.value + alpha * right.value)
-    if (pool := records.avg_pool(node)) is not None:
+    if (pool := windows.avg_pool(node)) is not None:
         return inner[0] if pool.keeps_constants else inner[0].only(inner[0].value == 0)
-    if (pad := records.pad(node)) is not None:
+    if (pad := windows.pad(node)) is not None:
         return inner[0] if pad.mode != "constant" else inner[0].only(inner[0].value == pad.value)
     if op_name(node) in _UNARY:
         value = node.target(inner[0].value, *node.args[1:], **node.kwargs)  # type: ignore[operator]

@@ -39,10 +39,11 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import layout, nodes, records
-from refold.graph.attention import Attention, Operand, attention
+from refold.graph import layout, nodes
 from refold.graph.kinds import kind
 from refold.graph.nodes import aten, is_tensor, shape
+from refold.graph.records import convolutions, products
+from refold.graph.records.attention import Attention, Operand, attention
 from refold.passes.scale_shift.push.walk import constant_name, overflows, reads
 from refold.rewrite.context import Context
 from refold.rewrite.edit import Edit, Editor
@@ -92,7 +93,7 @@ class _Claim:
     elements: torch.Tensor
     role: str
     passed: tuple[fx.Node, ...]
-    reader: records.Linear | None = None
+    reader: products.Linear | None = None
     added: torch.Tensor | None = None
 
 
@@ -222,14 +223,14 @@ class _Folder:
 
     def _reader(
         self, node: fx.Node, shift: torch.Tensor
-    ) -> tuple[records.Linear, torch.Tensor, tuple[fx.Node, ...]]:
+    ) -> tuple[products.Linear, torch.Tensor, tuple[fx.Node, ...]]:
         """The layer that reads an attention, and the shift as it meets its weight."""
         passed = [node]
         while True:
             users = list(passed[-1].users)
             if len(users) != 1 or not is_tensor(users[0]):
                 raise _Refused(f"the values' bias stays: not one layer alone reads {passed[-1]}")
-            reader = records.linear(users[0])
+            reader = products.linear(users[0])
             if reader is not None and reader.x is passed[-1]:
                 break
             if not layout.is_layout(users[0]) or nodes.pinned(users[0]):
@@ -271,7 +272,7 @@ class _Folder:
         return True
 
     def _take(self, edit: Edit, reader: fx.Node, claim: _Claim) -> None:
-        now = records.linear(reader)
+        now = products.linear(reader)
         assert now is not None
         assert claim.added is not None
         added, bias = claim.added, now.bias
@@ -308,10 +309,12 @@ def _projection(operand: Operand, role: str) -> _Projection | None:
     while (source := _above(node)) is not None:
         path.insert(0, (node, source))
         node = source
-    layer = records.linear(node) or records.conv(node)
+    layer = products.linear(node) or convolutions.conv(node)
     if layer is None or node.target not in _PROJECTIONS or nodes.pinned(node):
         between = node.op == "call_function" and not layout.is_layout(node)
-        if between and any(records.linear(n) or records.conv(n) for n in node.all_input_nodes):
+        if between and any(
+            products.linear(n) or convolutions.conv(n) for n in node.all_input_nodes
+        ):
             raise _Refused(f"the {role}' bias stays: {node.name} stands between it and the product")
         return None
     if layer.bias is None:

@@ -33,8 +33,9 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes, records
+from refold.graph import constants, nodes
 from refold.graph.nodes import aten
+from refold.graph.records import scale_shifts, sums
 from refold.rewrite.build import Builder
 from refold.rewrite.context import Context
 from refold.rewrite.driver import apply_rules
@@ -96,7 +97,7 @@ def _steps(joined: _Chain) -> list[tuple[Any, str, torch.Tensor]]:
 
 
 def _joined(root: fx.Node) -> _Chain | None:
-    total = records.add(root)
+    total = sums.add(root)
     if total is None:
         return None
     right = {chain.x: chain for chain in _chains(total.right, root)}
@@ -122,7 +123,7 @@ def _chains(node: fx.Node, reader: fx.Node) -> list[_Chain]:
     found = [_Chain(node, one, torch.zeros_like(one))]
     while True:
         last = found[-1]
-        step = records.affine(last.x)
+        step = scale_shifts.affine(last.x)
         if step is None or nodes.pinned(last.x) or not nodes.only_user(last.x, reader):
             return found
         scale, shift = step.scale.get(), step.shift.get()

@@ -43,11 +43,12 @@ from refold.algebra.binary_coding import Family
 from refold.calibrate import layers as dense_layers
 from refold.calibrate.layers import Layer, Refusal
 from refold.errors import UsageError
-from refold.graph import constants, records
+from refold.graph import constants
 from refold.graph.copies import copy_sharing_tensors
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, pinned
 from refold.graph.program import Call, as_call
+from refold.graph.records import convolutions
 from refold.passes.shift_add.codes import WIDTHS, Code, Coder
 from refold.passes.shift_add.widths import budget_of, choose_widths
 from refold.rewrite.context import Context
@@ -174,7 +175,7 @@ class SubstituteShiftAdd:
     def _convolution(self, node: fx.Node) -> Layer | Refusal | None:
         if self.convolutions:
             return dense_layers.convolution(node)
-        if self.include and records.conv(node) is not None:
+        if self.include and convolutions.conv(node) is not None:
             return Refusal("a convolution stays unless asked for", "set convolutions=True")
         return None
 

@@ -8,8 +8,17 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import aliasing, layout, nodes, records
+from refold.graph import aliasing, layout, nodes
 from refold.graph.nodes import aten, is_call, is_tensor
+from refold.graph.records import (
+    comparisons,
+    concatenations,
+    convolutions,
+    products,
+    scale_shifts,
+    sums,
+    windows,
+)
 from refold.passes.scale_shift.push import thresholds
 from refold.passes.scale_shift.push.factor import Factor, Plan, Refused, preimage
 from refold.passes.scale_shift.push.walk import (
@@ -43,7 +52,7 @@ class Downward(Walk):
                     self._down_passing(user, n, factor, plan)
 
     def _down_terminal(self, c: fx.Node, n: fx.Node, factor: Factor, plan: Plan) -> bool:
-        if (conv := records.conv(c)) is not None and conv.x is n:
+        if (conv := convolutions.conv(c)) is not None and conv.x is n:
             channels = (
                 conv.weight.shape[0] if conv.transposed else (conv.weight.shape[1] * conv.groups)
             )
@@ -77,7 +86,7 @@ class Downward(Walk):
             plan.edits.append(
                 lambda: self._set_weights(c, 1, conv.weight_node, weight, 2, conv.bias_node, bias)
             )
-        elif (linear := records.linear(c)) is not None and linear.x is n:
+        elif (linear := products.linear(c)) is not None and linear.x is n:
             scale, shift = factor.vectors(-1, linear.weight.shape[1])
             self._check_sharing(linear.weight_node)
             weight = linear.weight.times(scale)
@@ -99,7 +108,7 @@ class Downward(Walk):
         plan.touch(c)
         return True
 
-    def _pad_before_cast(self, conv: records.Conv, factor: Factor, plan: Plan) -> bool:
+    def _pad_before_cast(self, conv: convolutions.Conv, factor: Factor, plan: Plan) -> bool:
         """Pads integers with the one value that the scale and shift take to zero.
 
         Only where the cast to floats follows, so that narrow elements move instead of wide ones.
@@ -140,7 +149,7 @@ class Downward(Walk):
         plan.edits.append(edit)
         return True
 
-    def _down_map(self, conv: records.Conv, factor: Factor, reason: str, plan: Plan) -> None:
+    def _down_map(self, conv: convolutions.Conv, factor: Factor, reason: str, plan: Plan) -> None:
         """Adds to the output what the layer makes of the shift, computed once."""
         c = conv.node
         assert self.record is not None
@@ -195,16 +204,16 @@ class Downward(Walk):
                 return self._down(c, self._gathered(c, n, factor), plan)
             except layout.Unproven as unproven:
                 raise Refused(str(unproven)) from unproven
-        if (cat := records.cat(c)) is not None:
+        if (cat := concatenations.cat(c)) is not None:
             return self._down_cat(cat, n, factor, plan)
-        if (record := records.affine(c)) is not None and record.x is n:
+        if (record := scale_shifts.affine(c)) is not None and record.x is n:
             return self._down_affine(record, factor, plan)
-        if (total := records.add(c)) is not None and bool((factor.scale == 1).all()):
+        if (total := sums.add(c)) is not None and bool((factor.scale == 1).all()):
             alpha = 1.0 if total.left is n else total.alpha
             return self._down(c, Factor(factor.scale, alpha * factor.shift), plan)
         if is_call(c, aten.mul.Tensor, aten.div.Tensor) and not factor.shifts:
             return self._down_product(c, n, factor, plan)
-        if (pad := records.pad(c)) is not None and pad.x is n and pad.mode == "constant":
+        if (pad := windows.pad(c)) is not None and pad.x is n and pad.mode == "constant":
             return self._down(c, self._padded(pad, factor, plan), plan)
         if c.args and c.args[0] is n and self._commutes(c, factor):
             if is_call(c, aten.mean.dim) and not nodes.arguments(c)["keepdim"]:
@@ -221,7 +230,7 @@ class Downward(Walk):
             return self._down(part, factor, plan)
         if is_call(c, aten.sign, aten.sgn):
             return self._down_sign(c, n, factor, plan)
-        if (comparison := records.comparison(c)) is not None and comparison.x is n:
+        if (comparison := comparisons.comparison(c)) is not None and comparison.x is n:
             return self._down_comparison(comparison, factor, plan)
         raise Refused(not_linear(c))
 
@@ -250,7 +259,7 @@ class Downward(Walk):
 
         plan.edits.append(edit)
 
-    def _down_comparison(self, record: records.Comparison, factor: Factor, plan: Plan) -> None:
+    def _down_comparison(self, record: comparisons.Comparison, factor: Factor, plan: Plan) -> None:
         """Compares with another threshold; what comes out is the same."""
         c, n = record.node, record.x
         operation, value = thresholds.of_comparison(
@@ -267,7 +276,7 @@ class Downward(Walk):
         plan.kept.add(c)
         plan.edits.append(edit)
 
-    def _down_affine(self, record: records.Affine, factor: Factor, plan: Plan) -> None:
+    def _down_affine(self, record: scale_shifts.Affine, factor: Factor, plan: Plan) -> None:
         """Into a norm; the scale alone passes a shift: ``s * x + h = s * (x + h / s)``."""
         c, n = record.node, record.x
         inner = Factor(record.scale.get(), record.shift.get())
@@ -303,7 +312,7 @@ class Downward(Walk):
         wide = [t.reshape(*lead, *t.shape) for t in (factor.scale, factor.shift)]
         self._down(c, Factor(*wide), plan)
 
-    def _padded(self, pad: records.Pad, factor: Factor, plan: Plan) -> Factor:
+    def _padded(self, pad: windows.Pad, factor: Factor, plan: Plan) -> Factor:
         """The factor behind a pad with a constant: one, and no shift, where the pad has written.
 
         An axis on which the factor is one value stays such an axis: the pad takes the constant
@@ -319,7 +328,7 @@ class Downward(Walk):
             self._pad_preimage(pad, factor, plan)
         return factor.padded({a: amounts[a] for a in along})
 
-    def _pad_preimage(self, pad: records.Pad, factor: Factor, plan: Plan) -> None:
+    def _pad_preimage(self, pad: windows.Pad, factor: Factor, plan: Plan) -> None:
         """Pads with the value that the scale and shift take to the pad's own."""
         value = preimage(factor, pad.value)
         if value is None:
@@ -332,7 +341,7 @@ class Downward(Walk):
     def _gathered(self, c: fx.Node, n: fx.Node, factor: Factor) -> Factor:
         return Factor(*layout.push(c, n, (factor.scale, factor.shift), self.graph))
 
-    def _down_cat(self, cat: records.Cat, n: fx.Node, factor: Factor, plan: Plan) -> None:
+    def _down_cat(self, cat: concatenations.Cat, n: fx.Node, factor: Factor, plan: Plan) -> None:
         axis = cat.axis
         sizes = [nodes.shape(p)[axis] for p in cat.parts]
         if any(not isinstance(s, int) for s in sizes):

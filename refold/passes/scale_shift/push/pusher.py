@@ -15,9 +15,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from refold.graph import constants, layout, nodes, records
+from refold.graph import constants, layout, nodes
 from refold.graph.kinds import kind
 from refold.graph.nodes import aten
+from refold.graph.records import scale_shifts
 from refold.passes.scale_shift.push.down import Downward
 from refold.passes.scale_shift.push.factor import Factor, Plan, Refused
 from refold.passes.scale_shift.push.up import Upward
@@ -66,7 +67,7 @@ class Pusher(Upward, Downward):
 
     def push_at(self, node: fx.Node) -> bool:
         """Pushes the affine operation at a node, if it is one that is wanted."""
-        record = records.affine(node) or records.widening_affine(node)
+        record = scale_shifts.affine(node) or scale_shifts.widening_affine(node)
         if record is None or not self.wants(record):
             return False
         done = self.push(record)
@@ -76,7 +77,7 @@ class Pusher(Upward, Downward):
         self.refusals.pop(node, None)
         return True
 
-    def push(self, record: records.Affine) -> Applied | None:
+    def push(self, record: scale_shifts.Affine) -> Applied | None:
         """Tries up, then down; records why when neither works."""
         factor = Factor(record.scale.get(), record.shift.get())
         if factor.is_identity:
@@ -108,7 +109,7 @@ class Pusher(Upward, Downward):
         self.refusals[record.node] = (f"into its input: {upward}; into its users: {downward}", "")
         return None
 
-    def _plan_up(self, record: records.Affine, factor: Factor, plan: Plan) -> None:
+    def _plan_up(self, record: scale_shifts.Affine, factor: Factor, plan: Plan) -> None:
         if widens(record):
             raise Refused("its input is an integer tensor")
         self._up(record.x, record.reader, factor, plan)
@@ -120,7 +121,7 @@ class Pusher(Upward, Downward):
             else:
                 self._up_joint(source, plan)
 
-    def _commit(self, record: records.Affine, plan: Plan) -> Applied:
+    def _commit(self, record: scale_shifts.Affine, plan: Plan) -> Applied:
         """Carries a plan out, as one step."""
         done = applied(
             self.rule,

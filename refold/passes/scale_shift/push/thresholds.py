@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from refold.graph.records import MIRRORED
+from refold.graph.records.comparisons import MIRRORED
 from refold.passes.scale_shift.push.factor import Factor, Refused
 
 

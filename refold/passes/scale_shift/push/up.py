@@ -9,9 +9,17 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, layout, nodes, records
+from refold.graph import constants, layout, nodes
 from refold.graph.kinds import kind, op_name
 from refold.graph.nodes import aten, is_call, is_tensor
+from refold.graph.records import (
+    concatenations,
+    convolutions,
+    products,
+    quantised,
+    scale_shifts,
+    sums,
+)
 from refold.passes.scale_shift.push.factor import Factor, Plan, Refused, aligned, narrow
 from refold.passes.scale_shift.push.walk import (
     Walk,
@@ -100,7 +108,7 @@ class Upward(Walk):
         plan.edits.append(edit)
 
     def _up_terminal(self, u: fx.Node, factor: Factor, plan: Plan) -> bool:
-        if (conv := records.conv(u)) is not None:
+        if (conv := convolutions.conv(u)) is not None:
             scale, shift = factor.vectors(1, conv.out_channels)
             self._check_sharing(conv.weight_node)
 
@@ -114,7 +122,7 @@ class Upward(Walk):
             plan.edits.append(
                 lambda: self._set_weights(u, 1, conv.weight_node, weight, 2, conv.bias_node, bias)
             )
-        elif (linear := records.linear(u)) is not None:
+        elif (linear := products.linear(u)) is not None:
             scale, shift = factor.vectors(-1, linear.weight.shape[0])
             self._check_sharing(linear.weight_node)
             weight = linear.weight.times(scale[:, None])
@@ -122,10 +130,10 @@ class Upward(Walk):
             self._check_range(u, weight)
             self._check_range(u, bias)
             plan.edits.append(lambda: self._set_linear(linear, weight, bias))
-        elif (norm := records.norm_affine(u)) is not None:
+        elif (norm := scale_shifts.norm_affine(u)) is not None:
             self._up_norm(norm, factor, plan)
-        elif (quantised := records.quantised(u)) is not None:
-            self._up_quantised(quantised, factor, plan)
+        elif (layer := quantised.quantised(u)) is not None:
+            self._up_quantised(layer, factor, plan)
         elif is_call(u, aten.embedding.default) and embedding_table(u) is not None:
             table = embedding_table(u)
             assert table is not None
@@ -138,7 +146,7 @@ class Upward(Walk):
         plan.touch(u)
         return True
 
-    def _up_norm(self, norm: records.NormAffine, factor: Factor, plan: Plan) -> None:
+    def _up_norm(self, norm: scale_shifts.NormAffine, factor: Factor, plan: Plan) -> None:
         u = norm.node
         if factor.varies() - set(norm.axes):
             raise Refused(f"the constant varies along another axis than {kind(u)}'s weight")
@@ -163,7 +171,7 @@ class Upward(Walk):
             )
         )
 
-    def _up_quantised(self, layer: records.Quantised, factor: Factor, plan: Plan) -> None:
+    def _up_quantised(self, layer: quantised.Quantised, factor: Factor, plan: Plan) -> None:
         """Into the scales of the weight: ``s * d * (q - z) = |s| * d * (sign(s) * (q - z))``.
 
         The integers stay what they are but for channels of a negative or zero factor.
@@ -213,7 +221,7 @@ class Upward(Walk):
         plan.edits.append(edit)
 
     def _up_affine(self, u: fx.Node, factor: Factor, plan: Plan) -> bool:
-        record = records.affine(u)
+        record = scale_shifts.affine(u)
         if record is None:
             return False
         inner = Factor(record.scale.get(), record.shift.get())
@@ -302,9 +310,9 @@ class Upward(Walk):
     def _up_passing(self, u: fx.Node, factor: Factor, plan: Plan) -> bool:
         name = op_name(u)
         plan.touch(u)
-        if (cat := records.cat(u)) is not None:
+        if (cat := concatenations.cat(u)) is not None:
             self._up_cat(cat, factor, plan)
-        elif (total := records.add(u)) is not None:
+        elif (total := sums.add(u)) is not None:
             self._up_sum(total, factor, plan)
         elif (pool := self._first_result(u)) is not None and self._commutes(pool, factor):
             plan.touch(pool)
@@ -324,7 +332,7 @@ class Upward(Walk):
             return False
         return True
 
-    def _up_cat(self, cat: records.Cat, factor: Factor, plan: Plan) -> None:
+    def _up_cat(self, cat: concatenations.Cat, factor: Factor, plan: Plan) -> None:
         u, parts, axis = cat.node, cat.parts, cat.axis
         if any(nodes.dtype(p) != nodes.dtype(u) for p in parts):
             raise Refused("the concatenation promotes a dtype")
@@ -343,7 +351,7 @@ class Upward(Walk):
                 start += int(size)
             self._up(part, u, piece, plan)
 
-    def _up_sum(self, total: records.Sum, factor: Factor, plan: Plan) -> None:
+    def _up_sum(self, total: sums.Sum, factor: Factor, plan: Plan) -> None:
         zero = torch.zeros_like(factor.shift)
         mark = plan.mark()
         try:

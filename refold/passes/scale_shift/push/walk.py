@@ -12,10 +12,11 @@ from torch import fx
 
 from refold.algebra import affine_map as am
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes, records
+from refold.graph import constants, nodes
 from refold.graph.evaluate import discontinuous
 from refold.graph.kinds import NONLINEAR, ROUNDING, op_name
 from refold.graph.nodes import aten, is_call
+from refold.graph.records import convolutions, products, scale_shifts, windows
 from refold.passes.scale_shift.push.factor import Factor, Refused
 from refold.rewrite.edit import Edit, Editor
 
@@ -41,7 +42,7 @@ class Walk:
         self,
         gm: fx.GraphModule,
         rule: str,
-        wants: Callable[[records.Affine], bool],
+        wants: Callable[[scale_shifts.Affine], bool],
         max_growth: float,
         *,
         border_maps: bool = False,
@@ -53,7 +54,7 @@ class Walk:
         self.budget = (max_growth - 1.0) * constants.stored_bytes(gm)
         self.refusals: dict[fx.Node, tuple[str, str]] = {}
         self.escapes = False
-        self.record: records.Affine | None = None
+        self.record: scale_shifts.Affine | None = None
         self.steps = 0  # calls between the scale-shift and where its plan has come to
         self.joins = True  # whether a tensor may take what all of its readers want
         self.joined = False  # whether that made a difference to the plan
@@ -72,7 +73,7 @@ class Walk:
             if factor.shifts:
                 raise Refused(f"a shift does not pass {name}")
             return True
-        if (pool := records.avg_pool(u)) is not None:
+        if (pool := windows.avg_pool(u)) is not None:
             if factor.shifts and not pool.keeps_constants:
                 if any(pool.padding):
                     raise Refused(f"{name} averages zero padding in, which the shift would change")
@@ -86,7 +87,7 @@ class Walk:
             return self._reduced(u) is not None and not (
                 factor.varies() & (self._reduced(u) or set())
             )
-        if (pad := records.pad(u)) is not None and pad.mode == "constant":
+        if (pad := windows.pad(u)) is not None and pad.mode == "constant":
             axes = range(rank - len(pad.low), rank)
             if pad.value != 0:
                 raise Refused(f"{u.name} pads with {pad.value:g}, which would change with it")
@@ -160,7 +161,7 @@ class Walk:
             values[bias_index] = self._constant(node, f"{stem}.bias", bias, like)
         self.door.set_arguments(node, values)
 
-    def _set_linear(self, linear: records.Linear, weight: Lazy, bias: Lazy | None) -> None:
+    def _set_linear(self, linear: products.Linear, weight: Lazy, bias: Lazy | None) -> None:
         node = linear.node
         base = (
             constant_name(linear.weight_node) if linear.weight_node.op == "get_attr" else node.name
@@ -228,7 +229,7 @@ def overflows(value: Lazy) -> bool:
     return bool((value.evaluate().abs() > torch.finfo(torch.float16).max).any())
 
 
-def widens(record: records.Affine) -> bool:
+def widens(record: scale_shifts.Affine) -> bool:
     return nodes.dtype(record.x) != nodes.dtype(record.node)
 
 
@@ -265,7 +266,7 @@ def reads(consumer: fx.Node, u: fx.Node) -> int:
     return sum(a is u for a in torch.utils._pytree.tree_leaves((consumer.args, consumer.kwargs)))
 
 
-def scale_outputs(w: torch.Tensor, conv: records.Conv, scale: torch.Tensor) -> torch.Tensor:
+def scale_outputs(w: torch.Tensor, conv: convolutions.Conv, scale: torch.Tensor) -> torch.Tensor:
     """Scales the output channels of a transposed convolution's ``[I, O / groups, *k]`` weight."""
     blocks = w.reshape(conv.groups, -1, *w.shape[1:])
     rows = scale.reshape(conv.groups, 1, w.shape[1], *(1,) * conv.spatial)
@@ -293,7 +294,7 @@ def shifted(bias: Lazy | None, scale: torch.Tensor, shift: torch.Tensor) -> Lazy
     return Lazy(tuple(scale.shape), compute, parents=() if bias is None else (bias,))
 
 
-def uneven(conv: records.Conv, factor: Factor) -> str | None:
+def uneven(conv: convolutions.Conv, factor: Factor) -> str | None:
     """Why the layer makes of a shift something else than a bias, or ``None``."""
     name = conv.node.name
     if factor.varies() - {1}:
@@ -305,7 +306,7 @@ def uneven(conv: records.Conv, factor: Factor) -> str | None:
     return None
 
 
-def pads_high(conv: records.Conv) -> bool:
+def pads_high(conv: convolutions.Conv) -> bool:
     """'same' padding of an even kernel pads the high side alone."""
     args = nodes.arguments(conv.node)
     return args["padding"] == "same" and any(

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from refold.graph import constants, records
+from refold.graph import constants
 from refold.graph.kinds import op_name
 from refold.graph.nodes import arguments, aten, is_call, is_tensor, only_user, same, shape
+from refold.graph.records import products
 
 _RESHAPES = ("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "unflatten", "flatten")
 
@@ -189,7 +190,7 @@ def _einsum(node: fx.Node) -> _Product | None:
     terms = inputs.split(",")
     if not arrow or "." in equation or len(terms) != 2 or len(operands) != 2:  # type: ignore[arg-type]
         return None
-    if records.einsum_broadcasts(node):
+    if products.einsum_broadcasts(node):
         return None
     first, second = terms
     if any(len(set(term)) != len(term) for term in (first, second, result)):
