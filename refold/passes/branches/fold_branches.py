@@ -46,7 +46,6 @@ import heapq
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import fx
@@ -56,9 +55,10 @@ from refold.algebra.affine_map import AffineMap
 from refold.algebra.lazy import Lazy
 from refold.graph import bounds, constants, layout, nodes
 from refold.graph.kinds import kind, op_name
-from refold.graph.nodes import aten, hint, hints, same, shape
+from refold.graph.nodes import hints
 from refold.graph.records import sums
 from refold.passes.branches import maps
+from refold.passes.branches.emit import Emission, Emitter
 from refold.passes.branches.maps import Key, MapReader
 from refold.passes.scale_shift.push.walk import overflows
 from refold.rewrite import cost
@@ -67,12 +67,6 @@ from refold.rewrite.edit import Editor, Refused
 from refold.rewrite.result import Declined, PassResult, applied, declined
 
 _PRODUCTS = ("conv", "conv-transpose", "linear", "matmul")
-_CONVS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
-_TRANSPOSED = {
-    1: aten.conv_transpose1d.default,
-    2: aten.conv_transpose2d.input,
-    3: aten.conv_transpose3d.input,
-}
 _NOTHING = 1e-6  # a gain below this share is rounding of equal costs
 _GROWS_FROM = 1 << 20  # bytes below which a larger constant is never refused
 
@@ -97,9 +91,6 @@ class FoldBranches:
         return _Folder(gm, replace(self, max_growth=growth)).run()
 
 
-_Emission = tuple[float, int, Callable[[], fx.Node]]  # microseconds, calls, what writes them
-
-
 @dataclass
 class _Choice:
     """One way to rewrite a node: a merged map on a root, the addends left over, what dies."""
@@ -121,12 +112,13 @@ class _Choice:
 class _Folder:
     gm: fx.GraphModule
     options: FoldBranches
-    reader: MapReader = field(default_factory=MapReader)
     dearer: dict[fx.Node, str] = field(default_factory=dict)
     barred: set[tuple[fx.Node, Key]] = field(default_factory=set)  # what the door refused
 
     def __post_init__(self) -> None:
         self.editor = Editor(self.gm, self.options.name)
+        self.emitter = Emitter(self.gm, self.options.name)
+        self.reader = MapReader(self.emitter.pad_earlier)
 
     def run(self) -> PassResult:
         result = self.editor.result
@@ -195,7 +187,7 @@ class _Folder:
             with self.editor.edit() as edit:
                 with edit.before(node):
                     for term in rest[1:]:
-                        new = self._plus(new, [term], node)
+                        new = self.emitter.plus(new, [term], node)
                 edit.replace(node, new)
                 edit.remove(gone)
         except Refused as refusal:
@@ -206,18 +198,6 @@ class _Folder:
         for part in gone:
             self.reader.maps.pop(part, None)
         result.applied.append(done)
-        return new
-
-    def _plus(self, new: fx.Node, rest: list[tuple[float, fx.Node]], node: fx.Node) -> fx.Node:
-        """Adds what is left of a sum."""
-        for factor, leaf in rest:
-            target, alpha = aten.add.Tensor, factor
-            if factor == -1.0:
-                target, alpha = aten.sub.Tensor, 1.0
-            kwargs = {} if alpha == 1.0 else {"alpha": alpha}
-            new = nodes.call(
-                self.gm.graph, target, (new, leaf), kwargs, rule=self.options.name, sources=[node]
-            )
         return new
 
     def _inside_a_sum(self, node: fx.Node) -> bool:
@@ -317,14 +297,16 @@ class _Folder:
         dead = self._dying(node, key[1], replaced, {leaf for _, leaf in rest})
         if not any(kind(n) in (("embedding",) if key[0] == "table" else _PRODUCTS) for n in dead):
             return None
-        emission = self._emission(node, key, merged)
-        if emission is None:
+        emission = self.emitter.emission(node, key, merged)
+        if isinstance(emission, str):
+            self.reader.refusals.setdefault(node, emission)
+        if not isinstance(emission, Emission):
             return None
-        then, calls, emit = emission
+        then = emission.price
         per_node = self.options.prefer == "nodes"
         now = sum(_weight(n, per_node) for n in dead)
         if per_node:
-            then = float(calls)
+            then = float(emission.calls)
         extra = cost.elementwise(hints(node), 2, node.meta["val"].element_size())
         then += len(rest) * (1.0 if per_node else extra)
         if key[1] in self.reader.proposed and not key[1].users:
@@ -340,7 +322,7 @@ class _Folder:
                 f"weights it replaces"
             )
             return None
-        return _Choice(key, merged, rest, dead, now, then, emit)
+        return _Choice(key, merged, rest, dead, now, then, emission.write)
 
     def _grows(self, merged: AffineMap, dead: list[fx.Node], node: fx.Node) -> bool:
         width = node.meta["val"].element_size()
@@ -381,161 +363,6 @@ class _Folder:
                 enqueue(current)
         return sorted(dead, reverse=True)
 
-    # -- emitting -------------------------------------------------------------------------------
-
-    def _emission(self, node: fx.Node, key: Key, merged: AffineMap) -> _Emission | None:
-        kind_, root = key
-        if kind_ == "feature":
-            return self._emit_matrix(node, root, merged)
-        if kind_ == "table":
-            return self._emit_embedding(node, root, merged)
-        if kind_ == "transposed":
-            return self._emit_transposed(node, root, merged)
-        return self._emit_conv(node, root, merged)
-
-    def _emit_matrix(self, node: fx.Node, root: fx.Node, merged: AffineMap) -> _Emission | None:
-        dense = am.regroup(merged, 1)
-        width = node.meta["val"].element_size()
-        rows = math.prod(hints(node)) // max(dense.out_channels, 1)
-        price = cost.matrix(rows, dense.out_channels, dense.in_channels, width)
-
-        def emit() -> fx.Node:
-            x = root
-            if not same(shape(root)[-1], dense.in_channels):
-                x = self._call(aten.reshape.default, (root, [-1, dense.in_channels]), [node])
-            weight = self._constant(node, "weight", dense.weight, x)
-            bias = self._constant(node, "bias", Lazy.of(dense.bias), x) if dense.has_bias else None
-            out = self._call(aten.linear.default, (x, weight, bias), [node])
-            if not same(shape(out), shape(node)):
-                out = self._reshape_like(out, node)
-            return out
-
-        if not same(shape(root)[:-1], shape(node)[:-1]) and not _static_but_batch(node):
-            return None
-        return price, 1, emit
-
-    def _emit_embedding(self, node: fx.Node, root: fx.Node, merged: AffineMap) -> _Emission | None:
-        dense = am.regroup(merged, 1)
-        if not same(shape(node), (*shape(root), dense.out_channels)):
-            return None
-        rows = (dense.in_channels, dense.out_channels)
-        table = dense.weight.map(rows, lambda w: w.t() + dense.bias)
-
-        def emit() -> fx.Node:
-            weight = self._constant(node, "weight", table, node)
-            return self._call(aten.embedding.default, (weight, root), [node])
-
-        return cost.elementwise(hints(node), 1, node.meta["val"].element_size()), 1, emit
-
-    def _reshape_like(self, out: fx.Node, node: fx.Node) -> fx.Node:
-        sizes = [s if isinstance(s, int) else -1 for s in shape(node)]
-        return self._call(aten.reshape.default, (out, sizes), [node])
-
-    def _emit_conv(self, node: fx.Node, root: fx.Node, merged: AffineMap) -> _Emission | None:
-        if merged.spatial not in _CONVS:
-            return None
-        sizes, wanted = shape(root)[2:], shape(node)[2:]
-        execution = next(
-            (
-                e
-                for e in am.executions(merged)
-                if _extent_fits(sizes, wanted, e, merged.stride, e.padding)
-            ),
-            None,
-        )
-        pads: tuple[tuple[int, int], ...] = ()
-        if execution is None:  # padded on one side, or by another width: a call of its own
-            execution = am.trimmed(merged)
-            pads = _sides(sizes, wanted, execution, merged.stride) if execution else ()
-            if execution is None or not pads:
-                self.reader.refusals.setdefault(
-                    node, "no padding gives the merged convolution its exact extent"
-                )
-                return None
-            execution = replace(execution, padding=(0,) * merged.spatial)
-        # a view has strides of its own, and so has a product with a matrix on the left
-        own_strides = layout.is_layout(node) or (merged.spatial == 1 and merged.is_pointwise)
-        width = node.meta["val"].element_size()
-        read = list(hints(root))
-        for axis, pair in enumerate(pads):
-            read[2 + axis] += sum(pair)
-        price = cost.convolution(
-            hints(node), read, merged.weight.shape[1], merged.groups,
-            execution.weight.shape[2:], width,
-        )  # fmt: skip
-        if pads:
-            price += cost.elementwise(read, 0, width, math.prod(hints(root)))
-
-        def emit() -> fx.Node:
-            weight = self._constant(node, "weight", execution.weight, root)
-            bias = None
-            if merged.has_bias:
-                bias = self._constant(node, "bias", Lazy.of(merged.bias), root)
-            x = root
-            if pads:
-                flat = [width for pair in reversed(pads) for width in pair]
-                x = self._call(aten.pad.default, (root, flat), [node])
-            return self._call(
-                _CONVS[merged.spatial],
-                (
-                    x, weight, bias, list(merged.stride), list(execution.padding),
-                    list(execution.dilation), merged.groups,
-                ),
-                [node],
-                None if own_strides else node,
-            )  # fmt: skip
-
-        return price, 2 if pads else 1, emit
-
-    def _emit_transposed(self, node: fx.Node, root: fx.Node, merged: AffineMap) -> _Emission | None:
-        if merged.spatial not in _TRANSPOSED:
-            return None
-        for execution in am.executions(merged):
-            extra = _output_padding(shape(root)[2:], shape(node)[2:], execution, merged.stride)
-            if extra is not None:
-                break
-        else:
-            self.reader.refusals.setdefault(
-                node, "no padding gives the merged transposed convolution its exact extent"
-            )
-            return None
-        weight = am.swapped(execution.weight, merged.groups)
-        price = cost.convolution(
-            hints(root), hints(root), weight.shape[1], merged.groups, weight.shape[2:],
-            node.meta["val"].element_size(),
-        )  # fmt: skip
-
-        def emit() -> fx.Node:
-            stored = self._constant(node, "weight", weight, root)
-            bias = None
-            if merged.has_bias:
-                bias = self._constant(node, "bias", Lazy.of(merged.bias), root)
-            return self._call(
-                _TRANSPOSED[merged.spatial],
-                (
-                    root, stored, bias, list(merged.stride), list(execution.padding), extra,
-                    merged.groups, list(execution.dilation),
-                ),
-                [node],
-                None if layout.is_layout(node) else node,
-            )  # fmt: skip
-
-        return price, 1, emit
-
-    def _constant(self, node: fx.Node, label: str, data: Lazy, like: fx.Node) -> fx.Node:
-        return constants.add(self.gm, f"{node.name}.{label}", data, like.meta["val"])
-
-    def _call(
-        self,
-        target: Any,
-        args: tuple[Any, ...],
-        sources: list[fx.Node],
-        like: fx.Node | None = None,
-    ) -> fx.Node:
-        return nodes.call(
-            self.gm.graph, target, args, rule=self.options.name, sources=sources, like=like
-        )
-
     # -- applying -------------------------------------------------------------------------------
 
     def _apply(self, node: fx.Node, choice: _Choice, result: PassResult) -> fx.Node:
@@ -543,7 +370,7 @@ class _Folder:
         with self.editor.edit() as edit:
             with edit.before(node):
                 merged = choice.emit()
-                new = self._plus(merged, choice.rest, node)
+                new = self.emitter.plus(merged, choice.rest, node)
             edit.stamp(new, sources)
             edit.replace(node, new)
             done = applied(
@@ -583,50 +410,3 @@ def _summary(dead: list[fx.Node]) -> str:
         if op_name(node) != "getitem":
             counts[kind(node)] = counts.get(kind(node), 0) + 1
     return ", ".join(f"{c} {k}" for k, c in sorted(counts.items()))
-
-
-def _static_but_batch(node: fx.Node) -> bool:
-    return sum(not isinstance(s, int) for s in shape(node)) <= 1
-
-
-def _output_padding(
-    sizes: tuple[nodes.Size, ...], wanted: tuple[nodes.Size, ...], e: am.Execution,
-    stride: tuple[int, ...],
-) -> list[int] | None:  # fmt: skip
-    """What a transposed convolution must add on the high sides for its exact extent."""
-    found = []
-    for axis, size in enumerate(sizes):
-        span = e.dilation[axis] * (e.weight.shape[2 + axis] - 1) + 1
-        extent = (size - 1) * stride[axis] - 2 * e.padding[axis] + span
-        fits = [x for x in range(stride[axis]) if same(extent + x, wanted[axis])]
-        if not fits:
-            return None
-        found += fits
-    return found
-
-
-def _extent_fits(
-    sizes: tuple[nodes.Size, ...], wanted: tuple[nodes.Size, ...], e: am.Execution,
-    stride: tuple[int, ...], high: tuple[int, ...],
-) -> bool:  # fmt: skip
-    for axis, size in enumerate(sizes):
-        span = e.dilation[axis] * (e.weight.shape[2 + axis] - 1) + 1
-        extent = (size + e.padding[axis] + high[axis] - span) // stride[axis] + 1
-        if hint(extent) != hint(wanted[axis]) or not same(extent, wanted[axis]):
-            return False
-    return True
-
-
-def _sides(
-    sizes: tuple[nodes.Size, ...], wanted: tuple[nodes.Size, ...], e: am.Execution,
-    stride: tuple[int, ...],
-) -> tuple[tuple[int, int], ...]:  # fmt: skip
-    """How far to pad each axis, in front and behind, for the exact extent; nothing if none does."""
-    high = []
-    for axis, size in enumerate(sizes):
-        span = e.dilation[axis] * (e.weight.shape[2 + axis] - 1) + 1
-        last = stride[axis] * (hint(wanted[axis]) - 1) + span
-        high.append(last - e.padding[axis] - hint(size))
-    if min(high) < 0 or not _extent_fits(sizes, wanted, e, stride, tuple(high)):
-        return ()
-    return tuple(zip(e.padding, high, strict=True))

@@ -1,4 +1,4 @@
-"""Which affine maps of which earlier tensors a node computes: mechanism B of the design, reading.
+"""Which affine maps of which earlier tensors a node computes.
 
 For every node, :class:`MapReader` keeps maps by key: the *kind* (``conv``: channels are axis 1;
 ``transposed``: likewise, of a transposed convolution with a stride; ``feature``: the last axis, any
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,41 +26,32 @@ from refold.algebra.affine_map import AffineMap
 from refold.algebra.lazy import Lazy
 from refold.graph import constants, nodes
 from refold.graph.kinds import op_name
-from refold.graph.nodes import aten, is_call, is_tensor, known, same, shape
+from refold.graph.nodes import aten, is_call, is_tensor, same, shape
 from refold.graph.records import concatenations, convolutions, products, scale_shifts, sums, windows
+from refold.passes.branches.borders import Border, border_reason, covered_side, reads_outside
 
 Key = tuple[str, fx.Node]
 Maps = dict[Key, AffineMap]
 
 _MAX_ROOTS = 16
 _MAX_TAPS = 4096
-_NO_END = 1 << 62  # slices write "to the end" as the largest integer
 _MAX_MATRIX = 1 << 22
 _TRANSPARENT = {"contiguous", "clone", "alias", "detach"}
 _RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"}
 
 
 @dataclass
-class _Border:
-    """A tensor that is a map inside and one constant per channel on each padded side.
-
-    ``sides`` maps (spatial axis, 0 low / 1 high) to (width, value per channel).
-    """
-
-    base: AffineMap
-    sides: dict[tuple[int, int], tuple[int, torch.Tensor]]
-
-
-@dataclass
 class MapReader:
     """Maps of every node visited so far, and the reasons why some compositions are not maps.
 
-    ``proposed`` are pads of an earlier tensor that nothing reads yet: roots that exist if chosen.
+    ``propose`` makes the call of a pad read an earlier tensor: the reader writes no graph itself.
+    ``proposed`` are such calls, which nothing reads yet: roots that exist if chosen.
     """
 
+    propose: Callable[[fx.Node, fx.Node], fx.Node]
     maps: dict[fx.Node, Maps] = field(default_factory=dict)
     identities: dict[fx.Node, Maps] = field(default_factory=dict)
-    borders: dict[fx.Node, dict[Key, _Border]] = field(default_factory=dict)
+    borders: dict[fx.Node, dict[Key, Border]] = field(default_factory=dict)
     refusals: dict[fx.Node, str] = field(default_factory=dict)
     proposed: set[fx.Node] = field(default_factory=set)
 
@@ -326,7 +317,7 @@ class MapReader:
         for key, inner in self.of(pad.x).items():
             if key[0] != "conv" or inner.spatial != rank - 2:
                 continue
-            reason = _reads_outside(outer, inner, key[1], pad.x, low, high)
+            reason = reads_outside(outer, inner, key[1], pad.x, low, high)
             if reason is not None:
                 self.refusals[pad.node] = reason
                 continue
@@ -338,7 +329,7 @@ class MapReader:
                 for s, w in ((0, low[a]), (1, high[a]))
                 if w > 0
             }
-            self._settle(pad.node, key, _Border(base, sides), out)
+            self._settle(pad.node, key, Border(base, sides), out)
         return out
 
     def _mirrored(self, pad: windows.Pad) -> Maps:
@@ -351,18 +342,12 @@ class MapReader:
                 continue
             if not same(shape(key[1])[2:], shape(pad.x)[2:]):
                 continue  # a crop: the pad repeats pixels of what is left of the root
-            target: Any = pad.node.target
-            args, kwargs = (key[1], *pad.node.args[1:]), dict(pad.node.kwargs)
-            graph = pad.node.graph
-            with graph.inserting_before(pad.node):
-                root = nodes.call(
-                    graph, target, args, kwargs, rule="fold-branches", sources=[pad.node]
-                )
+            root = self.propose(pad.node, key[1])
             self.proposed.add(root)
             out[("conv", root)] = inner
         return out
 
-    def _settle(self, node: fx.Node, key: Key, border: _Border, out: Maps) -> None:
+    def _settle(self, node: fx.Node, key: Key, border: Border, out: Maps) -> None:
         """A bordered map is a map once every side equals the bias."""
         if all(border.base.bias_is(v) for _, v in border.sides.values()):
             out[key] = border.base
@@ -384,7 +369,7 @@ class MapReader:
         out: Maps = {}
         for key, border in self.borders[base].items():
             sides = dict(border.sides)
-            written = _side(sides, axis - 2, start, end, extent)
+            written = covered_side(sides, axis - 2, start, end, extent)
             if value is None or written is None or nodes.dtype(source) != nodes.dtype(base):
                 continue
             full = (1,) * (rank - len(value.shape)) + value.shape
@@ -392,7 +377,7 @@ class MapReader:
                 continue
             channels = value.get().reshape(-1).expand(border.base.out_channels)
             sides[(axis - 2, written)] = (sides[(axis - 2, written)][0], channels)
-            self._settle(node, key, _Border(border.base, sides), out)
+            self._settle(node, key, Border(border.base, sides), out)
         return out
 
     def _cat(self, cat: concatenations.Cat) -> Maps:
@@ -647,60 +632,3 @@ def addable(a: AffineMap, b: AffineMap) -> bool:
         and a.in_channels == b.in_channels
         and a.spatial == b.spatial
     )
-
-
-def border_reason(
-    outer: AffineMap, inner: AffineMap, root: fx.Node, middle: fx.Node, node: fx.Node
-) -> str | None:
-    """Why ``outer(inner(x))`` differs from their composition at a border, or ``None``.
-
-    Zero padding that ``outer`` reads stands for ``inner``'s value there; it is that value only if
-    ``inner`` reads nothing but padding of the root there, and adds no bias.
-    """
-    extents, results = shape(middle)[2:], shape(node)[2:]
-    low: list[int] = []
-    high: list[int] = []
-    for axis in range(outer.spatial):
-        taps = outer.support[axis]
-        low.append(max(0, outer.origin[axis] - min(taps)))
-        last = outer.stride[axis] * (results[axis] - 1) + max(taps) - outer.origin[axis]
-        high.append(0 if known(last < extents[axis]) else 1)
-    if not any(low) and not any(high):
-        return None
-    if not inner.bias_is(0.0):
-        return (
-            f"{node.name} pads with zeros where {middle.name} would have its bias "
-            f"(exact inside, wrong at the border)"
-        )
-    return _reads_outside(outer, inner, root, middle, low, high)
-
-
-def _reads_outside(
-    outer: AffineMap, inner: AffineMap, root: fx.Node, middle: fx.Node,
-    low: Sequence[int], high: Sequence[int],
-) -> str | None:  # fmt: skip
-    """Why ``inner`` would read the root where ``outer`` reads padding, or ``None``."""
-    extents, origins = shape(middle)[2:], shape(root)[2:]
-    for axis in range(inner.spatial):
-        stride, taps = inner.stride[axis], inner.support[axis]
-        if low[axis] and max(taps) - inner.origin[axis] - stride >= 0:
-            return f"the padding after {middle.name} hides positions that a merged kernel would see"
-        first = stride * extents[axis] + min(taps) - inner.origin[axis]
-        if high[axis] and not known(first >= origins[axis]):
-            return f"the padding after {middle.name} hides positions that a merged kernel would see"
-    return None
-
-
-def _side(
-    sides: dict[tuple[int, int], Any], axis: int, start: int, end: Any, extent: Any
-) -> int | None:
-    """Which padded side ``[start, end)`` covers exactly: 0 low, 1 high."""
-    if (axis, 0) in sides and start == 0 and same(end, sides[(axis, 0)][0]):
-        return 0
-    if (axis, 1) in sides:
-        width = sides[(axis, 1)][0]
-        first = start if start >= 0 else extent + start
-        to_the_end = isinstance(end, int) and end >= _NO_END
-        if same(first, extent - width) and (to_the_end or same(end, extent)):
-            return 1
-    return None
