@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from refold.compiled import CompiledModel
     from refold.compiler import compile_for_inference, explain, fold
     from refold.errors import RefoldError
-    from refold.report import Report
+    from refold.report.report import Report
     from refold.rewrite.context import Context
     from refold.rewrite.pipeline import Pipeline
     from refold.rewrite.result import Pass, PassResult
@@ -32,7 +32,7 @@ _HOME = {
     "PassResult": "refold.rewrite.result",
     "Pipeline": "refold.rewrite.pipeline",
     "RefoldError": "refold.errors",
-    "Report": "refold.report",
+    "Report": "refold.report.report",
     "RewriteRule": "refold.rewrite.rule",
     "Target": "refold.backends.base",
     "average_checkpoints": "refold.training.checkpoints",

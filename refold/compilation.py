@@ -14,7 +14,7 @@ from refold.graph import constants, provenance
 from refold.graph.copies import copy_sharing_tensors, with_tensors
 from refold.inputs import InputCheck
 from refold.refit.recipe import Recipe, as_weights, listed
-from refold.report import Report
+from refold.report.report import Report
 from refold.verify.compare import verify_widely
 from refold.verify.references import references
 from refold.weights.shared import SharedWeights, copy_shared

@@ -17,7 +17,7 @@ from refold.backends.write import marker_of, write_atomically
 from refold.compilation import Compilation, refit
 from refold.errors import UsageError
 from refold.graph import constants
-from refold.report import Report
+from refold.report.report import Report
 from refold.weights.shared import SharedWeights
 
 

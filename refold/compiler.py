@@ -52,7 +52,8 @@ from refold.inputs import InputCheck
 from refold.passes import PIPELINES
 from refold.passes.experts.join import state_expectation
 from refold.refit.recipe import Recipe, record
-from refold.report import GraphRecord, InputRecord, PassRecord, Report, counts, standing
+from refold.report.record import GraphRecord, InputRecord, PassRecord, counts, standing
+from refold.report.report import Report
 from refold.rewrite.context import Context
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Declined, Substitution, failed

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import refold
 from refold.errors import FrontendError, UsageError
-from refold.report import Report
+from refold.report.report import Report
 from tests.randomise import randomise
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))

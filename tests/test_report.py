@@ -7,7 +7,7 @@ import torch
 
 import refold
 from refold.errors import UsageError
-from refold.report import Report
+from refold.report.report import Report
 from refold.rewrite.result import Applied, Declined
 from tests.small_nets import ConvNet, LateNorm, seeded
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from refold.cli.model_spec import InputText, NamedModel
     from refold.cli.progress import Progress
-    from refold.report import Report
+    from refold.report.report import Report
 
 _PROGRAM = ".pt2"  # of torch.export
 # --- commands -------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""What a compilation did: the record, and its renderings."""
