@@ -195,11 +195,19 @@ def test_every_pass_has_a_place_a_test_a_golden_and_a_property(path: Path) -> No
     listed = [item for pipeline in PIPELINES.values() for item in pipeline.passes]
     assert any(type(item).__module__ == module for item in listed), "it is in no pipeline"
     assert any(kind.__module__ == module for kind in PASSES.values()), "it has no id in PASSES"
-    test = ROOT / "tests/passes" / f"test_{path.stem}.py"
+    test = ROOT / "tests" / path.relative_to(ROOT / "refold").with_name(f"test_{path.stem}.py")
     assert test.exists(), f"it has no {test.name}"
     text = test.read_text()
     assert "golden.check(" in text, f"{test.name} has no golden"
     assert "@given(" in text, f"{test.name} has no property test"
+
+
+ROOMS = [p.parent.relative_to(ROOT / "refold") for p in MODULES if p.name == "__init__.py"]
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room.parts], ids=str)
+def test_every_room_has_tests_in_a_folder_of_its_name(room: Path) -> None:
+    assert list((ROOT / "tests" / room).glob("test_*.py"))
 
 
 @pytest.mark.parametrize("identifier", sorted(PASSES))

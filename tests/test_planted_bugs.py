@@ -35,13 +35,13 @@ from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Declined, Pass
 from tests.folding import Net
 from tests.models.experts import spread
-from tests.passes import test_average_experts as experts
-from tests.passes import test_defer_expands as expands
-from tests.passes import test_defer_resizes as resizes
-from tests.passes import test_drop_zero_channels as dead
-from tests.passes import test_fold_attention_biases as attention
-from tests.passes import test_merge_parallel_layers as parallel
-from tests.passes import test_split_constant_tokens as split
+from tests.passes.branches import test_defer_resizes as resizes
+from tests.passes.branches import test_merge_parallel_layers as parallel
+from tests.passes.experts import test_average_experts as experts
+from tests.passes.prepare import test_defer_expands as expands
+from tests.passes.prepare import test_drop_zero_channels as dead
+from tests.passes.prepare import test_split_constant_tokens as split
+from tests.passes.scale_shift import test_fold_attention_biases as attention
 from tests.planted import Bench, Only, Outcome, id_of, rules_of
 from tests.randomise import randomise
 
@@ -284,7 +284,7 @@ def test_every_rule_of_every_pipeline_has_bugs() -> None:
     assert set(CASES) == set(EVERY)
     written = {
         node.value
-        for path in Path(refold.passes.__file__).parent.glob("*.py")
+        for path in Path(refold.passes.__file__).parent.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
         and re.fullmatch(f"({'|'.join(PASSES)})/[a-z-]+", node.value)

@@ -26,7 +26,7 @@ def test_a_scaffolded_rule_passes_its_own_tests(
 ) -> None:
     tool = load(ROOT / "tools/scaffold_rule.py", "scaffold_rule", monkeypatch)
     (tmp_path / "refold/passes/prepare").mkdir(parents=True)
-    (tmp_path / "tests/passes").mkdir(parents=True)
+    (tmp_path / "tests/passes/prepare").mkdir(parents=True)
     rule, test = tool.scaffold(tmp_path, "prepare", "drop-things")
     load(rule, "refold.passes.prepare.drop_things", monkeypatch)
     monkeypatch.setattr(golden, "DIRECTORY", tmp_path)

@@ -124,7 +124,7 @@ def scaffold(root: Path, family: str, identifier: str) -> list[Path]:
     }
     files = {
         root / "refold/passes" / family / f"{module}.py": RULE,
-        root / "tests/passes" / f"test_{module}.py": TEST,
+        root / "tests/passes" / family / f"test_{module}.py": TEST,
     }
     taken = [str(path) for path in files if path.exists()]
     if taken:

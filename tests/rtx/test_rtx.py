@@ -401,7 +401,7 @@ def test_refittable_engine_without_a_gpu_is_a_clean_error(tmp_path):
 
 
 def test_what_the_library_has_to_have_is_there():
-    from tests.backends.test_tensorrt import EVERYWHERE
+    from tests.backends.tensorrt.test_tensorrt import EVERYWHERE
 
     trt = library.find(RTX).module
     for owner, names in EVERYWHERE.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refold.backends.tensorrt import artifact, build, check, library, ops
-from tests.backends.test_shift_add import Shared, compiled
+from tests.backends.onnx.shift_add.test_shift_add import Shared, compiled
 
 pytestmark = pytest.mark.rtx
 pytest.importorskip("tensorrt_rtx_bindings")

@@ -882,7 +882,7 @@ def test_commands(run, tmp_path, no_library):
 
 
 def test_check_rejects_with_an_exit_code(run, tmp_path, no_library):
-    name = "tests.backends.test_tensorrt:Pooled"
+    name = "tests.backends.tensorrt.test_tensorrt:Pooled"
     code, out, _ = run("check", name, "--shape", "1x3x8x8", "--json")
     found = json.loads(out)
     assert code == exit_codes.ERROR

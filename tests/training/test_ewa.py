@@ -361,7 +361,7 @@ def test_dispersion_decides_how_far_the_average_is_from_the_mixture():
 
 @pytest.mark.slow
 def test_the_example_runs():
-    example = Path(__file__).parents[1] / "examples" / "expert_averaging.py"
+    example = Path(__file__).parents[2] / "examples" / "expert_averaging.py"
     done = subprocess.run(
         [sys.executable, str(example), "--steps", "20"],
         capture_output=True, text=True, check=True,

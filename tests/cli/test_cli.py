@@ -122,7 +122,7 @@ def test_passes_and_targets(run):
 
 def test_version_and_help():
     module = [sys.executable, "-m", "refold"]
-    here = Path(__file__).parents[1]
+    here = Path(__file__).parents[2]
     out = subprocess.run(
         [*module, "--version"], capture_output=True, text=True, check=True, cwd=here
     )
@@ -256,7 +256,7 @@ def test_integer_inputs_stay_in_their_range():
 def test_inputs_keep_their_order(run):
     code, out, _ = run(
         "explain",
-        "tests.test_cli:Gather",
+        "tests.cli.test_cli:Gather",
         "--input",
         "float32:2x9",
         "--input",
@@ -274,11 +274,11 @@ class Gather(nn.Module):
 
 def test_model_made_by_a_function_or_given_as_an_instance():
     assert isinstance(model_spec.load_model("tests.small_nets:LateNorm").model, LateNorm)
-    assert model_spec.load_model("tests.test_cli:INSTANCE").model is INSTANCE
+    assert model_spec.load_model("tests.cli.test_cli:INSTANCE").model is INSTANCE
     with pytest.raises(UsageError, match=r"made a int, not an nn\.Module"):
-        model_spec.load_model("tests.test_cli:seven")
+        model_spec.load_model("tests.cli.test_cli:seven")
     with pytest.raises(UsageError, match="callable without arguments"):
-        model_spec.load_model("tests.test_cli:_needs_argument")
+        model_spec.load_model("tests.cli.test_cli:_needs_argument")
 
 
 INSTANCE = ConvNet()

@@ -7,7 +7,7 @@ from torch import nn
 
 import refold
 from refold.errors import BackendError, UsageError
-from tests.backends.test_inductor import Counts, Sizes
+from tests.backends.pytorch.test_inductor import Counts, Sizes
 from tests.compare import SINGLE, relative_error
 from tests.small_nets import ConvNet, assert_same, seeded
 

@@ -341,7 +341,7 @@ def test_tied_tensors_stored_once_fit_their_model(tmp_path):
 
 
 def blocks() -> list[str]:
-    page = Path(__file__).parents[1] / "docs" / "checkpoints.md"
+    page = Path(__file__).parents[2] / "docs" / "checkpoints.md"
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
