@@ -26,6 +26,8 @@ from bench.ort_latency import session
 from refold.frontends.export import trace
 from refold.passes import PIPELINES
 from refold.passes.branches.merge_parallel_layers import MergeParallelLayers
+from refold.rewrite.context import Context
+from refold.rewrite.cost import on_cpu
 
 DEFAULT = PIPELINES["default"]
 _PASS = "merge-parallel-layers"
@@ -180,7 +182,7 @@ def merges(name: str, backend: str) -> bool:
     models, x = forms(name)
     with torch.no_grad():
         gm = trace(_Read(models["apart"]), (x,), dynamic_batch=False).graph_module
-        return MergeParallelLayers(layers_on=backend).run(gm).modified
+        return MergeParallelLayers().run(gm, Context(on_cpu(backend))).modified
 
 
 class _Read(nn.Module):

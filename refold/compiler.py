@@ -24,8 +24,8 @@ from refold.backends.base import (
     Runner,
     Target,
     computes_complex,
+    costs_of,
     is_static,
-    layers_on,
     ranks_follow_sizes,
 )
 from refold.backends.registry import find_target, make_options, require
@@ -155,8 +155,8 @@ def compile_for_inference(
     settings = _Settings(
         target=found,
         options=make_options(found, target_options),
-        pipeline=_pipeline(pipeline).for_layers_on(layers_on(found)),
-        context=Context(max_growth, _globs(exclude), computes_complex(found)),
+        pipeline=_pipeline(pipeline),
+        context=Context(costs_of(found), max_growth, _globs(exclude), computes_complex(found)),
         dynamic_shapes=dynamic_shapes,
         bind=dict(bind or {}),
         verify=verify,
@@ -212,7 +212,7 @@ def explain(
         trust: as for :func:`compile_for_inference`.
         progress: as for :func:`compile_for_inference`.
     """
-    chosen, context = _pipeline(pipeline), Context(max_growth, _globs(exclude))
+    chosen, context = _pipeline(pipeline), Context(growth=max_growth, exclude=_globs(exclude))
     call = _example(model, example_inputs)
     if call is None:
         raise UsageError("explain needs example_inputs: a tuple, a dict of keywords, or a tensor")

@@ -14,6 +14,7 @@ from torch import fx
 
 from refold.graph import provenance
 from refold.graph.kinds import op_name
+from refold.rewrite.cost import CostModel
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
@@ -103,12 +104,9 @@ def computes_complex(target: Target) -> bool:
     return bool(getattr(target, "complex_calls", True))
 
 
-def layers_on(target: Target) -> str:
-    """Whose costs of calls a target has; it says so in an attribute ``layers_on``, or has its own.
-
-    The cost table has them by that name, where they are measured.
-    """
-    return str(getattr(target, "layers_on", target.name))
+def costs_of(target: Target) -> CostModel:
+    """What calls cost on a target; it says so in an attribute ``costs``, where that is known."""
+    return getattr(target, "costs", None) or CostModel(target.name)
 
 
 def verification_of(target: Target) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from refold.errors import UsageError
+from refold.rewrite import cost
 
 
 @dataclass(frozen=True)
@@ -12,6 +13,7 @@ class Context:
     """The policies that a pass runs under; the pipeline hands them to each.
 
     Attributes:
+        costs: what calls cost where the graph will run, as its target says.
         growth: how many times larger the stored constants may become, for every pass; ``None``
             leaves each its own bound.
         exclude: globs of module paths that no pass touches: the pipeline pins their nodes.
@@ -21,6 +23,7 @@ class Context:
         UsageError: the growth is no number or less than 1.
     """
 
+    costs: cost.CostModel = field(default_factory=cost.reference)
     growth: float | None = None
     exclude: tuple[str, ...] = ()
     complex: bool = True

@@ -6,9 +6,8 @@ import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
-from typing import Any
 
 from torch import fx, nn
 
@@ -132,22 +131,6 @@ class Pipeline:
         """A pipeline without the passes of that name."""
         self._known(name)
         return replace(self, passes=tuple(p for p in self.passes if p.name != name))
-
-    def for_layers_on(self, backend: str) -> Pipeline:
-        """A pipeline whose passes reckon with what calls of layers cost on a backend."""
-        return self._with_option("layers_on", backend)
-
-    def _with_option(self, option: str, value: Any) -> Pipeline:
-        """A pipeline whose passes have an option, those that know it, at this value."""
-        return replace(
-            self,
-            passes=tuple(
-                replace(p, **{option: value})  # type: ignore[type-var]
-                if is_dataclass(p) and hasattr(p, option)
-                else p
-                for p in self.passes
-            ),
-        )
 
     def only(self, *names: str) -> Pipeline:
         """A pipeline of the passes with these names alone, in the pipeline's order."""

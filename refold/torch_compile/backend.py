@@ -31,6 +31,7 @@ from refold.graph import provenance
 from refold.graph.copies import copy_sharing_tensors
 from refold.passes import PIPELINES
 from refold.rewrite.context import Context
+from refold.rewrite.cost import CostModel, on_cpu
 from refold.rewrite.pipeline import Pipeline
 from refold.verify.compare import verify_widely
 from refold.verify.references import references
@@ -70,9 +71,13 @@ class _Settings:
 
     @property
     def passes(self) -> Pipeline:
-        chosen = PIPELINES[self.pipeline] if isinstance(self.pipeline, str) else self.pipeline
+        return PIPELINES[self.pipeline] if isinstance(self.pipeline, str) else self.pipeline
+
+    @property
+    def costs(self) -> CostModel:
+        """What calls cost in what compiles the folded graph."""
         named = self.inner if isinstance(self.inner, str) else "another compiler"
-        return chosen.for_layers_on("torch" if named == "eager" else named)
+        return on_cpu("torch" if named == "eager" else named)
 
 
 def backend(
@@ -436,7 +441,9 @@ class _Guarded:
         try:
             gm = captured.bind(args)
             original = copy_sharing_tensors(gm)
-            result = settings.passes.run(gm, Context(exclude=_present(gm, settings.exclude)))
+            result = settings.passes.run(
+                gm, Context(settings.costs, exclude=_present(gm, settings.exclude))
+            )
             if settings.verify and result.modified:
                 program = captured.program(original, args)
                 known = references(original, program)

@@ -14,6 +14,7 @@ from refold.backends import flat
 from refold.backends.base import Artifact, Runner, missing
 from refold.backends.edge.static import StaticProgram, keep_pooled_dims, quiet
 from refold.errors import BackendError
+from refold.rewrite import cost
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
@@ -41,6 +42,7 @@ class ExecuTorchTarget:
 
     name = "executorch"
     suffix = ".pte"
+    costs = cost.on_cpu("executorch")
     shares_weights = ()
     complex_calls = False
     dtypes = ("float32", "float16", "bfloat16")

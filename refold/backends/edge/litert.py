@@ -14,6 +14,7 @@ from refold.backends import flat
 from refold.backends.base import Artifact, Runner, missing
 from refold.backends.edge.static import StaticProgram, ThreadOptions, quiet
 from refold.errors import BackendError
+from refold.rewrite import cost
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
@@ -32,6 +33,7 @@ class LiteRtTarget:
 
     name = "litert"
     suffix = ".tflite"
+    costs = cost.on_cpu("litert")
     shares_weights = ()
     complex_calls = False
     dtypes = ("float32",)

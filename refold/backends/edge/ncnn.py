@@ -16,6 +16,7 @@ from refold.backends import flat
 from refold.backends.base import Artifact, Runner, missing
 from refold.backends.edge.static import StaticProgram, ThreadOptions, quiet
 from refold.errors import BackendError, UsageError
+from refold.rewrite import cost
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
@@ -50,6 +51,7 @@ class NcnnTarget:
 
     name = "ncnn"
     suffix = ".param"
+    costs = cost.on_cpu("ncnn")
     shares_weights = ()
     complex_calls = False
     dtypes = ("float32",)

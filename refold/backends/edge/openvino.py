@@ -16,6 +16,7 @@ from refold.backends.base import Artifact, Runner, missing
 from refold.backends.onnx import export
 from refold.backends.onnx.targets import OnnxOptions
 from refold.errors import BackendError, UsageError
+from refold.rewrite import cost
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
@@ -55,6 +56,7 @@ class OpenVinoTarget:
 
     name = "openvino"
     suffix = ".xml"
+    costs = cost.on_cpu("openvino", "merged layers are slower in OpenVINO")
     shares_weights = ()
     complex_calls = False
     dtypes = ("float32", "float16")

@@ -15,6 +15,7 @@ from refold.backends.onnx import export, session
 from refold.backends.onnx.shift_add import check
 from refold.backends.onnx.shift_add import choice as shift_add
 from refold.errors import UsageError
+from refold.rewrite import cost
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # The exporter turns a request below 18 into 18 without a word.
 _OPSETS = range(18, 24)
+_ANY_RUNTIME = "what a call takes depends on the runtime of the file; target 'ort' knows its own"
 _ACCURACY_LEVEL = 4  # of ONNX Runtime's sessions, where nobody tells them otherwise
 
 
@@ -53,6 +55,7 @@ class OnnxTarget:
 
     name = "onnx"
     suffix = ".onnx"
+    costs = cost.on_cpu("onnx", _ANY_RUNTIME)
     shares_weights = ("files",)
     complex_calls = False
     options = OnnxOptions
@@ -119,7 +122,7 @@ class OnnxRuntimeTarget:
     suffix = ".onnx"
     shares_weights: tuple[str, ...] = ("files",)
     complex_calls = False
-    layers_on = "onnxruntime"
+    costs = cost.on_cpu("onnxruntime")
     dtypes = ("float32", "float16")
     options = OnnxRuntimeOptions
 

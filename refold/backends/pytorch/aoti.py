@@ -25,6 +25,7 @@ from refold.errors import BackendError, UsageError
 from refold.graph import constants
 from refold.graph.kinds import census
 from refold.native.lower import lower
+from refold.rewrite import cost
 
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
@@ -81,6 +82,7 @@ class AotiTarget:
 
     name = "aoti"
     suffix = ".pt2"
+    costs = cost.on_cpu("aoti")
     shares_weights = ()
     options = AotiOptions
 

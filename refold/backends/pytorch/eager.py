@@ -19,6 +19,7 @@ from refold.graph.evaluate import flat_inputs
 from refold.graph.kinds import census
 from refold.graph.nodes import symbolic_dims
 from refold.native.lower import is_packed, lower, with_sums
+from refold.rewrite import cost
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
@@ -50,6 +51,7 @@ class TorchTarget:
     name = "torch"
     ranks_follow_sizes = True
     suffix = ".pt2"
+    costs = cost.on_cpu("torch")
     options = TorchOptions
 
     def available(self) -> str | None:

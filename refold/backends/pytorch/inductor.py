@@ -28,6 +28,7 @@ from refold.errors import BackendError, UsageError, did_you_mean
 from refold.graph import constants, nodes
 from refold.graph.kinds import census
 from refold.native.lower import lower
+from refold.rewrite import cost
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,6 +65,7 @@ class InductorTarget:
 
     name = "inductor"
     suffix = ""
+    costs = cost.on_cpu("inductor")
     options = InductorOptions
 
     def available(self) -> str | None:

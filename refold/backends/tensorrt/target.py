@@ -20,6 +20,7 @@ from refold.backends.onnx.targets import OnnxOptions
 from refold.backends.tensorrt import artifact as directory
 from refold.backends.tensorrt import check, precision, reference
 from refold.errors import BackendError, MissingDependencyError, UsageError
+from refold.rewrite import cost
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
@@ -106,6 +107,7 @@ class TensorRTTarget:
 
     name = "trt"
     suffix = ".trt"
+    costs = cost.CostModel("TensorRT", apart="TensorRT merges products of one input itself")
     shares_weights = ("files",)
     complex_calls = False
     dtypes = ("float32", "float16", "bfloat16")

@@ -63,7 +63,7 @@ class FoldBatchNorm:
 
     def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         growth = context.growth_or(self.max_growth)
-        pusher = Pusher(gm, self.name, lambda record: record.is_norm, growth)
+        pusher = Pusher(gm, self.name, lambda record: record.is_norm, growth, context.costs)
         result = pusher.run()
         reported = {d.node for d in result.declined}
         for node in gm.graph.nodes:

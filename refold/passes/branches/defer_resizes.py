@@ -49,9 +49,9 @@ from refold.graph import constants, nodes
 from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, hints, is_tensor, only_user, same, shape
 from refold.graph.records import concatenations, convolutions
-from refold.rewrite import cost
 from refold.rewrite.build import Builder
 from refold.rewrite.context import Context
+from refold.rewrite.cost import FREE, CostModel
 from refold.rewrite.driver import apply_rules
 from refold.rewrite.pattern import Attr, Call, Match, Var
 from refold.rewrite.result import PassResult
@@ -75,7 +75,7 @@ class DeferResizes:
     exactness: str = "reassociates"
 
     def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
-        return apply_rules(gm, (Split(), Join()))
+        return apply_rules(gm, (Split(context.costs), Join()))
 
 
 @dataclass(frozen=True)
@@ -119,21 +119,29 @@ class Split(RewriteRule):
     exactness = "reassociates"
     pattern = Call(_CONVS, ...).where(lambda node: _read(node) is not None)
 
+    def __init__(self, costs: CostModel) -> None:
+        self._costs = costs
+
     def check(self, match: Match) -> str | None:
         read = _read(match.root)
         assert read is not None
         if len(read[1]) > 1 and nodes.dtype(match.root) == torch.float16:
             return "a term of the split sum could overflow float16 where the whole does not"
-        if not _moved(*read):
-            return "resizing what the product gives would cost more than is saved (cost table)"
-        return None
+        costs = self._costs.at(match.root)
+        if _moved(costs, *read):
+            return None
+        if costs.rates is None:
+            return (
+                f"resizing what the product gives may take more than it saves: {costs.unmeasured}"
+            )
+        return "resizing what the product gives would cost more than is saved (cost table)"
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         read = _read(match.root)
         assert read is not None
         conv, terms = read
         result: fx.Node | None = None
-        for term in _settled(terms, _moved(conv, terms)):
+        for term in _settled(terms, _moved(self._costs.at(match.root), conv, terms)):
             value = self._product(conv, term, build, with_bias=result is None)
             if result is None or not term.is_one_pixel:
                 value = self._resized(term, value, build)
@@ -234,15 +242,17 @@ def _resize(node: fx.Node) -> tuple[Any, ...] | None:
     return node.target, str(node.args[1:]), str(node.kwargs), extents
 
 
-def _moved(conv: convolutions.Conv, terms: tuple[_Term, ...]) -> tuple[_Term, ...]:
+def _moved(
+    costs: CostModel, conv: convolutions.Conv, terms: tuple[_Term, ...]
+) -> tuple[_Term, ...]:
     """The terms that it pays to compute below their resize; each helps on its own, or not."""
     moved: tuple[_Term, ...] = ()
     gained = 0.0
     while True:
         rest = [t for t in terms if t.resized and t not in moved]
-        tried = [((*moved, t), _gain(conv, terms, (*moved, t))) for t in rest]
+        tried = [((*moved, t), _gain(costs, conv, terms, (*moved, t))) for t in rest]
         best = max(tried, key=lambda pair: pair[1], default=None)
-        if best is None or best[1] <= gained + _WORTH * cost.of(conv.node):
+        if best is None or best[1] <= gained + _WORTH * costs.of(conv.node).total:
             return moved
         moved, gained = best
 
@@ -257,26 +267,28 @@ def _settled(terms: Iterable[_Term], moved: tuple[_Term, ...]) -> list[_Term]:
     return out
 
 
-def _gain(conv: convolutions.Conv, terms: tuple[_Term, ...], moved: tuple[_Term, ...]) -> float:
-    """Microseconds that moving some terms saves."""
-    now, whole = cost.of(conv.node), only_user(conv.x, conv.node)
+def _gain(
+    costs: CostModel, conv: convolutions.Conv, terms: tuple[_Term, ...], moved: tuple[_Term, ...]
+) -> float:
+    """What moving some terms saves."""
+    now, whole = costs.of(conv.node), only_user(conv.x, conv.node)
     joined = terms[0].parts[0] is not conv.x
     if joined and whole:
-        now += cost.of(conv.x)
+        now += costs.of(conv.x)
     reader = conv.x if joined else conv.node
     dying = [p for t in moved for p in t.parts if only_user(p, reader)] if whole else []
     width = conv.node.meta["val"].element_size()
     out = hints(conv.node)
-    then = 0.0
+    then = FREE
     for index, term in enumerate(_settled(terms, moved)):
         read = (out[0], term.channels, *hints(term.sources[0])[2:])
         made = (out[0], out[1], *read[2:])
         per_group = conv.weight.shape[1] if conv.groups > 1 else term.channels
-        then += cost.convolution(made, read, per_group, conv.groups, (1,), width)
+        then += costs.convolution(made, read, per_group, conv.groups, (1,), width)
         if len(term.sources) > 1:
-            then += cost.elementwise(read, 1, width)
+            then += costs.elementwise(read, 1, width)
         if term.resized and not (term.is_one_pixel and index):
-            then += cost.resize(out, made, width)
+            then += costs.resize(out, made, width)
         if index:
-            then += cost.elementwise(out, 2, width)
-    return now + sum(map(cost.of, dying)) - then
+            then += costs.elementwise(out, 2, width)
+    return sum(map(costs.of, dying), now).over(then)

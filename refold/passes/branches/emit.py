@@ -20,7 +20,7 @@ from refold.algebra.lazy import Lazy
 from refold.graph import constants, layout, nodes
 from refold.graph.nodes import aten, hint, hints, same, shape
 from refold.passes.branches.maps import Key
-from refold.rewrite import cost
+from refold.rewrite.cost import CostModel, Price
 
 _CONVS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 _TRANSPOSED = {
@@ -35,22 +35,23 @@ class Emission:
     """What would compute a map.
 
     Attributes:
-        price: microseconds, by the cost table.
+        price: by the model that holds where it would stand.
         calls: how many there are.
         write: writes them and returns the last.
     """
 
-    price: float
+    price: Price
     calls: int
     write: Callable[[], fx.Node]
 
 
 @dataclass(frozen=True)
 class Emitter:
-    """Writes maps into a graph, under the name of a rule."""
+    """Writes maps into a graph, under the name of a rule, and prices them."""
 
     gm: fx.GraphModule
     rule: str
+    costs: CostModel
 
     def emission(self, node: fx.Node, key: Key, merged: AffineMap) -> Emission | str | None:
         """How to write a map over a root instead of ``node``, or why it cannot be written."""
@@ -67,7 +68,7 @@ class Emitter:
         dense = am.regroup(merged, 1)
         width = node.meta["val"].element_size()
         rows = math.prod(hints(node)) // max(dense.out_channels, 1)
-        price = cost.matrix(rows, dense.out_channels, dense.in_channels, width)
+        price = self.costs.at(node).matrix(rows, dense.out_channels, dense.in_channels, width)
 
         def emit() -> fx.Node:
             x = root
@@ -95,7 +96,7 @@ class Emitter:
             weight = self._constant(node, "weight", table, node)
             return self._call(aten.embedding.default, (weight, root), [node])
 
-        price = cost.elementwise(hints(node), 1, node.meta["val"].element_size())
+        price = self.costs.at(node).elementwise(hints(node), 1, node.meta["val"].element_size())
         return Emission(price, 1, emit)
 
     def _reshape_like(self, out: fx.Node, node: fx.Node) -> fx.Node:
@@ -129,12 +130,12 @@ class Emitter:
         read = list(hints(root))
         for axis, pair in enumerate(pads):
             read[2 + axis] += sum(pair)
-        price = cost.convolution(
+        price = self.costs.at(node).convolution(
             hints(node), read, merged.weight.shape[1], merged.groups,
             execution.weight.shape[2:], width,
         )  # fmt: skip
         if pads:
-            price += cost.elementwise(read, 0, width, math.prod(hints(root)))
+            price += self.costs.at(node).elementwise(read, 0, width, math.prod(hints(root)))
 
         def emit() -> fx.Node:
             weight = self._constant(node, "weight", execution.weight, root)
@@ -167,7 +168,7 @@ class Emitter:
         else:
             return "no padding gives the merged transposed convolution its exact extent"
         weight = am.swapped(execution.weight, merged.groups)
-        price = cost.convolution(
+        price = self.costs.at(node).convolution(
             hints(root), hints(root), weight.shape[1], merged.groups, weight.shape[2:],
             node.meta["val"].element_size(),
         )  # fmt: skip

@@ -61,8 +61,8 @@ from refold.passes.branches import maps
 from refold.passes.branches.emit import Emission, Emitter
 from refold.passes.branches.maps import Key, MapReader
 from refold.passes.scale_shift.push.walk import overflows
-from refold.rewrite import cost
 from refold.rewrite.context import Context
+from refold.rewrite.cost import FREE, CostModel, Price
 from refold.rewrite.edit import Editor, Refused
 from refold.rewrite.result import Declined, PassResult, applied, declined
 
@@ -88,7 +88,7 @@ class FoldBranches:
 
     def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         growth = context.growth_or(self.max_growth)
-        return _Folder(gm, replace(self, max_growth=growth)).run()
+        return _Folder(gm, replace(self, max_growth=growth), context.costs).run()
 
 
 @dataclass
@@ -99,25 +99,26 @@ class _Choice:
     merged: AffineMap
     rest: list[tuple[float, fx.Node]]
     dead: list[fx.Node]
-    now: float
-    then: float
+    now: Price
+    then: Price
     emit: Callable[[], fx.Node]
 
     @property
     def gain(self) -> float:
-        return self.now - self.then
+        return self.now.over(self.then)
 
 
 @dataclass
 class _Folder:
     gm: fx.GraphModule
     options: FoldBranches
+    costs: CostModel
     dearer: dict[fx.Node, str] = field(default_factory=dict)
     barred: set[tuple[fx.Node, Key]] = field(default_factory=set)  # what the door refused
 
     def __post_init__(self) -> None:
         self.editor = Editor(self.gm, self.options.name)
-        self.emitter = Emitter(self.gm, self.options.name)
+        self.emitter = Emitter(self.gm, self.options.name, self.costs)
         self.reader = MapReader(self.emitter.pad_earlier)
 
     def run(self) -> PassResult:
@@ -224,12 +225,12 @@ class _Folder:
             return None
         best: _Choice | None = None
         for choice in self._candidates(node):
-            if choice.gain <= _NOTHING * choice.now:
+            if choice.gain <= _NOTHING * choice.now.total:
                 if choice.gain < 0 and self.options.prefer == "cost":
                     self.dearer.setdefault(
                         node,
-                        f"merging it over {choice.key[1].name} would cost {choice.then:.1f} us "
-                        f"instead of {choice.now:.1f} us (cost table)",
+                        f"merging it over {choice.key[1].name} "
+                        f"{self.costs.at(node).dearer(choice.now, choice.then)}",
                     )
                 continue
             if best is None or choice.gain > best.gain:
@@ -304,13 +305,13 @@ class _Folder:
             return None
         then = emission.price
         per_node = self.options.prefer == "nodes"
-        now = sum(_weight(n, per_node) for n in dead)
+        extra = self.costs.at(node).elementwise(hints(node), 2, node.meta["val"].element_size())
         if per_node:
-            then = float(emission.calls)
-        extra = cost.elementwise(hints(node), 2, node.meta["val"].element_size())
-        then += len(rest) * (1.0 if per_node else extra)
+            then, extra = Price((float(emission.calls),)), Price((1.0,))
+        now = sum((self._price(n, node) for n in dead), FREE)
+        then += len(rest) * extra
         if key[1] in self.reader.proposed and not key[1].users:
-            then += _weight(key[1], per_node)
+            then += self._price(key[1], node)
         if nodes.dtype(node) == torch.float16 and (
             overflows(merged.weight) or overflows(Lazy.of(merged.bias))
         ):
@@ -323,6 +324,13 @@ class _Folder:
             )
             return None
         return _Choice(key, merged, rest, dead, now, then, emission.write)
+
+    def _price(self, node: fx.Node, at: fx.Node) -> Price:
+        """What a node costs, by the model that holds where a merged call would stand."""
+        price = self.costs.at(at).of(node)
+        if self.options.prefer == "nodes":
+            return Price((float(price.total > 0),))
+        return price
 
     def _grows(self, merged: AffineMap, dead: list[fx.Node], node: fx.Node) -> bool:
         width = node.meta["val"].element_size()
@@ -396,12 +404,6 @@ class _Last:
 
     def __lt__(self, other: _Last) -> bool:
         return other.node < self.node
-
-
-def _weight(node: fx.Node, per_node: bool) -> float:
-    if not per_node:
-        return cost.of(node)
-    return 1.0 if cost.of(node) > 0 else 0.0
 
 
 def _summary(dead: list[fx.Node]) -> str:

@@ -46,19 +46,13 @@ from refold.graph import aliasing, nodes, provenance
 from refold.graph.nodes import aten, hints
 from refold.graph.records import products
 from refold.passes.scale_shift.push.walk import constant_name
-from refold.rewrite import cost
 from refold.rewrite.context import Context
+from refold.rewrite.cost import CostModel, LayerCosts
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
 _MARGIN = 0.1  # of the layers' time; the rates' own error is no larger
 _SHOWN = 6  # names in a line for people; the record has all
-_UNMERGED = {
-    "openvino": "merged layers are slower in OpenVINO",
-    "trt": "TensorRT merges products of one input itself",
-    "onnx": "what a call takes depends on the runtime of the file; target 'ort' knows its own",
-}
-_MEASURED = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -66,25 +60,23 @@ class MergeParallelLayers:
     """Merges linears of one input where the backend gains; see the module docstring.
 
     Attributes:
-        layers_on: the backend whose costs decide, as the cost table or a target names it.
         closing: passes that are added to a pipeline run before this one, which leaves them no
             layer that they would know.
     """
 
     closing: ClassVar[bool] = True
-    layers_on: str = "torch"
     name: str = "merge-parallel-layers"
     exactness: str = "reassociates"
 
     def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
-        return _Merger(gm, self.name, self.layers_on).run()
+        return _Merger(gm, self.name, context.costs).run()
 
 
 @dataclass
 class _Merger:
     gm: fx.GraphModule
     rule: str
-    backend: str
+    costs: CostModel
     result: PassResult = field(default_factory=PassResult)
 
     def __post_init__(self) -> None:
@@ -113,16 +105,8 @@ class _Merger:
 
     def _no_costs(self, groups: list[list[products.Linear]]) -> str | None:
         """Why nothing is known of what merging gains, or ``None``."""
-        if not groups:
-            return None
-        values = [group[0].node.meta["val"] for group in groups]
-        if any(v.device.type != "cpu" for v in values):
-            return "what a call takes is measured on the CPU alone"
-        if any(v.dtype not in _MEASURED for v in values):
-            return "what a call takes is not measured in half precision"
-        if cost.layer_costs(self.backend) is None:
-            return _UNMERGED.get(self.backend, f"what a call takes on {self.backend} is not known")
-        return None
+        models = [self.costs.at(group[0].node) for group in groups]
+        return next((model.apart for model in models if model.layers is None), None)
 
     def _unshared(self, group: list[products.Linear]) -> list[products.Linear]:
         """Those whose constants nothing else reads."""
@@ -179,7 +163,7 @@ class _Merger:
         if len(group) > 1:
             before, saved = self._total(gains)
             reason = (
-                f"on {self.backend} one layer instead of {len(group)} would save "
+                f"on {self.costs.name} one layer instead of {len(group)} would save "
                 f"{max(saved, 0.0):.1f} of {before:.1f} us: no tenth, of some of them neither"
             )
             self._decline(group[0], reason)
@@ -187,18 +171,36 @@ class _Merger:
 
     def _gain(self, layer: products.Linear) -> tuple[float, float]:
         """What a layer takes, and what that is less as a part of a larger one."""
-        costs = cost.layer_costs(self.backend)
-        assert costs is not None
+        costs = self._layers
         call = costs.call + (costs.bias if layer.bias is not None else 0.0)
-        return call + _product(layer), call - costs.part - _copy(layer)
+        return call + self._product(layer), call - costs.part - self._copy(layer)
 
     def _total(self, gains: list[tuple[products.Linear, float, float]]) -> tuple[float, float]:
         """What layers take, and what one instead of them saves: its own call is not saved."""
-        costs = cost.layer_costs(self.backend)
-        assert costs is not None
+        costs = self._layers
         biased = any(layer.bias is not None for layer, _, _ in gains)
         own = costs.call + (costs.bias if biased else 0.0)
         return sum(found[1] for found in gains), sum(found[2] for found in gains) - own
+
+    @property
+    def _layers(self) -> LayerCosts:
+        assert self.costs.layers is not None
+        return self.costs.layers
+
+    @property
+    def _launch(self) -> float:
+        assert self.costs.rates is not None
+        return self.costs.rates.launch
+
+    def _product(self, layer: products.Linear) -> float:
+        """Microseconds of the product alone."""
+        return self.costs.of(layer.node).total - self._launch
+
+    def _copy(self, layer: products.Linear) -> float:
+        """Microseconds of copying a part: a backend cuts it out, or a reader packs it."""
+        value = layer.node.meta["val"]
+        copied = self.costs.elementwise(hints(layer.node), 1, value.element_size())
+        return copied.total - self._launch
 
     def _make(self, edit: Edit, layers: Sequence[products.Linear]) -> list[fx.Node]:
         """Makes constants, the merged layer and its cut; returns a part for each layer."""
@@ -238,18 +240,6 @@ def _count(groups: list[list[products.Linear]]) -> str:
     layers = sum(map(len, groups))
     tensors = "one tensor" if len(groups) == 1 else f"{len(groups)} tensors"
     return f"{layers} layers that read {tensors}"
-
-
-def _product(layer: products.Linear) -> float:
-    """Microseconds of the product alone."""
-    return cost.of(layer.node) - cost.CostTable.load().launch
-
-
-def _copy(layer: products.Linear) -> float:
-    """Microseconds of reading and writing a part: the backend cuts it out, or a reader packs it."""
-    value = layer.node.meta["val"]
-    copied = cost.elementwise(hints(layer.node), 1, value.element_size())
-    return copied - cost.CostTable.load().launch
 
 
 def _shared_constant(layer: products.Linear) -> fx.Node | None:

@@ -62,8 +62,8 @@ from refold.graph.nodes import (
     shape,
 )
 from refold.passes.prepare.index_bounds import IndexBounds, Interval
-from refold.rewrite import cost
 from refold.rewrite.context import Context
+from refold.rewrite.cost import FREE, CostModel
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
@@ -86,7 +86,7 @@ class SplitConstantTokens:
     exactness: str = "reassociates"
 
     def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
-        return _Splitter(gm, self.name).run()
+        return _Splitter(gm, self.name, context.costs).run()
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ class _Split:
 class _Splitter:
     gm: fx.GraphModule
     rule: str
+    costs: CostModel
     found: dict[fx.Node, _Split] = field(default_factory=dict)  # with a part that is known
     picked: dict[fx.Node, _Split] = field(default_factory=dict)  # the part that a slice takes
     group: dict[fx.Node, fx.Node] = field(default_factory=dict)  # towards one of those split alike
@@ -484,12 +485,12 @@ class _Splitter:
             products = [n for n in dying if n in self.found and kind(n) in _PRODUCTS]
             if not products:
                 return None
-            before = sum(map(cost.of, dying))
-            after = sum(cost.of(n) for n in needed if n not in self._known)
-            if after >= before:
+            costs = self.costs.at(products[0])
+            before = sum(map(costs.of, dying), FREE)
+            after = sum((costs.of(n) for n in needed if n not in self._known), FREE)
+            if before.over(after) <= 0:
                 reason = (
-                    "putting the tokens together behind the products would cost more than is saved "
-                    f"(cost table: {after:.0f} us for {before:.0f} us)"
+                    f"putting the tokens together behind the products {costs.dearer(before, after)}"
                 )
                 self.result.declined.append(declined(self.rule, held[0], reason))
                 return None

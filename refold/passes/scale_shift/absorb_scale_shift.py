@@ -75,7 +75,7 @@ class AbsorbScaleShift:
     def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         result = Pusher(
             gm, self.name, lambda record: not record.is_norm,
-            context.growth_or(self.max_growth), border_maps=self.border_maps,
+            context.growth_or(self.max_growth), context.costs, border_maps=self.border_maps,
         ).run()  # fmt: skip
         for node in gm.graph.nodes:
             if is_call(node, *_ARITHMETIC) and nodes.dtype(node) in _NARROW:

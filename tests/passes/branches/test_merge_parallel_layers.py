@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,11 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import refold
+from refold.backends.base import costs_of
+from refold.backends.registry import find_target
 from refold.graph import printer, provenance
 from refold.passes import PIPELINES
 from refold.passes.branches.merge_parallel_layers import MergeParallelLayers
 from refold.rewrite import cost
 from refold.rewrite.context import Context
+from refold.rewrite.cost import CostModel, LayerCosts, Price
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import PassResult
 from tests import golden
@@ -62,10 +67,25 @@ def widths(gm: fx.GraphModule) -> list[int]:
     return [int(n.meta["val"].shape[-1]) for n in linears(gm)]
 
 
-def merged(model: nn.Module, *args: Tensor, **options) -> tuple[fx.GraphModule, PassResult]:
+REFERENCE = cost.reference()
+
+
+def merged(
+    model: nn.Module, *args: Tensor, costs: CostModel = REFERENCE
+) -> tuple[fx.GraphModule, PassResult]:
     gm = trace(model, *args)
-    pipeline = Pipeline("test", (MergeParallelLayers(**options),))
-    return gm, pipeline.run(gm, debug=True).runs[0].result
+    return gm, Pipeline("test", (MERGE,)).run(gm, Context(costs), debug=True).runs[0].result
+
+
+class FreeProducts(CostModel):
+    """Products take nothing but their call."""
+
+    def of(self, node: fx.Node) -> Price:
+        return Price((self.rates.launch,))
+
+
+def free(call: float, bias: float, part: float) -> CostModel:
+    return FreeProducts("test", REFERENCE.rates, LayerCosts(call, bias, part))
 
 
 def test_golden() -> None:
@@ -163,34 +183,30 @@ def test_a_cost_that_does_not_pay_is_said_with_both_figures() -> None:
     assert " us: " in record.reason
 
 
-def test_the_margin_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_margin_decides() -> None:
     """Calls of 10 us, products of nothing: two layers save 10 less two parts, of 20."""
     for part, taken in ((3.9, True), (4.1, False)):
-        costs = cost.LayerCosts(call=10.0, bias=0.0, part=part)
-        monkeypatch.setattr(cost, "layer_costs", lambda backend, costs=costs: costs)
-        monkeypatch.setattr(cost, "of", lambda node: cost.CostTable.load().launch)
-        gm, _ = merged(net(gated), tokens())
+        gm, _ = merged(net(gated), tokens(), costs=free(call=10.0, bias=0.0, part=part))
         assert (len(widths(gm)) == 1) is taken, part
 
 
-def test_a_bias_is_a_call_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = cost.LayerCosts(call=1.0, bias=10.0, part=1.0)
-    monkeypatch.setattr(cost, "layer_costs", lambda backend: costs)
-    gm, _ = merged(net(lambda s, x: s.q(x).tanh() * s.k(x).tanh() + s.w(x).tanh()), tokens())
+def test_a_bias_is_a_call_more() -> None:
+    costs = replace(REFERENCE, layers=LayerCosts(call=1.0, bias=10.0, part=1.0))
+    model = net(lambda s, x: s.q(x).tanh() * s.k(x).tanh() + s.w(x).tanh())
+    gm, _ = merged(model, tokens(), costs=costs)
     assert widths(gm) == [16, 8], "the layer without a bias gains nothing"
 
 
-def test_the_merged_layer_adds_a_bias_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = cost.LayerCosts(call=1.0, bias=10.0, part=4.6)
-    monkeypatch.setattr(cost, "layer_costs", lambda backend: costs)
-    gm, _ = merged(net(lambda s, x: s.q(x).tanh() * s.k(x).tanh()), tokens())
+def test_the_merged_layer_adds_a_bias_too() -> None:
+    costs = replace(REFERENCE, layers=LayerCosts(call=1.0, bias=10.0, part=4.6))
+    gm, _ = merged(net(lambda s, x: s.q(x).tanh() * s.k(x).tanh()), tokens(), costs=costs)
     assert widths(gm) == [8, 8], "22 us, less two parts and a layer of 11"
 
 
-def test_parts_of_many_rows_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "of", lambda node: cost.CostTable.load().launch)
+def test_parts_of_many_rows_are_copied() -> None:
+    costs = FreeProducts("test", REFERENCE.rates, REFERENCE.layers)
     for rows, count in ((5, 1), (20000, 2)):
-        gm, _ = merged(net(gated), tokens(rows))
+        gm, _ = merged(net(gated), tokens(rows), costs=costs)
         assert len(widths(gm)) == count
 
 
@@ -201,16 +217,18 @@ def test_another_device_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "words"),
+    ("target", "words"),
     [
         ("openvino", "slower"),
         ("trt", "TensorRT merges"),
         ("onnx", "target 'ort'"),
         ("executorch", "what a call takes on executorch is not known"),
+        ("coreml", "what a call takes on coreml is not known"),
     ],
 )
-def test_a_backend_without_costs_merges_nothing_and_says_so_once(backend: str, words: str) -> None:
-    gm, result = merged(net(FORMS["two inputs"][0], l=linear()), tokens(), layers_on=backend)
+def test_a_target_without_costs_merges_nothing_and_says_so_once(target: str, words: str) -> None:
+    costs = costs_of(find_target(target))
+    gm, result = merged(net(FORMS["two inputs"][0], l=linear()), tokens(), costs=costs)
     assert widths(gm) == [8] * 4
     (record,) = result.declined
     assert record.reason.startswith("4 layers that read 2 tensors stay apart")
@@ -230,8 +248,8 @@ def test_single_precision_is_merged() -> None:
 
 
 def test_a_layer_alone_is_nothing_to_talk_of() -> None:
-    for backend in ("torch", "openvino"):
-        _, result = merged(net(lambda s, x: s.q(x)), tokens(), layers_on=backend)
+    for costs in (REFERENCE, CostModel("somewhere")):
+        _, result = merged(net(lambda s, x: s.q(x)), tokens(), costs=costs)
         assert not result.declined
         assert not result.modified
 
@@ -338,7 +356,7 @@ def test_torch_compile_merges_for_what_runs_the_graph() -> None:
     from refold.torch_compile import backend as torch_compile
 
     def costs(**options) -> str:
-        return torch_compile._Settings(**options).passes.passes[-1].layers_on
+        return torch_compile._Settings(**options).costs.name
 
     assert costs() == "inductor"
     assert costs(inner="eager") == "torch"

@@ -30,7 +30,6 @@ from refold.passes.scale_shift.push.walk import (
     uneven,
     widens,
 )
-from refold.rewrite import cost
 
 
 class Downward(Walk):
@@ -132,7 +131,9 @@ class Downward(Walk):
         value, limits = preimage(factor, 0.0), torch.iinfo(nodes.dtype(source))
         if value is None or value != round(value) or not limits.min <= value <= limits.max:
             return False
-        if cost.elementwise(nodes.hints(source), 1, 1) >= cost.of(self.record.node):
+        costs = self.costs.at(self.record.node)
+        padded = costs.elementwise(nodes.hints(source), 1, 1)
+        if costs.of(self.record.node).over(padded) <= 0:
             return False
 
         def edit() -> None:
@@ -168,13 +169,11 @@ class Downward(Walk):
 
         added = Lazy(shape, compute, parents=(conv.weight,))
         width = c.meta["val"].element_size()
-        plan.price += cost.elementwise(nodes.hints(c), 1, width, added.numel())
-        now = cost.of(self.record.node)
-        if plan.price >= now:
-            raise Refused(
-                f"{reason}; a map of what it adds would cost {plan.price:.1f} us instead of "
-                f"{now:.1f} us (cost table)"
-            )
+        costs = self.costs.at(c)
+        plan.price += costs.elementwise(nodes.hints(c), 1, width, added.numel())
+        now = costs.of(self.record.node)
+        if now.over(plan.price) <= 0:
+            raise Refused(f"{reason}; a map of what it adds {costs.dearer(now, plan.price)}")
         size = added.numel() * width
         if size > SMALL:
             if size > self.budget:

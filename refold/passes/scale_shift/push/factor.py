@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from refold.graph import nodes
+from refold.rewrite.cost import FREE, Price
 
 Edit = Callable[[], None]
 
@@ -94,7 +95,7 @@ class Plan:
     shared: dict[tuple[fx.Node, fx.Node], Factor] = field(default_factory=dict)
 
     kept: set[fx.Node] = field(default_factory=set)
-    price: float = 0.0  # of what the plan adds, in microseconds
+    price: Price = FREE  # of what the plan adds
 
     def keeps_value(self, node: fx.Node) -> bool:
         """True for a consumer that takes the factor in: what it computes stays the same."""

@@ -38,6 +38,7 @@ class Pusher(Upward, Downward):
         rule: id for the records.
         wants: which affine records to push.
         max_growth: how much larger the stored constants may become by un-sharing weights.
+        costs: what calls cost where the graph will run.
         border_maps: let a shift that a convolution cannot take as a bias become a map of its
             values, one for each position of the output, where that is cheaper.
     """

@@ -18,6 +18,7 @@ from refold.graph.kinds import NONLINEAR, ROUNDING, op_name
 from refold.graph.nodes import aten, is_call
 from refold.graph.records import convolutions, products, scale_shifts, windows
 from refold.passes.scale_shift.push.factor import Factor, Refused
+from refold.rewrite.cost import CostModel
 from refold.rewrite.edit import Edit, Editor
 
 _LONGEST = 80  # calls on a path; a plan takes some frames of Python's stack for each
@@ -44,10 +45,11 @@ class Walk:
         rule: str,
         wants: Callable[[scale_shifts.Affine], bool],
         max_growth: float,
+        costs: CostModel,
         *,
         border_maps: bool = False,
     ) -> None:
-        self.border_maps = border_maps
+        self.border_maps, self.costs = border_maps, costs
         self.gm, self.graph, self.rule, self.wants = gm, gm.graph, rule, wants
         self.editor = Editor(gm, rule)
         self.edit: Edit | None = None  # what a plan that is carried out goes through
