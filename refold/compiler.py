@@ -49,7 +49,7 @@ from refold.graph import kinds, subgraphs
 from refold.graph.copies import copy_sharing_tensors
 from refold.graph.program import Program, as_call, fresh
 from refold.inputs import InputCheck
-from refold.passes import PIPELINES
+from refold.passes import find_pipeline
 from refold.passes.experts.join import state_expectation
 from refold.refit.recipe import Recipe, record
 from refold.report.record import GraphRecord, InputRecord, PassRecord, counts, standing
@@ -119,7 +119,8 @@ def compile_for_inference(
         dynamic_shapes: as for ``torch.export.export``; by default the batch is dynamic.
         bind: values of inputs that are constant from now on, by name of the parameter of
             ``forward``. ``example_inputs`` and calls leave these inputs out.
-        pipeline: a name (``default``, ``min-nodes``) or a :class:`Pipeline`.
+        pipeline: a name (``default``, ``min-nodes``), names with options (``shift-add{bits=2}``,
+            ``default,my-pass``: ``refold passes`` lists them) or a :class:`Pipeline`.
         max_growth: how many times larger the stored constants may become; ``math.inf`` folds a
             weight generator whatever it stores. By default each pass has a bound of its own.
         verify: compare the results with the unfolded model in float64, before and after lowering.
@@ -577,11 +578,7 @@ def _expect(expect: Mapping[str, int], report: Report) -> None:
 
 
 def _pipeline(pipeline: str | Pipeline) -> Pipeline:
-    if isinstance(pipeline, str):
-        if pipeline not in PIPELINES:
-            raise UsageError(f"unknown pipeline {pipeline!r}{did_you_mean(pipeline, PIPELINES)}")
-        pipeline = PIPELINES[pipeline]
-    return pipeline
+    return find_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
 
 
 def _globs(exclude: Sequence[str]) -> tuple[str, ...]:

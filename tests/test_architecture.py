@@ -51,7 +51,7 @@ def within(module: str, *packages: str) -> bool:
 
 # The floors of the house, the lowest first: a module imports its own floor and those below.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("refold.errors", "refold._version"),
+    ("refold.errors", "refold._version", "refold.options", "refold.plugins"),
     ("refold.algebra",),
     ("refold.ops",),
     ("refold.graph",),

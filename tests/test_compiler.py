@@ -263,7 +263,7 @@ class _Doubling:
         ({"target": "TensorRT"}, "unknown target 'TensorRT' \\(did you mean 'trt'"),
         ({"target": "torch", "opset": 20}, "target 'torch' has no option 'opset'"),
         ({"target": "onnx", "opst": 20}, "no option 'opst' \\(did you mean 'opset'"),
-        ({"pipeline": "defaut"}, "unknown pipeline 'defaut' \\(did you mean 'default'"),
+        ({"pipeline": "defaut"}, "unknown pipeline or pass 'defaut' \\(did you mean 'default'"),
         ({"exclude": ["bm"]}, "did you mean 'bn'"),
     ],
 )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from refold import options, plugins
 from refold.backends.base import LoadsFile, Target
 from refold.errors import MissingDependencyError, UsageError, did_you_mean
 
-_BUILT_IN = {
+BUILT_IN = {
     "torch": "refold.backends.pytorch.eager:TorchTarget",
     "inductor": "refold.backends.pytorch.inductor:InductorTarget",
     "aoti": "refold.backends.pytorch.aoti:AotiTarget",
@@ -25,6 +25,7 @@ _BUILT_IN = {
     "coreml": "refold.backends.edge.coreml:CoreMlTarget",
     "trt": "refold.backends.tensorrt.target:TensorRTTarget",
 }
+GROUP = "refold.targets"
 _registered: dict[str, Target] = {}
 
 
@@ -33,17 +34,18 @@ def register_target(target: Target) -> None:
 
     Packages announce theirs through the entry point group ``refold.targets`` instead
     (name = the target's name, value = a class without constructor arguments).
+
+    Raises:
+        UsageError: the name is that of one of refold's own.
     """
+    if target.name in BUILT_IN:
+        raise UsageError(f"target {target.name!r} is refold's own: give yours another name")
     _registered[target.name] = target
-
-
-def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-    return {e.name: e for e in importlib.metadata.entry_points(group="refold.targets")}
 
 
 def target_names() -> list[str]:
     """The names of all targets, built in first."""
-    return list(dict.fromkeys([*_BUILT_IN, *_entry_points(), *_registered]))
+    return list(dict.fromkeys([*BUILT_IN, *plugins.strangers(GROUP, BUILT_IN), *_registered]))
 
 
 _RUNTIMES = {"tensorrt": "trt", "onnxruntime": "ort", "tflite": "litert", "aotinductor": "aoti"}
@@ -51,23 +53,42 @@ _RUNTIMES = {"tensorrt": "trt", "onnxruntime": "ort", "tflite": "litert", "aotin
 
 def find_target(name: str) -> Target:
     """The target of that name; an unknown one is an error that names the nearest."""
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].partition(":")
+        return cast(Target, getattr(importlib.import_module(module), attribute)())
     if name in _registered:
         return _registered[name]
-    if name in _BUILT_IN:
-        module, _, attribute = _BUILT_IN[name].partition(":")
-        return cast(Target, getattr(importlib.import_module(module), attribute)())
-    entry = _entry_points().get(name)
-    if entry is not None:
-        return cast(Target, entry.load()())
+    entries = plugins.offered(GROUP).get(name)
+    if entries is not None:
+        return _checked(name, plugins.load(entries, "target"), plugins.package(entries[0]))
     runtime = _RUNTIMES.get(name.lower().replace("-", "").replace("_", ""))
     hint = f" (did you mean {runtime!r}?)" if runtime else did_you_mean(name, target_names())
     raise UsageError(f"unknown target {name!r}{hint}")
 
 
+def _checked(name: str, made: Any, package: str) -> Target:
+    """What a package offers as a target, if it is one."""
+    if not isinstance(made, Target):
+        raise UsageError(
+            f"target {name!r} of {package} is no target: {made!r} lacks some of what "
+            "refold.Target has"
+        )
+    if made.name != name:
+        raise UsageError(
+            f"target {name!r} of {package} calls itself {made.name!r}: its entry point must have "
+            "the name of the target"
+        )
+    return made
+
+
 def file_targets() -> dict[str, Target]:
     """By suffix the target that loads such files."""
     found: dict[str, Target] = {}
-    for target in map(find_target, target_names()):
+    for name in target_names():
+        try:
+            target = find_target(name)
+        except UsageError:
+            continue  # a package that is broken costs its own targets; whoever names one hears why
         if isinstance(target, LoadsFile):
             found.setdefault(target.suffix, target)
     return found
@@ -88,3 +109,8 @@ def require(target: Target) -> None:
     reason = target.available()
     if reason:
         raise MissingDependencyError(f"target {target.name!r} cannot be used here: {reason}")
+
+
+def read_options(target: Target, texts: Sequence[str]) -> dict[str, Any]:
+    """Keyword arguments of a target from ``name=value`` texts; unknown names are errors."""
+    return options.read(target.options, options.assignments(texts), f"target {target.name!r}")

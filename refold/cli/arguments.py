@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refold.errors import UsageError
+
+if TYPE_CHECKING:
+    from refold.backends.base import Target
 
 
 class _AddInput(argparse.Action):
@@ -30,6 +33,10 @@ class _AddInput(argparse.Action):
 
 
 def target_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-O", "--option", dest="options", action="append", default=[], metavar="NAME=VALUE",
+        help="an option of the target, as in -O threads=4; repeatable: refold targets lists them",
+    )  # fmt: skip
     parser.add_argument("--precision", choices=("fp16", "bf16"), help="trt: cast what is float32")
     parser.add_argument(
         "--refittable", action="store_true",
@@ -80,7 +87,11 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def fold_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pipeline", default="default", help="refold passes lists them")
+    parser.add_argument(
+        "--pipeline", default="default", metavar="SPEC",
+        help="a pipeline, or pipelines and passes with options, as in 'shift-add{bits=2}' or "
+        "'default,fold-constants{max-growth=4}': refold passes lists them",
+    )  # fmt: skip
     parser.add_argument(
         "--max-growth", type=float, metavar="FACTOR",
         help="how much larger the stored constants may become; inf folds every weight generator",
@@ -91,8 +102,10 @@ def fold_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def target_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    given: dict[str, Any] = {}
+def target_options(arguments: argparse.Namespace, target: Target) -> dict[str, Any]:
+    from refold.backends.registry import read_options
+
+    given = read_options(target, arguments.options)
     for name in ("opset", "precision"):
         if getattr(arguments, name) is not None:
             given[name] = getattr(arguments, name)

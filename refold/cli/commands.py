@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ def export(arguments: argparse.Namespace, progress: Progress) -> int:
     # Said before minutes of work, and checked again when the file is written.
     check_output(output, force=arguments.force, marker=marker_of(target))
     expect = dict(expected(e) for e in arguments.expect)
-    options = target_options(arguments)
+    options = target_options(arguments, target)
     if arguments.target == "trt":
         options["build"] = False  # the engine is built where it will run
     named, inputs, shapes = _prepare(arguments, progress)
@@ -198,6 +198,7 @@ def check(arguments: argparse.Namespace, progress: Progress) -> int:
 
 
 def _lowered(arguments: argparse.Namespace, progress: Progress, folder: Path) -> Path:
+    from refold.backends.registry import find_target
     from refold.compiler import compile_for_inference
 
     named, inputs, shapes = _prepare(arguments, progress)
@@ -214,7 +215,7 @@ def _lowered(arguments: argparse.Namespace, progress: Progress, folder: Path) ->
         trust=arguments.trust,
         progress=progress,
         build=False,
-        **target_options(arguments),
+        **target_options(arguments, find_target("trt")),
     )
     return compiled.save(folder / "model.trt")
 
@@ -301,30 +302,53 @@ def _load_artifact(path: Path, loader: Any, program: Any, *, trust: bool) -> Cal
 
 
 def passes(arguments: argparse.Namespace, progress: Progress) -> int:
+    from refold import plugins
     from refold.passes import PASSES, PIPELINES
+    from refold.rewrite import spec
 
-    passes = [
-        {
-            "name": name,
-            "exactness": cls().exactness,
-            "summary": _summary(cls),
-        }
-        for name, cls in PASSES.items()
-    ]
+    rows = [_pass_row(name, item) for name, item in PASSES.items()]
+    for name, entries in plugins.strangers(spec.ENTRY_POINT_GROUP, PASSES).items():
+        try:
+            made = type(spec.load_pass(name, PASSES))
+            rows.append({**_pass_row(name, made), "package": plugins.package(entries[0])})
+        except UsageError as error:
+            rows.append({"name": name, "broken": str(error)})
     pipelines = {name: list(p.names) for name, p in PIPELINES.items()}
     if arguments.json:
-        print(json.dumps({"passes": passes, "pipelines": pipelines}, indent=2))
+        print(json.dumps({"passes": rows, "pipelines": pipelines}, indent=2))
         return OK
     width = min(shutil.get_terminal_size().columns, 100)
-    for p in passes:
-        print(f"{p['name']} ({p['exactness']})")
-        for line in textwrap.wrap(p["summary"], width - 4):
+    for row in rows:
+        if "broken" in row:
+            print(f"{row['name']}\n    {row['broken']}")
+            continue
+        package = f", of {row['package']}" if "package" in row else ""
+        print(f"{row['name']} ({row['exactness']}{package})")
+        for line in textwrap.wrap(row["summary"], width - 4):
             print(f"    {line}")
+        _print_options(row["options"], width)
+    for line in plugins.namesakes(spec.ENTRY_POINT_GROUP, {*PASSES, *PIPELINES}):
+        print(f"note: {line}")
     for name, names in pipelines.items():
         print(f"\npipeline {name}")
         for line in textwrap.wrap(", ".join(names), width - 4, break_on_hyphens=False):
             print(f"    {line}")
     return OK
+
+
+def _pass_row(name: str, kind: type) -> dict[str, Any]:
+    from refold import options
+
+    return {
+        "name": name, "exactness": kind().exactness, "summary": _summary(kind),
+        "options": options.described(kind),
+    }  # fmt: skip
+
+
+def _print_options(described: Mapping[str, str], width: int) -> None:
+    for name, takes in described.items():
+        for line in textwrap.wrap(f"{name}: {takes}", width - 8, subsequent_indent="    "):
+            print(f"        {line}")
 
 
 def _summary(cls: type) -> str:
@@ -334,15 +358,23 @@ def _summary(cls: type) -> str:
 
 
 def targets(arguments: argparse.Namespace, progress: Progress) -> int:
-    from refold import native
+    from refold import native, plugins
+    from refold import options as read
     from refold.backends.base import dtypes_of, is_static, verification_of
-    from refold.backends.registry import file_targets, find_target, target_names
+    from refold.backends.registry import BUILT_IN, GROUP, file_targets, find_target, target_names
 
     kernel = native.status() or "available"
     rows: list[dict[str, Any]] = []
+    broken: dict[str, str] = {}
+    described: dict[str, Mapping[str, str]] = {}
     for name in target_names():
-        target = find_target(name)
+        try:
+            target = find_target(name)
+        except UsageError as error:
+            broken[name] = str(error)
+            continue
         options = {f.name: f.default for f in dataclasses.fields(target.options)}
+        described[name] = read.described(target.options)
         rows.append(
             {"name": name, "suffix": target.suffix, "missing": target.available(),
              "shapes": "fixed" if is_static(target) else "dynamic",
@@ -350,20 +382,23 @@ def targets(arguments: argparse.Namespace, progress: Progress) -> int:
              "options": options}
         )  # fmt: skip
     if arguments.json:
-        print(json.dumps({"targets": rows, "native_kernel": kernel}, indent=2, default=str))
+        record = {"targets": rows, "broken": broken, "native_kernel": kernel}
+        print(json.dumps(record, indent=2, default=str))
         return OK
     names, suffixes = (max(len(row[key]) for row in rows) for key in ("name", "suffix"))
     width = min(shutil.get_terminal_size().columns, 100)
     for row in rows:
         first = f"{row['name']:<{names}}  {row['suffix']:<{suffixes}}  "
         print("\n    ".join(textwrap.wrap(first + (row["missing"] or "available"), width - 4)))
-        given = ", ".join(f"{k}={v}" for k, v in row["options"].items())
         dtypes = ", ".join(row["dtypes"]) or "any dtype"
-        for line in (
-            f"{row['shapes']} shapes; {dtypes}", row["verified"], f"options: {given}" * bool(given),
-        ):  # fmt: skip
+        for line in (f"{row['shapes']} shapes; {dtypes}", row["verified"]):
             for part in textwrap.wrap(line, width - 4, subsequent_indent="  "):
                 print(f"    {part}")
+        _print_options(described[row["name"]], width)
+    for name, reason in broken.items():
+        print("\n    ".join(textwrap.wrap(f"{name}  {reason}", width - 4)))
+    for line in plugins.namesakes(GROUP, BUILT_IN):
+        print(f"note: {line}")
     print(f"refold verify reads {', '.join([_PROGRAM, *file_targets()])}")
     print(f"native kernel of binary planes, for torch: {kernel}")
     return OK

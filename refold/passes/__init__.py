@@ -16,6 +16,7 @@ from refold.passes.scale_shift.absorb_scale_shift import AbsorbScaleShift
 from refold.passes.scale_shift.fold_attention_biases import FoldAttentionBiases
 from refold.passes.scale_shift.join_scale_shifts import JoinScaleShifts
 from refold.passes.shift_add.substitute_shift_add import SubstituteShiftAdd
+from refold.rewrite import spec
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Pass
 
@@ -76,3 +77,12 @@ PIPELINES: dict[str, Pipeline] = {
         ),
     ),
 }
+
+
+def find_pipeline(text: str) -> Pipeline:
+    """The pipeline of a name, or of a :mod:`string <refold.rewrite.spec>` of passes and options.
+
+    Raises:
+        UsageError: there is no such pipeline, pass or option.
+    """
+    return spec.parse(text, PASSES, PIPELINES)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import entry_points
 
 from torch import fx, nn
 
@@ -21,7 +20,6 @@ from refold.rewrite.edit import Snapshot
 from refold.rewrite.result import Pass, PassResult, failed
 from refold.rewrite.selection import pin
 
-ENTRY_POINT_GROUP = "refold.passes"
 _EXACTNESS = ("exact", "reassociates", "approximate")
 
 Compare = Callable[[fx.GraphModule, fx.GraphModule, str], None]
@@ -332,29 +330,3 @@ def _undone(
     snapshot.restore()
     result = PassResult(declined=[failed(item.name, None, error)])
     return PassRun(item.name, result, time.perf_counter() - started, before, before)
-
-
-def load_pass(name: str, builtin: Mapping[str, type]) -> Pass:
-    """Makes a pass by its id: one of refold's own, or one that a package offers.
-
-    Packages offer passes through the entry point group ``refold.passes``; a package is imported
-    only when its pass is asked for.
-
-    Args:
-        name: id of the pass.
-        builtin: refold's own passes by id.
-
-    Raises:
-        UsageError: nobody offers a pass of that name.
-    """
-    if name in builtin:
-        made = builtin[name]()
-    else:
-        offered = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
-        if name not in offered:
-            raise UsageError(f"no pass {name!r}{did_you_mean(name, {*builtin, *offered})}")
-        loaded = offered[name].load()
-        made = loaded() if callable(loaded) else loaded
-    if not isinstance(made, Pass):
-        raise UsageError(f"{name!r} does not name a pass: {made!r} has no name, exactness and run")
-    return made

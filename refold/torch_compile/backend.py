@@ -29,7 +29,7 @@ from refold.errors import RefoldError, UsageError, did_you_mean
 from refold.frontends.dynamo import Captured, NotFoldable, capture, hold
 from refold.graph import provenance
 from refold.graph.copies import copy_sharing_tensors
-from refold.passes import PIPELINES
+from refold.passes import find_pipeline
 from refold.rewrite.context import Context
 from refold.rewrite.cost import CostModel, on_cpu
 from refold.rewrite.pipeline import Pipeline
@@ -56,9 +56,8 @@ class _Settings:
     verify: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.pipeline, str) and self.pipeline not in PIPELINES:
-            hint = did_you_mean(self.pipeline, PIPELINES)
-            raise UsageError(f"unknown pipeline {self.pipeline!r}{hint}")
+        if isinstance(self.pipeline, str):
+            object.__setattr__(self, "pipeline", find_pipeline(self.pipeline))
         if isinstance(self.exclude, str):
             object.__setattr__(self, "exclude", (self.exclude,))
         object.__setattr__(self, "exclude", tuple(self.exclude))
@@ -71,7 +70,8 @@ class _Settings:
 
     @property
     def passes(self) -> Pipeline:
-        return PIPELINES[self.pipeline] if isinstance(self.pipeline, str) else self.pipeline
+        assert isinstance(self.pipeline, Pipeline)
+        return self.pipeline
 
     @property
     def costs(self) -> CostModel:
@@ -94,7 +94,7 @@ def backend(
     ``torch.compile(model, backend="refold", options={...})`` takes the same names, and Inductor's.
 
     Args:
-        pipeline: a name (``default``, ``min-nodes``) or a :class:`Pipeline`.
+        pipeline: as for :func:`refold.compile_for_inference`.
         exclude: globs of module paths that no pass touches.
         inner: what compiles the folded graph: ``inductor``, ``eager``, another backend's name, or
             a callable of a graph module and its fake inputs.

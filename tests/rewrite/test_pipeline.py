@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from importlib import metadata
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from refold.passes.branches.merge_parallel_layers import MergeParallelLayers
 from refold.passes.prepare.clean_up import CleanUp
 from refold.passes.prepare.fold_constants import FoldConstants
 from refold.rewrite.context import Context
-from refold.rewrite.pipeline import Pipeline, load_pass
+from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Declined, PassResult
 from refold.rewrite.rule import rule_from_functions
 from tests.tracing import find, ops, trace
@@ -321,18 +320,3 @@ def test_debug_propagates_and_compares() -> None:
     wrong = rule_from_functions("wrong", lambda v: v.sigmoid(), lambda v: v.tanh())
     with pytest.raises(AssertionError):
         Pipeline("test", (wrong,)).run(graph, debug=True, compare=compare)
-
-
-def test_passes_load_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_pass("clean-up", {"clean-up": CleanUp}) == CleanUp()
-    entry = metadata.EntryPoint("mine", "refold.passes.prepare.clean_up:CleanUp", "refold.passes")
-    broken = metadata.EntryPoint("broken", "no.such.module:Pass", "refold.passes")
-    number = metadata.EntryPoint("number", "math:pi", "refold.passes")
-    monkeypatch.setattr(
-        "refold.rewrite.pipeline.entry_points", lambda group: (entry, broken, number)
-    )
-    assert load_pass("mine", {}) == CleanUp()
-    with pytest.raises(UsageError, match="did you mean 'mine'"):
-        load_pass("mime", {})
-    with pytest.raises(UsageError, match="does not name a pass"):
-        load_pass("number", {})
