@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from bench.common import interleaved, quiet, ratio, save
-from refold.backends.base import Target, is_static
+from refold.backends.base import Target
 from refold.backends.registry import find_target, make_options
 from refold.errors import MissingDependencyError, RefoldError
 from refold.frontends.export import trace
@@ -102,12 +102,12 @@ def main() -> None:
     for name in options.networks:
         row: dict[str, Any] = {"network": name, "targets": {}}
         with quiet():
-            kinds = {is_static(t) for t in targets}
+            kinds = {t.capabilities.static for t in targets}
             traced = {static: Traced(name, dynamic=not static) for static in kinds}
             row["image"] = list(next(iter(traced.values())).program.example[0][0].shape)
             for target in targets:
                 row["targets"][target.name] = measure(
-                    target, traced[is_static(target)], options.rounds
+                    target, traced[target.capabilities.static], options.rounds
                 )
         rows.append(row)
         print(row, flush=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from refold.backends.base import Artifact, Refits, Runner, Target
+from refold.backends.base import Artifact, Runner, Target
 from refold.errors import RefitError, UsageError
 from refold.graph import constants, provenance
 from refold.graph.copies import copy_sharing_tensors, with_tensors
@@ -90,7 +90,7 @@ def refit(
     kept, target = done.kept, done.target
     if kept is None:
         raise UsageError("the model has no recipe: compile it with recipe=True")
-    if not isinstance(target, Refits):
+    if not target.refits:
         raise UsageError(
             f"target {target.name!r} cannot take new weights: compile again, or refit for 'torch', "
             "'onnx' or 'ort'"

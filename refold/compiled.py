@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from refold.backends.base import shares_weights
-from refold.backends.write import marker_of, write_atomically
+from refold.backends.write import write_atomically
 from refold.compilation import Compilation, refit
 from refold.errors import UsageError
 from refold.graph import constants
@@ -41,7 +40,7 @@ class CompiledModel:
                 self._compile_with = None  # it holds the caller's model
 
     def _take(self, done: Compilation) -> None:
-        self._shared = done.shared if "calls" in shares_weights(done.target) else None
+        self._shared = done.shared if "calls" in done.target.capabilities.shares_weights else None
         self._compilation = done
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,13 +92,13 @@ class CompiledModel:
             BackendError: the directory is missing or not writable, or the disk is full.
         """
         done = self._done
-        if "files" in shares_weights(done.target):
+        if "files" in done.target.capabilities.shares_weights:
             done.shared.check()
         return write_atomically(
             path,
             lambda folder, name: self._write(folder, name),
             force=force,
-            marker=marker_of(done.target),
+            marker=done.target.capabilities.marker,
         )
 
     def _write(self, folder: Path, name: str) -> None:

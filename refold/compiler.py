@@ -19,14 +19,8 @@ from torch import fx
 from refold import bind as binding
 from refold.backends.base import (
     Artifact,
-    ChecksLowering,
-    KeepsRecord,
     Runner,
     Target,
-    computes_complex,
-    costs_of,
-    is_static,
-    ranks_follow_sizes,
 )
 from refold.backends.registry import find_target, make_options, require
 from refold.calibrate.lockstep import divergence, logits
@@ -157,7 +151,9 @@ def compile_for_inference(
         target=found,
         options=make_options(found, target_options),
         pipeline=_pipeline(pipeline),
-        context=Context(costs_of(found), max_growth, _globs(exclude), computes_complex(found)),
+        context=Context(
+            found.costs, max_growth, _globs(exclude), complex=found.capabilities.complex_calls
+        ),
         dynamic_shapes=dynamic_shapes,
         bind=dict(bind or {}),
         verify=verify,
@@ -267,12 +263,12 @@ def _compile(
             args,
             kwargs,
             dynamic_shapes=settings.dynamic_shapes,
-            dynamic_batch=not is_static(settings.target),
+            dynamic_batch=not settings.target.capabilities.static,
             bind=settings.bind,
             trust=settings.trust,
         )
     program.recorded = settings.recipe
-    if not ranks_follow_sizes(settings.target) or ranks_matter(program.graph_module):
+    if not settings.target.capabilities.ranks_follow_sizes or ranks_matter(program.graph_module):
         fix_ranks(program, settings.target.name)
     if settings.verify and program.apart:
         raise VerificationError(
@@ -321,8 +317,7 @@ def _compile(
     with clock("lower"), torch.no_grad():
         artifact = target.lower(program, gm, settings.options)
         weights = weight_origins(gm, original)
-        if isinstance(target, KeepsRecord):
-            known = target.record(artifact, known, weights)
+        known = target.record(artifact, known, weights)
         runner, missing = _load(target, artifact, settings.options)
     report.artifact = target.stats(artifact)
     report.notes = (*report.notes, *artifact.notes)
@@ -330,11 +325,10 @@ def _compile(
         report.notes = (*report.notes, f"the artifact was not run here: {missing}")
     elif settings.verify and runner is not gm:
         with clock("verify artifact"):
-            if isinstance(target, ChecksLowering):
-                checked = target.check(artifact, gm, known, settings.options)
-                report.notes = (*report.notes, *checked.notes)
-                if checked.known is not None:
-                    whole, known = None, checked.known
+            checked = target.check(artifact, gm, known, settings.options)
+            report.notes = (*report.notes, *checked.notes)
+            if checked.known is not None:
+                whole, known = None, checked.known
             if artifact.leaves_inputs:
                 known = known.leaving_inputs()
             result, known = verify_widely(whole, runner, program, known)

@@ -234,11 +234,8 @@ class _DoublingOptions:
     factor: int = 1
 
 
-class _Doubling:
+class _Doubling(base.Target):
     name, suffix, options = "doubling", ".bin", _DoublingOptions
-
-    def available(self):
-        return None
 
     def lower(self, program, gm, options):
         return base.Artifact(gm)

@@ -13,6 +13,7 @@ from torch import nn
 
 import refold
 from refold.backends import registry
+from refold.backends.base import Target
 from refold.cli import main
 from refold.errors import UsageError
 from refold.passes import find_pipeline
@@ -45,11 +46,8 @@ class DropTanh:
         return refold.PassResult(modified=bool(found[: self.limit]))
 
 
-class Mine:
+class Mine(refold.Target):
     name, suffix, options = "mine", ".mine", Options
-
-    def available(self):
-        return None
 
     def lower(self, program, gm, options):
         from refold.backends.base import Artifact
@@ -201,11 +199,14 @@ def test_refolds_own_names_stay_its_own(acme: Path, capsys) -> None:
         said = f"note: acme-rules offers {name!r}, which is refold's own: it is not used"
         assert said in capsys.readouterr().out
 
-    class Torch:
-        name = "torch"
+    class Torch(Target):
+        name, suffix = "torch", ".pt2"
+        lower = load = save = stats = None
 
     with pytest.raises(UsageError, match="'torch' is refold's own"):
         registry.register_target(Torch())
+    with pytest.raises(UsageError, match=r"subclass of refold\.Target"):
+        registry.register_target(object())
 
 
 def test_one_name_of_two_packages_is_neither(acme: Path, tmp_path: Path, monkeypatch) -> None:

@@ -1,6 +1,6 @@
 """Targets: what a folded program is lowered to. One file each; ``base`` holds the contract."""
 
-from refold.backends.base import Artifact, Runner, Target
+from refold.backends.base import Artifact, Capabilities, Runner, Target
 from refold.backends.registry import (
     find_target,
     make_options,
@@ -11,6 +11,7 @@ from refold.backends.registry import (
 
 __all__ = [
     "Artifact",
+    "Capabilities",
     "Runner",
     "Target",
     "find_target",

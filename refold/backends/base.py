@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import importlib.util
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import fx
 
+from refold.errors import BackendError, RefitError
 from refold.graph import provenance
 from refold.graph.kinds import op_name
 from refold.rewrite.cost import CostModel
@@ -43,97 +45,40 @@ class Artifact:
         return any(note.endswith(LEFT_ALONE) for note in self.notes)
 
 
-@runtime_checkable
-class Target(Protocol):
-    """A runtime that folded programs are lowered to.
+@dataclasses.dataclass(frozen=True)
+class Capabilities:
+    """What is to be known of a target before it lowers anything; the defaults are a plain one's.
 
     Attributes:
-        name: what users write in ``target=``.
-        suffix: file name suffix of a saved artifact, with the dot.
-        options: frozen dataclass of the target's options; its fields are the accepted keywords.
+        packages: what must be installed to use it.
+        extra: of refold, that installs them; without one they are installed by their names.
+        dtypes: float dtypes of models that it takes; none where it takes what PyTorch computes.
+        static: it fixes every shape when it lowers.
+        ranks_follow_sizes: its results may have another rank at batch 1, as where it runs call by
+            call.
+        complex_calls: it computes complex numbers.
+        shares_weights: what of it reads the folded graph's own tensors: ``calls``, ``files``. Less
+            where the runtime, or the artifact, has a copy of the weights.
+        marker: the file that marks a saved artifact where that is a directory.
+        verified: how far its artifacts are verified, in words.
+        costs: what calls cost on it, where that was measured (:mod:`refold.rewrite.cost`).
     """
 
-    name: str
-    suffix: str
-    options: type
-
-    def available(self) -> str | None:
-        """``None`` if the target can be used here, else the reason and the fix."""
-
-    def lower(self, program: Program, gm: fx.GraphModule, options: Any) -> Artifact:
-        """Lowers the folded graph; ``program`` says what it was traced with."""
-
-    def load(self, artifact: Artifact, options: Any) -> Runner:
-        """Makes the artifact callable over torch tensors, with the model's own signature.
-
-        Raises:
-            MissingDependencyError: it can be written here, but not run.
-        """
-
-    def save(self, artifact: Artifact, folder: Path, name: str) -> None:
-        """Writes ``name`` (and files beside it) into an empty folder."""
-
-    def stats(self, artifact: Artifact) -> dict[str, int]:
-        """Counts for the report: ``nodes``, ``bytes``."""
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+    dtypes: tuple[str, ...] = ()
+    static: bool = False
+    ranks_follow_sizes: bool = False
+    complex_calls: bool = True
+    shares_weights: tuple[str, ...] = ("calls", "files")
+    marker: str | None = None
+    verified: str = "run and compared where it is compiled"
+    costs: CostModel | None = None
 
 
-def is_static(target: Target) -> bool:
-    """Whether a target fixes every shape when it lowers; it says so in an attribute ``static``."""
-    return bool(getattr(target, "static", False))
-
-
-def shares_weights(target: Target) -> tuple[str, ...]:
-    """What of a target reads the folded graph's own tensors: ``calls``, ``files``.
-
-    A target whose runtime, or whose artifact, has a copy of the weights says less in an attribute
-    ``shares_weights``.
-    """
-    return tuple(getattr(target, "shares_weights", ("calls", "files")))
-
-
-def ranks_follow_sizes(target: Target) -> bool:
-    """Whether a target's results may have another rank at batch 1.
-
-    One that runs call by call says so in an attribute ``ranks_follow_sizes``.
-    """
-    return bool(getattr(target, "ranks_follow_sizes", False))
-
-
-def computes_complex(target: Target) -> bool:
-    """Whether a target has complex tensors; one without says ``complex_calls = False``."""
-    return bool(getattr(target, "complex_calls", True))
-
-
-def costs_of(target: Target) -> CostModel:
-    """What calls cost on a target; it says so in an attribute ``costs``, where that is known."""
-    return getattr(target, "costs", None) or CostModel(target.name)
-
-
-def verification_of(target: Target) -> str:
-    """How far a target's artifacts are verified; it says so in an attribute ``verified``."""
-    return str(getattr(target, "verified", "run and compared where it is compiled"))
-
-
-def dtypes_of(target: Target) -> tuple[str, ...]:
-    """Float dtypes of models that a target takes, or none where it takes what PyTorch computes.
-
-    It says so in an attribute ``dtypes``.
-    """
-    return tuple(getattr(target, "dtypes", ()))
-
-
-@runtime_checkable
-class KeepsRecord(Protocol):
-    """A target whose artifact is verified on another machine, later."""
-
-    def record(
-        self, artifact: Artifact, known: References, weights: dict[str, dict[str, Any]]
-    ) -> References:
-        """Adds to an artifact what the original computes, and where its weights came from.
-
-        Returns:
-            The references that the artifact is judged by here.
-        """
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """Of a target that has none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,32 +96,88 @@ class Checked:
     known: References | None = None
 
 
-@runtime_checkable
-class ChecksLowering(Protocol):
-    """A target that compares its artifact with the graph that it was lowered from.
+class Target(abc.ABC):
+    """A runtime that folded programs are lowered to.
 
-    It is for what the comparison with the original cannot see: where an approximate pass changed
-    the numbers, an error of the lowering hides behind them.
+    A target is a subclass that says what it can do (``capabilities``), and writes the four methods
+    that every runtime needs; those behind them have a default that is right for most. It is a base
+    class, not a protocol, so that the defaults are code in one place, not questions that the
+    compiler asks of each target; and so that a method that is missing or misspelled is an error
+    where the target is made, not a feature that it silently does not have.
+
+    Attributes:
+        name: what users write in ``target=``.
+        suffix: file name suffix of a saved artifact, with the dot.
+        options: frozen dataclass of the target's options; its fields are the accepted keywords,
+            and on the command line ``-O name=value``.
+        capabilities: what is known of it before it lowers anything.
     """
+
+    name: ClassVar[str]
+    suffix: ClassVar[str]
+    options: ClassVar[type] = NoOptions
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    @abc.abstractmethod
+    def lower(self, program: Program, gm: fx.GraphModule, options: Any) -> Artifact:
+        """Lowers the folded graph; ``program`` says what it was traced with."""
+
+    @abc.abstractmethod
+    def load(self, artifact: Artifact, options: Any) -> Runner:
+        """Makes the artifact callable over torch tensors, with the model's own signature.
+
+        Raises:
+            MissingDependencyError: it can be written here, but not run.
+        """
+
+    @abc.abstractmethod
+    def save(self, artifact: Artifact, folder: Path, name: str) -> None:
+        """Writes ``name`` (and files beside it) into an empty folder."""
+
+    @abc.abstractmethod
+    def stats(self, artifact: Artifact) -> dict[str, int]:
+        """Counts for the report: ``nodes``, ``bytes``."""
+
+    def available(self) -> str | None:
+        """``None`` if the target can be used here, else the reason and the fix."""
+        return missing(self.capabilities.packages, self.capabilities.extra)
+
+    @property
+    def costs(self) -> CostModel:
+        """What calls cost on it; where nobody measured, a model that says so."""
+        return self.capabilities.costs or CostModel(self.name)
+
+    def record(
+        self, artifact: Artifact, known: References, weights: dict[str, dict[str, Any]]
+    ) -> References:
+        """Adds to an artifact what the original computes, and where its weights came from.
+
+        It is for artifacts that are verified on another machine, later.
+
+        Returns:
+            The references that the artifact is judged by here.
+        """
+        return known
 
     def check(
         self, artifact: Artifact, gm: fx.GraphModule, known: References, options: Any
     ) -> Checked:
-        """Compares on the calls of ``known``.
+        """Compares an artifact with the graph that it was lowered from, on the calls of ``known``.
+
+        It is for what the comparison with the original cannot see: where an approximate pass
+        changed the numbers, an error of the lowering hides behind them.
 
         Raises:
             VerificationError: the artifact does not compute what the graph does.
         """
-
-
-@runtime_checkable
-class Refits(Protocol):
-    """A target whose artifacts can take new weights without being lowered again."""
+        return Checked()
 
     def refit(
         self, artifact: Artifact, gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]
     ) -> Artifact:
         """The artifact with other constants; the given one stays as it is.
+
+        A target that does not write this method takes no new weights.
 
         Args:
             artifact: what :meth:`Target.lower` made.
@@ -186,20 +187,27 @@ class Refits(Protocol):
         Raises:
             RefitError: lowering anew would leave another program.
         """
-
-
-@runtime_checkable
-class LoadsFile(Protocol):
-    """A target that loads a file that it, or another tool, has written."""
-
-    suffix: str
+        raise RefitError(f"target {self.name!r} cannot take new weights: compile again")
 
     def load_file(self, path: Path, program: Program) -> Runner:
-        """Makes a file callable with the signature of the traced model.
+        """Makes a file, of this target or another tool, callable as the traced model is.
+
+        A target that does not write this method loads no files.
 
         Raises:
             BackendError: it is damaged, or has other inputs or results than the model.
         """
+        raise BackendError(f"target {self.name!r} loads no files")
+
+    @property
+    def refits(self) -> bool:
+        """Whether its artifacts take new weights."""
+        return type(self).refit is not Target.refit
+
+    @property
+    def loads_files(self) -> bool:
+        """Whether it loads files."""
+        return type(self).load_file is not Target.load_file
 
 
 def places(graph: fx.Graph, text: str) -> str:
@@ -231,9 +239,13 @@ def _operator(word: str) -> str:
 
 
 def missing(packages: tuple[str, ...], extra: str) -> str | None:
-    """The sentence for packages that are not installed, or ``None``."""
+    """The sentence for packages that are not installed, or ``None``.
+
+    Without an extra of refold that installs them they are installed by name.
+    """
     absent = [p for p in packages if importlib.util.find_spec(p) is None]
     if not absent:
         return None
     verb = "is" if len(absent) == 1 else "are"
-    return f"{' and '.join(absent)} {verb} not installed: pip install 'refold[{extra}]'"
+    wanted = f"'refold[{extra}]'" if extra else " ".join(absent)
+    return f"{' and '.join(absent)} {verb} not installed: pip install {wanted}"

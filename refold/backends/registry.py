@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from refold import options, plugins
-from refold.backends.base import LoadsFile, Target
+from refold.backends.base import Target
 from refold.errors import MissingDependencyError, UsageError, did_you_mean
 
 BUILT_IN = {
@@ -36,8 +36,10 @@ def register_target(target: Target) -> None:
     (name = the target's name, value = a class without constructor arguments).
 
     Raises:
-        UsageError: the name is that of one of refold's own.
+        UsageError: it is no target, or has the name of one of refold's own.
     """
+    if not isinstance(target, Target):
+        raise UsageError(f"{target!r} is no target: make an object of a subclass of refold.Target")
     if target.name in BUILT_IN:
         raise UsageError(f"target {target.name!r} is refold's own: give yours another name")
     _registered[target.name] = target
@@ -70,8 +72,8 @@ def _checked(name: str, made: Any, package: str) -> Target:
     """What a package offers as a target, if it is one."""
     if not isinstance(made, Target):
         raise UsageError(
-            f"target {name!r} of {package} is no target: {made!r} lacks some of what "
-            "refold.Target has"
+            f"target {name!r} of {package} is no target: {type(made).__name__} is no subclass of "
+            "refold.Target"
         )
     if made.name != name:
         raise UsageError(
@@ -89,7 +91,7 @@ def file_targets() -> dict[str, Target]:
             target = find_target(name)
         except UsageError:
             continue  # a package that is broken costs its own targets; whoever names one hears why
-        if isinstance(target, LoadsFile):
+        if target.loads_files:
             found.setdefault(target.suffix, target)
     return found
 

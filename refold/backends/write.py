@@ -7,18 +7,8 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
-from refold.backends.base import Target
 from refold.errors import BackendError, UsageError
-
-
-def marker_of(target: Target) -> str | None:
-    """The file that marks a saved artifact where that is a directory, ``None`` where it is a file.
-
-    A target says so in an optional attribute ``marker``.
-    """
-    return cast("str | None", getattr(target, "marker", None))
 
 
 def check_output(path: Path, *, force: bool = False, marker: str | None = None) -> None:

@@ -32,14 +32,14 @@ _PROGRAM = ".pt2"  # of torch.export
 
 def export(arguments: argparse.Namespace, progress: Progress) -> int:
     from refold.backends.registry import file_targets, find_target, require
-    from refold.backends.write import check_output, marker_of
+    from refold.backends.write import check_output
     from refold.compiler import compile_for_inference
 
     target = find_target(arguments.target)
     require(target)
     output = Path(arguments.output or f"model{target.suffix}")
     # Said before minutes of work, and checked again when the file is written.
-    check_output(output, force=arguments.force, marker=marker_of(target))
+    check_output(output, force=arguments.force, marker=target.capabilities.marker)
     expect = dict(expected(e) for e in arguments.expect)
     options = target_options(arguments, target)
     if arguments.target == "trt":
@@ -108,7 +108,6 @@ def explain(arguments: argparse.Namespace, progress: Progress) -> int:
 def verify(arguments: argparse.Namespace, progress: Progress) -> int:
     if arguments.artifact is None:
         return _verify_directory(arguments, progress)
-    from refold.backends.base import is_static
     from refold.frontends.export import trace
     from refold.verify.compare import verify_widely
     from refold.verify.references import references
@@ -116,7 +115,7 @@ def verify(arguments: argparse.Namespace, progress: Progress) -> int:
     path = Path(arguments.artifact)
     loader = _loader(path)
     named, inputs, shapes = _prepare(arguments, progress)
-    static = loader is not None and is_static(loader)
+    static = loader is not None and loader.capabilities.static
     if static and shapes is not None:
         raise UsageError(f"{path} has fixed shapes: write them in --shape as numbers alone")
     progress("trace")
@@ -360,7 +359,6 @@ def _summary(cls: type) -> str:
 def targets(arguments: argparse.Namespace, progress: Progress) -> int:
     from refold import native, plugins
     from refold import options as read
-    from refold.backends.base import dtypes_of, is_static, verification_of
     from refold.backends.registry import BUILT_IN, GROUP, file_targets, find_target, target_names
 
     kernel = native.status() or "available"
@@ -373,12 +371,13 @@ def targets(arguments: argparse.Namespace, progress: Progress) -> int:
         except UsageError as error:
             broken[name] = str(error)
             continue
+        can = target.capabilities
         options = {f.name: f.default for f in dataclasses.fields(target.options)}
         described[name] = read.described(target.options)
         rows.append(
             {"name": name, "suffix": target.suffix, "missing": target.available(),
-             "shapes": "fixed" if is_static(target) else "dynamic",
-             "dtypes": list(dtypes_of(target)), "verified": verification_of(target),
+             "shapes": "fixed" if can.static else "dynamic",
+             "dtypes": list(can.dtypes), "verified": can.verified,
              "options": options}
         )  # fmt: skip
     if arguments.json:

@@ -21,6 +21,7 @@ from refold.backends.pytorch import inductor
 from refold.errors import UsageError
 from refold.graph.kinds import census
 from refold.passes import PIPELINES
+from refold.rewrite.context import Context
 from refold.torch_compile import backend as torch_compile
 from tests.compare import SINGLE, call, double, relative_error
 from tests.models import counts
@@ -847,7 +848,7 @@ def test_wrong_fold_runs_unfolded_with_a_warning(monkeypatch: pytest.MonkeyPatch
         name: str = "breaks"
         exactness: str = "exact"
 
-        def run(self, gm: torch.fx.GraphModule) -> Any:
+        def run(self, gm: torch.fx.GraphModule, context: Context) -> Any:
             from refold.rewrite.result import PassResult
 
             for node in gm.graph.nodes:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from refold.backends.base import Artifact, Runner, missing
+from refold.backends.base import Artifact, Capabilities, Runner, Target
 from refold.backends.edge.static import StaticProgram, quiet
 from refold.errors import BackendError, MissingDependencyError, UsageError
 
@@ -18,32 +17,27 @@ if TYPE_CHECKING:
 _DEBUG_FILE = "executorch_debug_handle_mapping.json"
 
 
-@dataclass(frozen=True)
-class CoreMlOptions:
-    """The ``coreml`` target has no options."""
-
-
-class CoreMlTarget:
+class CoreMlTarget(Target):
     """Converts to an ML program with float32 arithmetic; nothing here can run it."""
 
     name = "coreml"
     suffix = ".mlpackage"
-    shares_weights = ()
-    complex_calls = False
-    dtypes = ("float32", "float16")
-    marker = "Manifest.json"
-    options = CoreMlOptions
-    static = True
-    verified = "converted, never run"
+    capabilities = Capabilities(
+        packages=("coremltools",),
+        extra="coreml",
+        shares_weights=(),
+        complex_calls=False,
+        dtypes=("float32", "float16"),
+        marker="Manifest.json",
+        static=True,
+        verified="converted, never run",
+    )
 
-    def available(self) -> str | None:
-        return missing(("coremltools",), "coreml")
-
-    def lower(self, program: Program, gm: fx.GraphModule, options: CoreMlOptions) -> Artifact:
+    def lower(self, program: Program, gm: fx.GraphModule, options: Any) -> Artifact:
         static = StaticProgram.of(program, gm, "Core ML")
         return Artifact(_convert(static), static.notes)
 
-    def load(self, artifact: Artifact, options: CoreMlOptions) -> Runner:
+    def load(self, artifact: Artifact, options: Any) -> Runner:
         raise MissingDependencyError(
             "this target converts only: compare the package's predictions with the model's on macOS"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from refold.backends import flat
-from refold.backends.base import Artifact, Runner, missing
+from refold.backends.base import Artifact, Capabilities, Runner, Target
 from refold.backends.edge.static import StaticProgram, keep_pooled_dims, quiet
 from refold.errors import BackendError
 from refold.rewrite import cost
@@ -20,11 +20,6 @@ if TYPE_CHECKING:
     from refold.graph.program import Program
 
 _BOOKKEEPING = frozenset({"getitem", "executorch_call_delegate"})
-
-
-@dataclass(frozen=True)
-class ExecuTorchOptions:
-    """The ``executorch`` target has no options."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +32,23 @@ class Content:
     delegates: int
 
 
-class ExecuTorchTarget:
+class ExecuTorchTarget(Target):
     """Lowers through ExecuTorch's edge dialect; what XNNPACK cannot run has portable kernels."""
 
     name = "executorch"
     suffix = ".pte"
-    costs = cost.on_cpu("executorch")
-    shares_weights = ()
-    complex_calls = False
-    dtypes = ("float32", "float16", "bfloat16")
-    options = ExecuTorchOptions
-    static = True
-    verified = "run and compared on the CPU"
+    capabilities = Capabilities(
+        packages=("executorch",),
+        extra="executorch",
+        costs=cost.on_cpu("executorch"),
+        shares_weights=(),
+        complex_calls=False,
+        dtypes=("float32", "float16", "bfloat16"),
+        static=True,
+        verified="run and compared on the CPU",
+    )
 
-    def available(self) -> str | None:
-        return missing(("executorch",), "executorch")
-
-    def lower(self, program: Program, gm: fx.GraphModule, options: ExecuTorchOptions) -> Artifact:
+    def lower(self, program: Program, gm: fx.GraphModule, options: Any) -> Artifact:
         static = StaticProgram.of(program, gm, "ExecuTorch")
         keep_pooled_dims(static.module.graph)
         static.module.recompile()
@@ -68,7 +63,7 @@ class ExecuTorchTarget:
             )
         return Artifact(content, tuple(notes))
 
-    def load(self, artifact: Artifact, options: ExecuTorchOptions) -> Runner:
+    def load(self, artifact: Artifact, options: Any) -> Runner:
         content: Content = artifact.content
         return _runner(content.data, content.signature)
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from refold.backends import flat
-from refold.backends.base import Artifact, Runner, missing
+from refold.backends.base import Artifact, Capabilities, Runner, Target
 from refold.backends.edge.static import StaticProgram, ThreadOptions, quiet
 from refold.errors import BackendError
 from refold.rewrite import cost
@@ -28,21 +28,22 @@ class Content:
     signature: flat.Signature
 
 
-class LiteRtTarget:
+class LiteRtTarget(Target):
     """Lowers through LiteRT Torch."""
 
     name = "litert"
     suffix = ".tflite"
-    costs = cost.on_cpu("litert")
-    shares_weights = ()
-    complex_calls = False
-    dtypes = ("float32",)
     options = ThreadOptions
-    static = True
-    verified = "run and compared on the CPU"
-
-    def available(self) -> str | None:
-        return missing(("litert_torch", "ai_edge_litert"), "litert")
+    capabilities = Capabilities(
+        packages=("litert_torch", "ai_edge_litert"),
+        extra="litert",
+        costs=cost.on_cpu("litert"),
+        shares_weights=(),
+        complex_calls=False,
+        dtypes=("float32",),
+        static=True,
+        verified="run and compared on the CPU",
+    )
 
     def lower(self, program: Program, gm: fx.GraphModule, options: ThreadOptions) -> Artifact:
         static = StaticProgram.of(program, gm, "LiteRT")

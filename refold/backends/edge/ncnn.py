@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from refold.backends import flat
-from refold.backends.base import Artifact, Runner, missing
+from refold.backends.base import Artifact, Capabilities, Runner, Target
 from refold.backends.edge.static import StaticProgram, ThreadOptions, quiet
 from refold.errors import BackendError, UsageError
 from refold.rewrite import cost
@@ -46,21 +46,22 @@ class Content:
     sizes: tuple[tuple[int, ...], ...]
 
 
-class NcnnTarget:
+class NcnnTarget(Target):
     """Lowers through TorchScript and pnnx; ncnn runs one example at a time."""
 
     name = "ncnn"
     suffix = ".param"
-    costs = cost.on_cpu("ncnn")
-    shares_weights = ()
-    complex_calls = False
-    dtypes = ("float32",)
     options = ThreadOptions
-    static = True
-    verified = "run and compared on the CPU, without Winograd convolution"
-
-    def available(self) -> str | None:
-        return missing(("ncnn", "pnnx"), "ncnn")
+    capabilities = Capabilities(
+        packages=("ncnn", "pnnx"),
+        extra="ncnn",
+        costs=cost.on_cpu("ncnn"),
+        shares_weights=(),
+        complex_calls=False,
+        dtypes=("float32",),
+        static=True,
+        verified="run and compared on the CPU, without Winograd convolution",
+    )
 
     def lower(self, program: Program, gm: fx.GraphModule, options: ThreadOptions) -> Artifact:
         static = StaticProgram.of(program, gm, "ncnn")

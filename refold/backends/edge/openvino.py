@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from refold.backends import flat
-from refold.backends.base import Artifact, Runner, missing
+from refold.backends.base import Artifact, Capabilities, Runner, Target
 from refold.backends.onnx import export
 from refold.backends.onnx.targets import OnnxOptions
 from refold.errors import BackendError, UsageError
@@ -51,20 +51,21 @@ class Content:
     signature: flat.Signature
 
 
-class OpenVinoTarget:
+class OpenVinoTarget(Target):
     """Lowers through ONNX and runs the model in OpenVINO's CPU plugin."""
 
     name = "openvino"
     suffix = ".xml"
-    costs = cost.on_cpu("openvino", "merged layers are slower in OpenVINO")
-    shares_weights = ()
-    complex_calls = False
-    dtypes = ("float32", "float16")
     options = OpenVinoOptions
-    verified = "run and compared on the CPU"
-
-    def available(self) -> str | None:
-        return missing(("onnx", "onnxscript", "openvino"), "openvino")
+    capabilities = Capabilities(
+        packages=("onnx", "onnxscript", "openvino"),
+        extra="openvino",
+        costs=cost.on_cpu("openvino", "merged layers are slower in OpenVINO"),
+        shares_weights=(),
+        complex_calls=False,
+        dtypes=("float32", "float16"),
+        verified="run and compared on the CPU",
+    )
 
     def lower(self, program: Program, gm: fx.GraphModule, options: OpenVinoOptions) -> Artifact:
         lowered = export.lower(program, gm, OnnxOptions().opset)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,11 @@ class OrtFormatTarget(OnnxRuntimeTarget):
 
     name = "ort-format"
     suffix = ".ort"
-    shares_weights = ()
-    verified = "run and compared on the CPU"
+    capabilities = replace(
+        OnnxRuntimeTarget.capabilities,
+        shares_weights=(),
+        verified="run and compared on the CPU",
+    )
 
     def lower(self, program: Program, gm: fx.GraphModule, options: OnnxRuntimeOptions) -> Artifact:
         if options.requantise is not None or options.accuracy_level != 4:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from refold.backends.base import Artifact, Checked, Runner, missing
+from refold.backends.base import Artifact, Capabilities, Checked, Runner, Target
 from refold.backends.onnx import export, session
 from refold.backends.onnx.shift_add import check
 from refold.backends.onnx.shift_add import choice as shift_add
@@ -50,18 +50,19 @@ class OnnxOptions:
             )
 
 
-class OnnxTarget:
+class OnnxTarget(Target):
     """Writes ONNX; calls of the compiled model run in ONNX Runtime where that is installed."""
 
     name = "onnx"
     suffix = ".onnx"
-    costs = cost.on_cpu("onnx", _ANY_RUNTIME)
-    shares_weights = ("files",)
-    complex_calls = False
     options = OnnxOptions
-
-    def available(self) -> str | None:
-        return missing(("onnx", "onnxscript"), "onnx")
+    capabilities = Capabilities(
+        packages=("onnx", "onnxscript"),
+        extra="onnx",
+        costs=cost.on_cpu("onnx", _ANY_RUNTIME),
+        shares_weights=("files",),
+        complex_calls=False,
+    )
 
     def lower(self, program: Program, gm: fx.GraphModule, options: Any) -> Artifact:
         kernels = shift_add.onnx_runtime(_ACCURACY_LEVEL, options.requantise)
@@ -115,19 +116,20 @@ class OnnxRuntimeOptions(OnnxOptions):
             )
 
 
-class OnnxRuntimeTarget:
+class OnnxRuntimeTarget(Target):
     """Lowers through ONNX and runs the model in ONNX Runtime."""
 
     name = "ort"
     suffix = ".onnx"
-    shares_weights: tuple[str, ...] = ("files",)
-    complex_calls = False
-    costs = cost.on_cpu("onnxruntime")
-    dtypes = ("float32", "float16")
     options = OnnxRuntimeOptions
-
-    def available(self) -> str | None:
-        return missing(("onnx", "onnxscript", "onnxruntime"), "ort")
+    capabilities = Capabilities(
+        packages=("onnx", "onnxscript", "onnxruntime"),
+        extra="ort",
+        costs=cost.on_cpu("onnxruntime"),
+        shares_weights=("files",),
+        complex_calls=False,
+        dtypes=("float32", "float16"),
+    )
 
     def lower(self, program: Program, gm: fx.GraphModule, options: OnnxRuntimeOptions) -> Artifact:
         kernels = shift_add.onnx_runtime(options.accuracy_level, options.requantise)

@@ -17,7 +17,7 @@ from torch import fx
 from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
-from refold.backends.base import Artifact, Runner, places
+from refold.backends.base import Artifact, Capabilities, Runner, Target, places
 from refold.backends.pytorch.eager import re_export
 from refold.backends.pytorch.inductor import Layouts, may_freeze, missing_compiler, mode_settings
 from refold.backends.pytorch.own_outputs import OwnOutputs
@@ -77,14 +77,16 @@ class _Content:
         return Path(self.folder.name) / "model.pt2"
 
 
-class AotiTarget:
+class AotiTarget(Target):
     """Compiles the folded graph ahead of time into one file."""
 
     name = "aoti"
     suffix = ".pt2"
-    costs = cost.on_cpu("aoti")
-    shares_weights = ()
     options = AotiOptions
+    capabilities = Capabilities(
+        costs=cost.on_cpu("aoti"),
+        shares_weights=(),
+    )
 
     def available(self) -> str | None:
         return missing_compiler()

@@ -13,7 +13,7 @@ from torch import fx
 from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from refold.backends.base import Artifact, Checked, Runner
+from refold.backends.base import Artifact, Capabilities, Checked, Runner, Target
 from refold.errors import BackendError
 from refold.graph.evaluate import flat_inputs
 from refold.graph.kinds import census
@@ -45,17 +45,16 @@ class _Content:
     kwargs: dict[str, Any]
 
 
-class TorchTarget:
+class TorchTarget(Target):
     """Runs the folded graph in eager PyTorch."""
 
     name = "torch"
-    ranks_follow_sizes = True
     suffix = ".pt2"
-    costs = cost.on_cpu("torch")
     options = TorchOptions
-
-    def available(self) -> str | None:
-        return None
+    capabilities = Capabilities(
+        costs=cost.on_cpu("torch"),
+        ranks_follow_sizes=True,
+    )
 
     def lower(self, program: Program, gm: fx.GraphModule, options: TorchOptions) -> Artifact:
         notes = lower(gm, exact=options.exact)

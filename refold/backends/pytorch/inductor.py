@@ -21,7 +21,7 @@ from torch import fx
 from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
-from refold.backends.base import Artifact, Runner, places
+from refold.backends.base import Artifact, Capabilities, Runner, Target, places
 from refold.backends.pytorch.eager import constant_bytes
 from refold.backends.pytorch.own_outputs import OwnOutputs
 from refold.errors import BackendError, UsageError, did_you_mean
@@ -60,13 +60,15 @@ class _Content:
     settings: dict[str, Any]
 
 
-class InductorTarget:
+class InductorTarget(Target):
     """Compiles the folded graph with Inductor; there is no file of it, see ``aoti``."""
 
     name = "inductor"
     suffix = ""
-    costs = cost.on_cpu("inductor")
     options = InductorOptions
+    capabilities = Capabilities(
+        costs=cost.on_cpu("inductor"),
+    )
 
     def available(self) -> str | None:
         return missing_compiler()

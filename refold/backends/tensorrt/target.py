@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from refold.backends.base import Artifact, Runner, missing
+from refold.backends.base import Artifact, Capabilities, Runner, Target
 from refold.backends.onnx import export
 from refold.backends.onnx.shift_add import choice as shift_add
 from refold.backends.onnx.shift_add.check import as_written, rebase
@@ -102,21 +102,22 @@ class Content:
     folder: tempfile.TemporaryDirectory[str] | None = None
 
 
-class TensorRTTarget:
+class TensorRTTarget(Target):
     """Writes the artifact directory anywhere; builds and runs an engine where there is a GPU."""
 
     name = "trt"
     suffix = ".trt"
-    costs = cost.CostModel("TensorRT", apart="TensorRT merges products of one input itself")
-    shares_weights = ("files",)
-    complex_calls = False
-    dtypes = ("float32", "float16", "bfloat16")
-    marker = directory.MARKER
-    verified = "its ONNX file is compared here, the engine by refold verify on the target"
     options = TensorRTOptions
-
-    def available(self) -> str | None:
-        return missing(("onnx", "onnxscript"), "onnx")
+    capabilities = Capabilities(
+        packages=("onnx", "onnxscript"),
+        extra="onnx",
+        costs=cost.CostModel("TensorRT", apart="TensorRT merges products of one input itself"),
+        shares_weights=("files",),
+        complex_calls=False,
+        dtypes=("float32", "float16", "bfloat16"),
+        marker=directory.MARKER,
+        verified="its ONNX file is compared here, the engine by refold verify on the target",
+    )
 
     def lower(self, program: Program, gm: fx.GraphModule, options: TensorRTOptions) -> Artifact:
         opset = _opset(options)

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import refold
-from refold.backends.base import dtypes_of
 from refold.backends.registry import find_target
 from refold.cli import exit_codes
 from refold.errors import BackendError
@@ -161,7 +160,7 @@ def test_two_writers_of_one_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_compared_or_refused(edge: Edge, dtype: torch.dtype) -> None:
     model, x = seeded(ConvNet()).to(dtype), torch.randn(1, 3, 8, 8).to(dtype)
-    taken = dtypes_of(find_target(edge.name))
+    taken = find_target(edge.name).capabilities.dtypes
     if str(dtype).removeprefix("torch.") not in taken:
         with pytest.raises(BackendError, match=re.escape(edge.refused)):
             refold.compile_for_inference(model, x, target=edge.name)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import refold
-from refold.backends.base import costs_of
 from refold.backends.registry import find_target
 from refold.graph import printer, provenance
 from refold.passes import PIPELINES
@@ -227,7 +226,7 @@ def test_another_device_stays() -> None:
     ],
 )
 def test_a_target_without_costs_merges_nothing_and_says_so_once(target: str, words: str) -> None:
-    costs = costs_of(find_target(target))
+    costs = find_target(target).costs
     gm, result = merged(net(FORMS["two inputs"][0], l=linear()), tokens(), costs=costs)
     assert widths(gm) == [8] * 4
     (record,) = result.declined
