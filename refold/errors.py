@@ -50,6 +50,12 @@ class MissingDependencyError(BackendError, ImportError):
     """An optional package that a target needs is not installed."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns `` (did you mean 'x'?)`` for the nearest known name, else the list of known names."""
     names = sorted(known)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from refold.errors import FrontendError
+from refold.errors import FrontendError, first_line
 from refold.native import op  # noqa: F401  (archives may call refold's own operators)
 
 _TARGET = re.compile(
@@ -66,7 +66,7 @@ def load(path: Path, *, trust: bool) -> ExportedProgram:
         else:
             program = _load_inspected(path)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        first = first_line(error)
         raise FrontendError(
             f"{path}: torch could not read this archive ({type(error).__name__}: {first}); it may "
             "be damaged or from another version of torch: save it again with torch.export.save"
@@ -92,7 +92,7 @@ def _dangers(path: Path) -> Iterator[str]:
         with PT2ArchiveReader(str(path)) as reader:
             yield from _inspect(reader)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = first_line(error)
         raise FrontendError(
             f"{path}: damaged, or not written by torch.export.save ({first}); "
             "write it again with torch.export.save(program, path)"

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from refold.errors import FrontendError
+from refold.errors import FrontendError, first_line
 from refold.frontends import autocast, functionalise, lifted
 from refold.frontends.export import trains
 from refold.graph import aliasing, constants, nodes, provenance
@@ -239,7 +239,7 @@ def _trace(gm: fx.GraphModule, fakes: list[Any], cloned: tuple[int, ...]) -> fx.
         raise NotFoldable(str(reason)) from None
     except Exception as error:
         # Whatever a second trace cannot take, the first trace can still run.
-        first = (str(error).strip().splitlines() or [""])[0][:160]
+        first = first_line(error)[:160]
         raise NotFoldable(f"it cannot be traced again ({type(error).__name__}: {first})") from error
     for node in reversed(list(traced.graph.nodes)):
         if node.op == "call_function" and node.target in _MODES:

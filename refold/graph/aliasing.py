@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from refold.errors import first_line
 from refold.graph import constants, nodes
 from refold.graph.kinds import op_name
 
@@ -305,7 +306,7 @@ def unsettled(
         try:
             value = run_fake(user, shadow)
         except Exception as error:  # whatever a view raises is the reason
-            return f"{user.name} does not accept other strides ({str(error).splitlines()[0]})"
+            return f"{user.name} does not accept other strides ({first_line(error)})"
         if not _same_strides(user.meta.get("val"), value):
             shadow[user] = value
             if moved is not None:

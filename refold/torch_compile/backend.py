@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from refold.backends.pytorch import inductor
 from refold.backends.pytorch.own_outputs import OwnOutputs
 from refold.compile_lock import one_at_a_time
-from refold.errors import RefoldError, UsageError, did_you_mean
+from refold.errors import RefoldError, UsageError, did_you_mean, first_line
 from refold.frontends.dynamo import Captured, NotFoldable, capture, hold
 from refold.graph import provenance
 from refold.graph.copies import copy_sharing_tensors
@@ -193,7 +193,7 @@ class _Compiler:
         try:
             return OwnOutputs(gm).of(inductor.compile_graph(gm, fakes, self.settings))
         except InductorError as error:
-            first = (str(error).splitlines() or [""])[0]
+            first = first_line(error)
             raise NotFoldable(
                 f"Inductor cannot compile the folded graph ({first})",
                 "report it as a bug of refold",

@@ -21,7 +21,7 @@ from refold.backends.onnx import initializers, quantised
 from refold.backends.onnx.mend import keep_pads_before_max_pool
 from refold.backends.onnx.shift_add import choice as shift_add
 from refold.backends.onnx.shift_add import rewrite as shift_add_layers
-from refold.errors import BackendError, RefitError
+from refold.errors import BackendError, RefitError, first_line
 from refold.graph.constants import stored
 from refold.graph.nodes import symbolic_dims
 
@@ -179,7 +179,7 @@ def _optimized(model: Any) -> Any:
 def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first_line(error)
 
 
 def _translating(error: BaseException) -> str:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from refold.backends import flat
-from refold.backends.base import Artifact, Checked, Runner
+from refold.backends.base import Artifact, Runner, Target
 from refold.backends.onnx import export, session
 from refold.backends.onnx.targets import OnnxRuntimeOptions, OnnxRuntimeTarget
-from refold.errors import BackendError, UsageError
+from refold.errors import BackendError, UsageError, first_line
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
-    from refold.verify.references import References
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Content:
     weights: int
 
 
-class OrtFormatTarget(OnnxRuntimeTarget):
+class OrtFormatTarget(Target):
     """Lowers through ONNX to a .ort file at the level that every processor can run."""
 
     name = "ort-format"
@@ -39,6 +38,7 @@ class OrtFormatTarget(OnnxRuntimeTarget):
         shares_weights=(),
         verified="run and compared on the CPU",
     )
+    options = OnnxRuntimeOptions
 
     def lower(self, program: Program, gm: fx.GraphModule, options: OnnxRuntimeOptions) -> Artifact:
         if options.requantise is not None or options.accuracy_level != 4:
@@ -51,15 +51,6 @@ class OrtFormatTarget(OnnxRuntimeTarget):
         data = _convert(content.model, flat.half_precision(gm))
         weights = export.weight_bytes(content.model)
         return Artifact(Content(data, content.signature, weights), lowered.notes)
-
-    def check(
-        self,
-        artifact: Artifact,
-        gm: fx.GraphModule,
-        known: References,
-        options: OnnxRuntimeOptions,
-    ) -> Checked:
-        return Checked()  # there are floats in the file alone: rounding is all that may differ
 
     def load(self, artifact: Artifact, options: OnnxRuntimeOptions) -> Runner:
         content: Content = artifact.content
@@ -78,6 +69,9 @@ class OrtFormatTarget(OnnxRuntimeTarget):
     def stats(self, artifact: Artifact) -> dict[str, int]:
         content: Content = artifact.content
         return {"nodes": count_nodes(content.data), "bytes": content.weights}
+
+    def load_file(self, path: Path, program: Program) -> Runner:
+        return session.load_file(path, program)
 
 
 def _convert(model: Any, hint: str) -> bytes:
@@ -102,7 +96,7 @@ def _convert(model: Any, hint: str) -> bytes:
             )  # fmt: skip
         except Exception as error:
             # The bindings raise classes of their own that share no base but Exception.
-            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            text = first_line(error)
             raise BackendError(
                 f"ONNX Runtime cannot convert the model: {text}{export.places(model, text)}{hint}"
             ) from error

@@ -17,7 +17,7 @@ import torch
 from refold._version import __version__
 from refold.backends.onnx import initializers
 from refold.backends.write import write_atomically
-from refold.errors import RefitError, UsageError
+from refold.errors import RefitError, UsageError, first_line
 from refold.refit.recipe import Recipe, Source
 from refold.refit.tape import Slot, Step, Tape
 
@@ -80,7 +80,7 @@ def read(path: Path) -> tuple[Recipe, initializers.Initializers]:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         described = json.loads(stored["recipe"])
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} is no recipe: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{path} is no recipe: {first_line(error)}") from error
     if described.get("format") != FORMAT:
         raise UsageError(
             f"{path} is a recipe of format {described.get('format')}, this version reads {FORMAT}"

@@ -12,7 +12,7 @@ import torch
 from refold.backends import flat
 from refold.backends.base import Runner, missing
 from refold.backends.onnx import export
-from refold.errors import BackendError, MissingDependencyError
+from refold.errors import BackendError, MissingDependencyError, first_line
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
@@ -105,7 +105,7 @@ def open_session(
         )
     except Exception as error:
         # The bindings raise classes of their own that share no base but Exception.
-        raise BackendError(f"ONNX Runtime cannot load the model: {_first_line(error)}") from error
+        raise BackendError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
 
 
 def _require_runtime() -> None:
@@ -122,9 +122,5 @@ def run_session(session: Any, tensors: Sequence[torch.Tensor]) -> list[torch.Ten
     try:
         results = session.run(None, feeds)
     except Exception as error:
-        raise BackendError(f"ONNX Runtime failed to run the model: {_first_line(error)}") from error
+        raise BackendError(f"ONNX Runtime failed to run the model: {first_line(error)}") from error
     return [torch.as_tensor(r) for r in results]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -21,7 +21,7 @@ from refold.backends.base import Artifact, Capabilities, Runner, Target, places
 from refold.backends.pytorch.eager import re_export
 from refold.backends.pytorch.inductor import Layouts, may_freeze, missing_compiler, mode_settings
 from refold.backends.pytorch.own_outputs import OwnOutputs
-from refold.errors import BackendError, UsageError
+from refold.errors import BackendError, UsageError, first_line
 from refold.graph import constants
 from refold.graph.kinds import census
 from refold.native.lower import lower
@@ -122,7 +122,7 @@ class AotiTarget(Target):
                 exported, package_path=str(content.path), inductor_configs=settings
             )
         except Exception as error:
-            first = (str(error).strip().splitlines() or [""])[0][:300]
+            first = first_line(error)[:300]
             raise BackendError(
                 f"AOTInductor cannot compile the graph: {type(error).__name__}: {first}"
                 f"{places(gm.graph, str(error))}"

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from refold.backends.base import Artifact, Capabilities, Runner, Target, places
 from refold.backends.pytorch.eager import constant_bytes
 from refold.backends.pytorch.own_outputs import OwnOutputs
-from refold.errors import BackendError, UsageError, did_you_mean
+from refold.errors import BackendError, UsageError, did_you_mean, first_line
 from refold.graph import constants, nodes
 from refold.graph.kinds import census
 from refold.native.lower import lower
@@ -91,7 +91,7 @@ class InductorTarget(Target):
                     flat, fakes, lambda g, f: compile_graph(g, f, settings)
                 )
         except InductorError as error:
-            first = (str(error).strip().splitlines() or [""])[0][:300]
+            first = first_line(error)[:300]
             raise BackendError(
                 f"Inductor cannot compile the graph: {first}{places(gm.graph, str(error))}"
             ) from error
@@ -161,7 +161,7 @@ def compile_graph(
         return _compile(gm, fakes, {**settings, "freezing": True})
     except InductorError as error:
         # With constants in line Inductor takes other paths, and a few of them fail.
-        log.info("compiling without freezing: %s", (str(error).splitlines() or [""])[0])
+        log.info("compiling without freezing: %s", first_line(error))
         return _compile(gm, fakes, settings)
 
 

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from refold.errors import first_line
 from refold.graph import constants, provenance
 from refold.graph.aliasing import leaking
 from refold.graph.evaluate import evaluate_constants, in_own_dtype
@@ -403,7 +404,7 @@ def _evaluated(node: fx.Node, own: set[fx.Node]) -> torch.Tensor:
     try:
         return evaluate_constants([node], own=own)[node]
     except (RuntimeError, NotImplementedError) as error:
-        raise Refused(f"it cannot be evaluated: {str(error).splitlines()[0]}") from error
+        raise Refused(f"it cannot be evaluated: {first_line(error)}") from error
 
 
 def _fold(editor: Editor, node: fx.Node, value: torch.Tensor, *, leaks: bool) -> Applied:

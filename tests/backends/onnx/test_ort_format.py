@@ -3,8 +3,9 @@ import torch
 
 import refold
 from refold.backends.onnx import ort_format
-from refold.errors import BackendError
+from refold.errors import BackendError, UsageError
 from tests.backends import runtimes
+from tests.small_nets import ConvNet, seeded
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -53,3 +54,10 @@ def test_conversion_failure_names_the_node(monkeypatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
     with pytest.raises(BackendError, match=r"cannot convert.*\n  Relu node_relu"):
         refold.compile_for_inference(torch.nn.ReLU(), torch.randn(2, 3), target="ort-format")
+
+
+def test_it_says_that_it_takes_no_new_weights():
+    model, x = seeded(ConvNet()), torch.randn(1, 3, 8, 8)
+    compiled = refold.compile_for_inference(model, x, target="ort-format", recipe=True)
+    with pytest.raises(UsageError, match="target 'ort-format' cannot take new weights"):
+        compiled.refit(model.state_dict())
