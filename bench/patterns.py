@@ -17,13 +17,14 @@ from torch import fx
 
 import refold
 from bench.common import export_onnx, quiet, save
-from refold.graph.kinds import LAYOUT, kind, op_name
+from refold.graph.ops import ROWS, kind, op_name
 from tests.models.patterns import PATTERNS, Pattern
 from tests.randomise import randomise
 
 Count = dict[str, int]
 
-_FX_LAYOUT = LAYOUT | {"inductor_force_stride_order"}
+_FX_LAYOUT = {name for name, (kind_, _) in ROWS.items() if kind_ == "layout"}
+_FX_LAYOUT |= {"inductor_force_stride_order", "swapaxes", "numpy_T", "mT"}  # of other compilers
 _FX_LINEAR = ("conv", "conv-transpose", "linear", "matmul")
 _ONNX_LINEAR = {
     "Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul",

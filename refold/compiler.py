@@ -39,7 +39,7 @@ from refold.errors import (
 )
 from refold.frontends.export import fix_ranks, trace
 from refold.frontends.functionalise import ranks_matter
-from refold.graph import kinds, subgraphs
+from refold.graph import ops, subgraphs
 from refold.graph.copies import copy_sharing_tensors
 from refold.graph.program import Program, as_call, fresh
 from refold.inputs import InputCheck
@@ -508,7 +508,7 @@ def _graph_record(gm: fx.GraphModule) -> GraphRecord:
     ]
     tensors = list({id(t): t for name, t in named if name in read}.values())
     return GraphRecord(
-        counts(sum((kinds.census(g.graph) for g in subgraphs.walk(gm)), Counter())),
+        counts(sum((ops.census(g.graph) for g in subgraphs.walk(gm)), Counter())),
         sum(t.numel() for t in tensors),
         sum(t.numel() * t.element_size() for t in tensors),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from refold.frontends.export import trace
-from refold.graph.kinds import census
+from refold.graph.ops import census
 from refold.rewrite.context import Context
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Declined, Pass

@@ -24,7 +24,7 @@ from refold.frontends.export import trace
 from refold.graph import constants, nodes
 from refold.graph.copies import copy_sharing_tensors
 from refold.graph.evaluate import Oracle
-from refold.graph.kinds import op_name
+from refold.graph.ops import op_name
 from refold.graph.program import Program
 from refold.passes.prepare import clean_up
 from refold.rewrite import driver

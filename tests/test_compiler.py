@@ -18,7 +18,7 @@ from refold.errors import (
     UsageError,
     VerificationError,
 )
-from refold.graph.kinds import census
+from refold.graph.ops import census
 from tests.compare import SINGLE, relative_error
 from tests.small_nets import (
     ConvNet,

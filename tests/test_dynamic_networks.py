@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import refold
 from refold.errors import FrontendError, UsageError
 from refold.frontends.export import trace
-from refold.graph import kinds, subgraphs
+from refold.graph import ops, subgraphs
 from refold.graph.copies import copy_sharing_tensors
 from refold.passes import PIPELINES
 from tests.compare import EXACT, SINGLE, relative_error
@@ -50,7 +50,7 @@ def census(gm: Any) -> dict[str, int]:
     """Calls by kind, branches too."""
     graphs = list(subgraphs.walk(gm))
     return {
-        kind: sum(kinds.census(g.graph)[kind] for g in graphs)
+        kind: sum(ops.census(g.graph)[kind] for g in graphs)
         for kind in ("conv", "batch-norm", "cond", "linear")
     }
 

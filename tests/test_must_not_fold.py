@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import refold
-from refold.graph.kinds import census
+from refold.graph.ops import census
 from tests.compare import assert_declined, call, double, fold_double, relative_error
 from tests.models.patterns import Expression
 from tests.randomise import randomise

@@ -9,7 +9,7 @@ import pytest
 
 import refold
 from refold.cli.torchvision_shim import declare_torchvision_ops
-from refold.graph import kinds
+from refold.graph import ops
 from tests.compare import SINGLE, call, double, fold_double, relative_error
 from tests.models import counts
 from tests.models.timm_networks import NETWORKS, deploy_form, network, traced
@@ -29,7 +29,7 @@ def _unexplained_norms(folded: Any) -> list[str]:
     """Batch norms that are left and that no declined record names."""
     explained = {record.node for record in folded.report.declined}
     graph = folded.graph_module.graph
-    left = [n.name for n in graph.nodes if kinds.kind(n) == "batch-norm"]
+    left = [n.name for n in graph.nodes if ops.kind(n) == "batch-norm"]
     return [name for name in left if name not in explained]
 
 

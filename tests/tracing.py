@@ -1,4 +1,4 @@
-"""Small graphs for tests of the engine: ``torch.export`` and nothing else."""
+"""Small graphs for tests of the engine: ``torch.export`` in one spelling, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from refold.graph.kinds import op_name
+from refold.frontends.canonical import write_canonical
+from refold.graph.ops import op_name
 
 
 class _Function(nn.Module):
@@ -35,6 +36,7 @@ def trace(model: Any, *inputs: torch.Tensor, dynamic: bool = False) -> fx.GraphM
     for node in list(graph_module.graph.nodes):
         if op_name(node) == "_assert_tensor_metadata":
             graph_module.graph.erase_node(node)
+    write_canonical(graph_module)
     return graph_module
 
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from refold.errors import BackendError, RefitError
 from refold.graph import provenance
-from refold.graph.kinds import op_name
+from refold.graph.ops import op_name
 from refold.rewrite.cost import CostModel
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from refold.algebra.compensation import Hessian
 from refold.algebra.lazy import Lazy
 from refold.calibrate.lockstep import Compute, Environment
-from refold.graph import constants
-from refold.graph.kinds import LAYOUT, op_name
+from refold.graph import constants, ops
 from refold.graph.nodes import arguments, aten, dtype, is_output, shape
 from refold.graph.records import convolutions, products
 
@@ -192,7 +191,7 @@ def returned(node: fx.Node) -> bool:
         current = pending.pop()
         if is_output(current):
             return True
-        pending += [u for u in current.users if op_name(u) in LAYOUT or op_name(u) == "_to_copy"]
+        pending += [u for u in current.users if ops.is_layout(u) or ops.has(u, ops.CAST)]
     return False
 
 

@@ -11,14 +11,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from refold.graph import constants
+from refold.graph import constants, ops
 from refold.graph.evaluate import flat_inputs
-from refold.graph.kinds import op_name
 from refold.graph.program import Call
 from refold.graph.records import products
-
-_KEEPS_LOGITS = frozenset({"_to_copy", "to", "clone", "alias", "contiguous", "slice", "select"})
-
 
 Environment = dict[fx.Node, Any]
 Compute = Callable[[Sequence[Environment]], list[Any]]
@@ -151,13 +147,16 @@ class Divergence:
         return self.error**2 if math.isnan(self.kl) else self.kl
 
 
+_KEEPS_LOGITS = ops.COPY | ops.ALIAS | ops.CAST | ops.PART
+
+
 def logits(gm: fx.GraphModule) -> list[bool]:
     """For each output: is it what a dense layer computes, so that its last axis may be scores?"""
     return [_is_logits(leaf) for leaf in pytree.tree_leaves(gm.graph.output_node().args[0])]
 
 
 def _is_logits(node: Any) -> bool:
-    while isinstance(node, fx.Node) and op_name(node) in _KEEPS_LOGITS:
+    while isinstance(node, fx.Node) and ops.has(node, _KEEPS_LOGITS):
         node = node.args[0]
     return products.linear(node) is not None
 

@@ -20,26 +20,16 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from refold.graph import constants
+from refold.graph import constants, ops
 from refold.graph.evaluate import ancestors, wide_call
-from refold.graph.kinds import op_name
 from refold.graph.nodes import arguments, aten, is_call, is_tensor
+from refold.graph.ops import op_name
 from refold.graph.records import convolutions, sums, windows
 
 _LARGEST = 2**22  # entries; the search needs several copies of a parameter in float64
 _ATTEMPTS = 2
 _COTANGENT = 2**16
 
-# Linear in all tensors among their arguments together.
-_LINEAR = {
-    "add", "sub", "rsub", "neg", "sum", "mean", "view", "_unsafe_view", "reshape", "flatten",
-    "unflatten", "permute", "transpose", "t", "movedim", "unsqueeze", "squeeze", "expand", "slice",
-    "select", "index", "index_select", "narrow", "flip", "roll", "cat", "stack", "clone", "copy",
-    "select_scatter", "slice_scatter", "index_put", "contiguous", "repeat", "alias", "detach",
-    "unbind", "split", "split_with_sizes", "chunk", "getitem",
-}  # fmt: skip
-# Linear in one of their arguments while the other is fixed.
-_PRODUCTS = {"mul", "div", "mm", "matmul", "bmm", "einsum"}
 # Norms whose shift is one number a channel, the same at every place.
 _NORMS = {aten.batch_norm.default, aten.group_norm.default, aten.instance_norm.default}
 
@@ -144,13 +134,12 @@ def _is_searched(node: fx.Node) -> bool:
 def _is_linear(node: fx.Node, sources: dict[fx.Node, set[fx.Node]]) -> bool:
     if not sources[node]:
         return True
-    name = op_name(node)
     depending = [a for a in node.all_input_nodes if sources[a]]
-    if name in _LINEAR:
+    if ops.has(node, ops.LINEAR):
         return True
-    if name == "div":
+    if op_name(node) == "div":
         return depending == [node.args[0]] and arguments(node).get("rounding_mode") is None
-    return name in _PRODUCTS and len(depending) == 1 and _reads(node, depending[0]) == 1
+    return ops.has(node, ops.BILINEAR) and len(depending) == 1 and _reads(node, depending[0]) == 1
 
 
 def _reads(node: fx.Node, source: fx.Node) -> int:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from refold.errors import FrontendError, first_line
 from refold.frontends import autocast, functionalise, lifted
+from refold.frontends.canonical import write_canonical
 from refold.frontends.export import trains
 from refold.graph import aliasing, constants, nodes, provenance
 from refold.graph.program import InputSpec, Program
@@ -79,6 +80,7 @@ class Captured:
         if not functionalise.make_functional(gm):
             raise NotFoldable("an in-place write cannot be made functional")
         constants.canonicalise(gm)
+        write_canonical(gm)
         gm.recompile()
         return gm
 

@@ -22,6 +22,7 @@ from refold import bind as binding
 from refold.errors import FrontendError
 from refold.frontends import archive, unusual
 from refold.frontends import guards as size_guards
+from refold.frontends.canonical import check_dialect
 from refold.frontends.dynamic_shapes import (
     batch_size,
     given_names,
@@ -45,7 +46,7 @@ from refold.frontends.tracer import Tracer, first_lines
 from refold.graph import constants, provenance
 from refold.graph.constants import draws_random
 from refold.graph.guards import Guard, Guards, names_in
-from refold.graph.kinds import op_name
+from refold.graph.ops import op_name
 from refold.graph.program import InputSpec, Program, fresh
 
 
@@ -420,6 +421,7 @@ def _finish(
     constants.own_written(gm)  # the caller's stay as they are
     ranges = {str(s): _bounds(r) for s, r in program.range_constraints.items()}
     settle_squeezes(gm, {s: guards.least(s) if r[0] <= 2 else r[0] for s, r in ranges.items()})
+    check_dialect(gm)
     inputs = _input_specs(gm, traced)
     return Program(
         graph_module=gm,

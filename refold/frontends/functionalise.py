@@ -23,7 +23,8 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-from refold.graph import aliasing
+from refold.frontends.canonical import write_canonical
+from refold.graph import aliasing, ops
 from refold.graph.constants import (
     canonicalise,
     constant_nodes,
@@ -31,7 +32,6 @@ from refold.graph.constants import (
     is_mutation,
     is_transform,
 )
-from refold.graph.kinds import op_name
 from refold.graph.nodes import (
     aten,
     call,
@@ -42,16 +42,10 @@ from refold.graph.nodes import (
     is_tensor,
     same,
 )
+from refold.graph.ops import op_name
 
 RULE = "functionalise"
-
-# They read strides or storage: a copy in front of them matters.
-_STRIDE_SENSITIVE = frozenset({"as_strided", "as_strided_scatter", "view_as_complex", "set_"})
-_COPIES = frozenset({"contiguous", "clone", "to", "_to_copy", "lift_fresh_copy"})
-_COMPARISONS = frozenset(
-    {"eq_", "ne_", "lt_", "le_", "gt_", "ge_", "logical_and_", "logical_or_", "logical_not_",
-     "logical_xor_", "isnan_"}
-)  # fmt: skip
+_COPIES = ops.COPY | ops.CAST
 
 
 class _NotLocal(Exception):
@@ -80,6 +74,7 @@ def functional_module(
         assert isinstance(gm, fx.GraphModule)
         _normalise(gm, scatters=True)
     canonicalise(gm)
+    write_canonical(gm)
     gm.recompile()
     gm.validate_inputs = False  # type: ignore[assignment]  # calls are checked, see refold.inputs
     return gm, redone
@@ -217,7 +212,7 @@ def _storages(value: Any) -> set[int]:
 
 def _returns_input(node: fx.Node) -> bool:
     """Dropout that does nothing, and so returns its input itself."""
-    if node.op != "call_function" or op_name(node).rstrip("_") not in aliasing.DROPOUT:
+    if node.op != "call_function" or not ops.named(op_name(node), ops.DROPOUT):
         return False
     train = node.args[2] if len(node.args) > 2 else node.kwargs.get("train")
     return bool(not train or node.args[1] == 0)
@@ -389,7 +384,7 @@ def _keeps_dtype(node: fx.Node, name: str, dtype: torch.dtype) -> bool:
     operands = [a for a in node.all_input_nodes if is_tensor(a)]
     return (
         dtype.is_floating_point
-        and name not in _COMPARISONS
+        and not ops.named(name, ops.COMPARISON)
         and all(a.meta["val"].dtype == dtype for a in operands)
     )
 
@@ -545,13 +540,12 @@ def ranks_matter(gm: fx.GraphModule) -> bool:
         if not any(n in behind for n in inputs):
             continue
         behind.add(node)
-        scaled += op_name(node) in _SCALES and len(inputs) == 1
+        scaled += ops.has(node, ops.ARITHMETIC) and len(inputs) == 1
         if op_name(node) not in _BY_LAST_DIMENSION and any(n in constant for n in inputs):
             return True
     return scaled > 1
 
 
-_SCALES = frozenset({"mul", "add", "sub", "rsub", "div", "neg"})
 _BY_LAST_DIMENSION = frozenset({"linear", "layer_norm", "rms_norm", "matmul"})
 
 
@@ -627,7 +621,7 @@ def drop_no_ops(gm: fx.GraphModule) -> None:
             continue
         if not _is_no_op(node, source, leaks, sensitive):
             continue
-        if formats and op_name(node) in _COPIES and aliasing.chooses_kernel(node) is not None:
+        if formats and ops.has(node, _COPIES) and aliasing.chooses_kernel(node) is not None:
             continue
         moved: dict[fx.Node, Any] = {}
         if aliasing.unsettled_strides(node, source, moved=moved) == aliasing.OUTPUT_STRIDES:
@@ -654,11 +648,11 @@ def _is_no_op(node: fx.Node, source: fx.Node, leaks: set[fx.Node], sensitive: bo
     name = op_name(node)
     if _returns_input(node):
         return not _is_boundary(node, source)
-    if name in ("detach", "alias", "lift_fresh"):
+    if ops.has(node, ops.ALIAS):
         return not _is_boundary(node, source)
     if name in ("contiguous", "to") and _storages(before) == _storages(after):
         return not _is_boundary(node, source)
-    if name not in _COPIES:
+    if not ops.has(node, _COPIES):
         return False
     if sensitive and not same(list(before.stride()), list(after.stride())):
         return False
@@ -677,6 +671,4 @@ def _reads_strides(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return isinstance(target, torch._ops.HigherOrderOperator)
-    if target.namespace != "aten" or target is aten.view.dtype:
-        return True
-    return op_name(node) in _STRIDE_SENSITIVE
+    return target.namespace != "aten" or ops.has(node, ops.READS_STRIDES)

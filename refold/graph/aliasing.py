@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+<<<<<<< HEAD
 from refold.errors import first_line
 from refold.graph import constants, nodes
 from refold.graph.kinds import op_name
@@ -34,22 +35,14 @@ _READS_STRIDES = frozenset({
     "as_strided", "as_strided_copy", "as_strided_scatter", "view_as_complex", "sym_stride",
     "sym_storage_offset", "sym_is_contiguous", "stride", "is_contiguous",
 })  # fmt: skip
+=======
+from refold.graph import constants, nodes, ops
+from refold.graph.ops import op_name
+>>>>>>> 5a706bd (One table of operators says what each one is, and one canonical spelling is what passes read: the tables in passes are traits, tested against torch itself)
 
 _KNOWN = frozenset({"aten", "prim", "refold"})  # what others compute from strides is not known
 
-# Operators with another kernel for another memory format, which rounds worse: of 8 x 256 x 256
-# values of 20 +- 0.1 in float32, relative to the largest result and as contiguous / channels last,
-# group_norm 1e-6 / 2e-1, batch statistics 3e-6 / 3e-4, norms over several axes 2e-7 / 3e-6. Within
-# twice of each other (PyTorch 2.13, CPU): layer, RMS and instance norm, sums, means, variances,
-# softmax, pools, resizes, convolutions, products of matrices.
-_READS_FORMAT = frozenset({
-    "group_norm", "native_group_norm", "norm", "linalg_vector_norm", "linalg_norm",
-    "linalg_matrix_norm", "frobenius_norm", "nuclear_norm",
-})  # fmt: skip
 _NORMS_OF_BATCH = frozenset({"batch_norm", "_native_batch_norm_legit", "native_batch_norm"})
-
-# Operators whose result is contiguous, whatever strides they read.
-_SETTLES = frozenset({"linear", "addmm", "mm", "bmm", "layer_norm", "native_layer_norm"})
 
 _SETTLE_LIMIT = 64
 _REACH_LIMIT = 256
@@ -61,10 +54,8 @@ def _may_pass(target: Any) -> bool:
         return True
     if not isinstance(target, torch._ops.OpOverload):
         return True
-    schema = target._schema
-    if schema.name.split("::")[-1] in _UNDECLARED:
-        return True
-    return any(r.alias_info is not None for r in schema.returns)
+    declared = any(r.alias_info is not None for r in target._schema.returns)
+    return declared or ops.named(target._schema.name.split("::")[-1], ops.MAY_ALIAS)
 
 
 def storage(value: object) -> int | None:
@@ -197,20 +188,17 @@ def _stride_sensitive(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return target is not operator.getitem and bool(node.all_input_nodes) and _takes_tensor(node)
-    if target is torch.ops.aten.view.dtype:
-        return True
-    namespace, _, name = target._schema.name.partition("::")
-    return namespace not in _KNOWN or name in _READS_STRIDES
+    namespace = target._schema.name.partition("::")[0]
+    return namespace not in _KNOWN or ops.has(node, ops.READS_STRIDES)
 
 
 def reads_format(node: fx.Node) -> bool:
     """True if the memory format of what a call reads chooses how exactly it computes."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    name = node.target._schema.name.split("::")[-1]
-    if name in _NORMS_OF_BATCH:
+    if op_name(node) in _NORMS_OF_BATCH:
         return nodes.arguments(node)["training"] is not False
-    return name in _READS_FORMAT
+    return ops.has(node, ops.READS_FORMAT)
 
 
 def chooses_kernel(node: fx.Node) -> fx.Node | None:
@@ -222,7 +210,7 @@ def chooses_kernel(node: fx.Node) -> fx.Node | None:
     source = node.args[0]
     if _keeps_format(node):
         return None
-    settled = isinstance(source, fx.Node) and _settles(source)
+    settled = ops.has(source, ops.CONTIGUOUS)
     if settled and _same_strides(source.meta["val"], node.meta["val"]):  # type: ignore[union-attr]
         return None
     seen, stack = {node}, [node]
@@ -233,16 +221,9 @@ def chooses_kernel(node: fx.Node) -> fx.Node | None:
             if reads_format(user) or len(seen) > _REACH_LIMIT:
                 return user
             seen.add(user)
-            if not _settles(user):
+            if not ops.has(user, ops.CONTIGUOUS):
                 stack.append(user)
     return None
-
-
-def _settles(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and (
-        target._schema.name.split("::")[-1] in _SETTLES
-    )
 
 
 def _keeps_format(node: fx.Node) -> bool:
@@ -349,14 +330,7 @@ def run_fake(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
 
 def may_alias(node: fx.Node) -> bool:
     """True if the result of a call may share storage with one of its inputs."""
-    target = node.target
-    if node.op != "call_function" or target is operator.getitem:
-        return True
-    if not isinstance(target, torch._ops.OpOverload):
-        return True
-    if op_name(node) in MAY_RETURN_INPUT:
-        return True
-    return any(r.alias_info is not None for r in target._schema.returns)
+    return node.op != "call_function" or _may_pass(node.target)
 
 
 def leaking(graph: fx.Graph) -> set[fx.Node]:

@@ -7,23 +7,11 @@ import math
 import torch
 from torch import fx
 
-from refold.graph import constants, nodes
-from refold.graph.kinds import op_name
+from refold.graph import constants, nodes, ops
 from refold.graph.nodes import is_tensor, same, shape
+from refold.graph.ops import op_name
 
-# Finite for whatever they read; NaN of NaN, and of what has no limit at infinity.
-_BOUNDED = frozenset({
-    "tanh", "sigmoid", "hardsigmoid", "hardtanh", "relu6", "sin", "cos", "erf", "atan", "softsign",
-    "softmax", "_softmax", "sign", "sgn",
-})  # fmt: skip
-_ANSWERING = (_BOUNDED | {"clamp"}) - {"sign", "sgn", "softmax", "_softmax"}  # NaN with NaN alone
-# Of finite elements they make finite ones; one NaN in, one NaN out.
-_KEEPING = frozenset({
-    "neg", "abs", "relu", "leaky_relu", "round", "floor", "ceil", "trunc", "silu", "gelu",
-    "hardswish", "elu", "selu", "celu", "softplus", "mish", "clamp_min", "clamp_max",
-})  # fmt: skip
-_ARITHMETIC = frozenset({"mul", "add", "sub", "rsub", "div"})
-_COPIES = frozenset({"detach", "alias", "clone", "contiguous"})
+_LIMITS = {"clamp": ("min", "max"), "hardtanh": ("min_val", "max_val")}
 
 
 def nan_follows(x: fx.Node, y: fx.Node) -> bool:
@@ -34,11 +22,10 @@ def nan_follows(x: fx.Node, y: fx.Node) -> bool:
 def _is_bounded(node: fx.Node) -> bool:
     """True if no element is infinite."""
     while node.op == "call_function" and is_tensor(node):
-        name = op_name(node)
-        if name in _BOUNDED:
+        if ops.has(node, ops.BOUNDED):
             return True
-        if name == "clamp":
-            low, high = (nodes.arguments(node).get(limit) for limit in ("min", "max"))
+        if (limits := _LIMITS.get(op_name(node))) is not None:
+            low, high = (nodes.arguments(node).get(limit) for limit in limits)
             return all(isinstance(v, (int, float)) and math.isfinite(v) for v in (low, high))
         source = _only_data(node)
         if source is None or nodes.dtype(node) == torch.float16:  # whose range is soon left
@@ -52,7 +39,7 @@ def _carries(x: fx.Node, y: fx.Node) -> bool:
     while y is not x:
         if y.op != "call_function" or not is_tensor(y):
             return False
-        source = y.args[0] if op_name(y) in _ANSWERING else None
+        source = y.args[0] if ops.has(y, ops.KEEPS_NAN) else None
         source = source if source is not None else _only_data(y)
         if not isinstance(source, fx.Node) or not same(shape(source), shape(y)):
             return False
@@ -62,15 +49,22 @@ def _carries(x: fx.Node, y: fx.Node) -> bool:
 
 def _only_data(node: fx.Node) -> fx.Node | None:
     """The one tensor that a call reads element by element, beside finite constants."""
-    name = op_name(node)
-    if name in _KEEPING or name in _COPIES:
+    if ops.has(node, ops.FINITE | ops.ALIAS | ops.COPY):
         source = node.args[0]
         return source if isinstance(source, fx.Node) else None
-    if name not in _ARITHMETIC or nodes.arguments(node).get("rounding_mode") is not None:
+    if (
+        not ops.has(node, ops.ARITHMETIC)
+        or len(node.args) < 2
+        or nodes.arguments(node).get("rounding_mode") is not None
+    ):
         return None
     left, right = node.args[:2]
     for data, other in ((left, right), (right, left)):
-        if is_tensor(data) and _is_moderate(other) and not (name == "div" and data is right):
+        if (
+            is_tensor(data)
+            and _is_moderate(other)
+            and not (op_name(node) == "div" and data is right)
+        ):
             return data  # type: ignore[return-value]
     return None
 

@@ -14,15 +14,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from refold.algebra.lazy import Lazy
-from refold.graph import nodes
-from refold.graph.kinds import op_name
-
-_IMPURE = {
-    "uniform", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like",
-    "normal", "bernoulli", "multinomial", "poisson", "exponential", "geometric", "cauchy",
-    "log_normal", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
-    "empty_permuted", "rrelu", "random", "alpha_dropout", "feature_dropout", "native_dropout",
-}  # fmt: skip
+from refold.graph import nodes, ops
+from refold.graph.ops import op_name
 
 
 def tensor(node: fx.Node) -> torch.Tensor:
@@ -77,18 +70,14 @@ def compact(node: object) -> Lazy | None:
     return pending if pending is not None else Lazy.of(tensor(node))
 
 
-_BROADCASTS = {"expand", "expand_as", "contiguous", "clone", "detach", "alias"}
-_VIEWS = {"view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "permute", "transpose", "t"}
-
-
 def _compact_layout(node: object) -> Lazy | None:
     if not isinstance(node, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
         return None
-    name = op_name(node)
-    if name not in _BROADCASTS and name not in _VIEWS:
+    repeats = ops.has(node, ops.EXPAND | ops.ALIAS | ops.COPY)
+    if not repeats and not ops.has(node, ops.VIEW | ops.PERMUTE):
         return None
     source = node.args[0] if node.args else None
-    if name in _BROADCASTS:
+    if repeats:
         return compact(source)
     rest = node.args[1:]
     if len(node.all_input_nodes) != 1:
@@ -325,7 +314,7 @@ def impurity(node: fx.Node) -> str | None:
     if not isinstance(target, torch._ops.OpOverload):
         return f"{target} is not an ATen operator"
     name = op_name(node)
-    if name in _IMPURE or torch.Tag.nondeterministic_seeded in target.tags:
+    if ops.has(node, ops.DRAWS) or torch.Tag.nondeterministic_seeded in target.tags:
         if _is_switched_off(node):
             return None
         if name.startswith(("empty", "new_empty")):

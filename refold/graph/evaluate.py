@@ -18,9 +18,9 @@ from torch import fx
 from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
-from refold.graph import constants
-from refold.graph.kinds import op_name
+from refold.graph import constants, ops
 from refold.graph.nodes import is_tensor
+from refold.graph.ops import op_name
 
 WIDE = {
     torch.float16: torch.float64,
@@ -29,48 +29,25 @@ WIDE = {
     torch.complex32: torch.complex128,
     torch.complex64: torch.complex128,
 }
-# A step somewhere in their value: their inputs decide on which side.
-_DISCONTINUOUS = frozenset({
-    "round", "floor", "ceil", "trunc", "fix", "frac", "sign", "sgn", "signbit", "heaviside",
-    "floor_divide", "remainder", "fmod", "eq", "ne", "lt", "le", "gt", "ge", "equal", "isclose",
-    "logical_and", "logical_or", "logical_not", "logical_xor", "isnan", "isinf", "isfinite",
-    "isposinf", "isneginf", "topk", "sort", "argsort", "msort", "kthvalue", "mode", "median",
-    "nanmedian", "argmax", "argmin", "unique", "_unique2", "unique_dim", "unique_consecutive",
-    "nonzero", "count_nonzero", "any", "all", "bucketize", "searchsorted", "histc", "bincount",
-    "multinomial", "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine",
-    "quantize_per_tensor", "quantize_per_channel", "quantize", "frexp", "nextafter",
-    "linalg_svd", "_linalg_svd", "linalg_eigh", "_linalg_eigh", "linalg_eig", "svd",
-})  # fmt: skip
-# They move values and compute nothing: exact in any dtype.
-_MOVES = frozenset({
-    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t",
-    "movedim", "unsqueeze", "squeeze", "expand", "slice", "select", "split", "split_with_sizes",
-    "chunk", "unbind", "getitem", "contiguous", "clone", "roll", "flip", "channel_shuffle",
-    "pixel_shuffle", "pixel_unshuffle", "repeat", "narrow", "alias", "detach", "expand_as",
-    "view_as", "reshape_as", "swapaxes", "numpy_T", "index_select", "lift_fresh_copy", "diagonal",
-    "tile", "repeat_interleave", "unfold", "unsafe_chunk", "unsafe_split", "lift_fresh", "mT",
-})  # fmt: skip
 _ROUNDINGS = 16  # of its own dtype, by which the value of a constant may differ from the exact one
 _MEASURED = 1 << 24  # elements of a constant up to which both are computed
-_INDEXED = frozenset({"max", "min", "cummax", "cummin", "aminmax", "adaptive_max_pool2d"})
 
 
 def discontinuous(node: fx.Node) -> bool:
     """True if a small change of the node's inputs can move its value by a step."""
     if node.op != "call_function":
         return False
-    name = op_name(node)
-    if name in _DISCONTINUOUS:
+    if ops.has(node, ops.STEP):
         return True
-    if name == "div" and node.kwargs.get("rounding_mode") is not None:
+    if op_name(node) == "div" and node.kwargs.get("rounding_mode") is not None:
         return True
     result = node.meta.get("val")
-    if name in _INDEXED and isinstance(result, (tuple, list)):
+    if ops.has(node, ops.INDEXED) and isinstance(result, (tuple, list)):
         return any(u.args[1] == 1 for u in node.users if op_name(u) == "getitem")
     if not isinstance(result, torch.Tensor) or result.dtype in WIDE or result.dtype.is_complex:
-        return node.target is torch.ops.aten.view.dtype
+        return False
     if result.dtype == torch.float64:
-        return node.target is torch.ops.aten.view.dtype
+        return False
     # What turns floats into integers, booleans or float8 rounds.
     return any(is_tensor(a) and a.meta["val"].dtype.is_floating_point for a in node.all_input_nodes)
 
@@ -147,7 +124,7 @@ def _evaluate_both(
         return
     try:
         wide[node] = _step(node, wide, stepped)
-        alike = node.op == "get_attr" or node in stepped or op_name(node) in _MOVES
+        alike = node.op == "get_attr" or node in stepped or ops.has(node, ops.MOVES)
         if alike and all(wide[a] is own[a] for a in inputs):
             own[node] = wide[node]
         else:
@@ -225,7 +202,7 @@ def _step(node: fx.Node, values: dict[fx.Node, Any], exact: set[fx.Node]) -> Any
     if node in exact:
         args, kwargs = _arguments(node, values, native=True)
         return _call(node.target, args, kwargs)
-    if op_name(node) in _MOVES:
+    if ops.has(node, ops.MOVES):
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
         return _call(node.target, args, kwargs)
     return wide_call(node, values)

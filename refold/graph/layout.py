@@ -16,22 +16,11 @@ import sympy
 import torch
 from torch import fx
 
-from refold.graph import constants
-from refold.graph.kinds import op_name
-from refold.graph.nodes import Size, aten, is_tensor, shape
+from refold.graph import constants, ops
+from refold.graph.nodes import Size, is_tensor, shape
+from refold.graph.ops import op_name
+from refold.graph.records import windows
 
-_GATHERS = frozenset({
-    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t",
-    "mT", "squeeze", "unsqueeze", "expand", "slice", "select", "split", "split_with_sizes", "chunk",
-    "unbind", "getitem", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
-    "native_channel_shuffle", "roll", "flip", "contiguous", "clone", "repeat", "movedim", "narrow",
-    "swapaxes", "swapdims", "index_select", "repeat_interleave", "alias", "detach", "tile",
-    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
-})  # fmt: skip
-_PERMUTES = frozenset({"permute", "transpose", "t", "swapaxes", "swapdims", "movedim"})
-_RESHAPES = frozenset({
-    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"
-})  # fmt: skip
 _MAX_ELEMENTS = 1 << 24
 
 
@@ -76,9 +65,11 @@ def is_layout(node: fx.Node) -> bool:
     """True if every element of the result is an element of the one tensor input."""
     if node.op != "call_function":
         return False
+    if ops.has(node, ops.MOVES | ops.NEAREST):
+        return True
     name = op_name(node)
-    if name in _GATHERS:
-        return node.target is not aten.view.dtype  # which reads the bits as other numbers
+    if name in ("pad", "constant_pad_nd") and windows.crops(node):
+        return True
     if name == "pad":
         return str(node.args[2] if len(node.args) > 2 else node.kwargs.get("mode")) in (
             "reflect", "replicate", "circular",
@@ -200,11 +191,11 @@ def _known(node: fx.Node, start: fx.Node, end: fx.Node, pair: Pair) -> Pair | No
     the elements. A reshape is known where the pair varies within a block of last axes alone: the
     rows before it are alike, so one stands for all, however many there are.
     """
-    name, rank = op_name(node), len(shape(start))
-    if (name not in _PERMUTES and name not in _RESHAPES) or any(v.dim() != rank for v in pair):
+    rank = len(shape(start))
+    if not ops.has(node, ops.PERMUTE | ops.VIEW) or any(v.dim() != rank for v in pair):
         return None
     pair = reduce(pair[0], None, 0.0), reduce(pair[1], None, 0.0)
-    if name in _PERMUTES:
+    if ops.has(node, ops.PERMUTE):
         sizes = range(2, 2 + rank)  # no two axes alike
         source = torch.empty(tuple(sizes), device="meta")
         moved = node.target(source, *node.args[1:], **node.kwargs)  # type: ignore[operator]

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from refold.graph import nodes, provenance
-from refold.graph.kinds import op_name
+from refold.graph.ops import op_name
 
 _DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",

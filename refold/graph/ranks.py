@@ -11,13 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from refold.graph.kinds import op_name
-
-# Their result has the rank that they state, whatever they read.
-_STATE_THE_RANK = frozenset(
-    {"reshape", "view", "_unsafe_view", "view_as", "expand", "expand_as", "repeat"}
-)
-_PERMUTE = frozenset({"permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims"})
+from refold.graph import ops
 
 
 def squeezes(graph: fx.Graph) -> list[fx.Node]:
@@ -44,7 +38,7 @@ def sources(values: Iterable[fx.Node]) -> set[fx.Node]:
 
 def states_its_rank(node: fx.Node) -> bool:
     """Whether a call's result has one rank, whatever the call reads."""
-    return op_name(node) in _STATE_THE_RANK
+    return ops.has(node, ops.SIZED)
 
 
 def objection(
@@ -59,7 +53,7 @@ def objection(
     """
     if sources(old) != sources(new):
         return _REASON
-    permutes = [n for n in made if not n._erased and op_name(n) in _PERMUTE]
+    permutes = [n for n in made if not n._erased and ops.has(n, ops.PERMUTE)]
     return _REASON if any(sources(n.all_input_nodes) for n in permutes) else None
 
 

@@ -55,7 +55,7 @@ def _ordered(branches: FoldBranches) -> tuple[Pass, ...]:
         FoldBatchNorm(),  # a norm after a merged block now has one producer
         AbsorbScaleShift(border_maps=True),  # likewise for scales; a map ends what branches merge
         FoldAttentionBiases(),  # nothing but layouts is left between projections and products
-        CleanUp(),  # last: what the folds left without a reader
+        CleanUp(last=True),  # what the folds left without a reader
     )
 
 

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from refold.graph.kinds import LAYOUT, kind, op_name
+from refold.graph import ops
 from refold.graph.nodes import hints
+from refold.graph.ops import kind, op_name
 from refold.graph.records import convolutions, products, windows
 
 _LANES = 16  # floats in a vector of the kernels that the table was measured on
@@ -245,9 +246,9 @@ class CostModel:
             summed = (hints(node.all_input_nodes[0])[-1:] or (1,))[0]
             columns = shape[-1] if shape else 1  # two vectors make a number
             return self.matrix(math.prod(shape) // max(columns, 1), columns, summed, width)
-        if op_name(node) in LAYOUT - _COPIES:
+        if ops.is_layout(node) and op_name(node) not in _COPIES:
             return FREE
-        if "upsample" in op_name(node):
+        if ops.has(node, ops.RESIZE):
             return self.resize(shape, hints(node.all_input_nodes[0]), width)
         if kind(node) == "embedding":  # reads the rows that it picks
             return self.elementwise(shape, 1, width)

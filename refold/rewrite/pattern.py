@@ -21,11 +21,9 @@ import torch
 from torch import fx
 
 from refold.errors import RefoldError
-from refold.graph import constants, nodes
+from refold.graph import constants, nodes, ops
 
 aten = torch.ops.aten
-
-_COMMUTATIVE = (aten.add, aten.mul, aten.maximum, aten.minimum, aten.logical_and, aten.logical_or)
 
 
 class Decline(RefoldError):
@@ -438,7 +436,7 @@ def to_pattern(value: Any) -> Pattern:
 
 def commutes(node: fx.Node) -> bool:
     """True if the first two operands of a call may change places."""
-    if not nodes.is_call(node, *_COMMUTATIVE):
+    if not ops.has(node, ops.COMMUTATIVE):
         return False
     return _same_value(nodes.arguments(node).get("alpha", 1), 1)
 

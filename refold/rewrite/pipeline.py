@@ -13,7 +13,7 @@ from torch import fx, nn
 from refold.errors import RefoldError, UsageError, VerifierError, did_you_mean
 from refold.graph import constants, subgraphs
 from refold.graph.copies import copy_sharing_tensors
-from refold.graph.kinds import census
+from refold.graph.ops import census
 from refold.graph.verifier import Signature, signature, verify
 from refold.rewrite.context import Context
 from refold.rewrite.edit import Snapshot

@@ -149,7 +149,7 @@ def applied(
     rule: str, removed: Iterable[fx.Node], added: Iterable[fx.Node], detail: str = ""
 ) -> Applied:
     """Makes an :class:`Applied` record from nodes (call it before the nodes are erased)."""
-    from refold.graph.kinds import kind
+    from refold.graph.ops import kind
 
     nodes = list(removed)
     paths: dict[str, None] = {}

@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from refold.errors import VerificationError
 from refold.graph.evaluate import Oracle, flat_inputs
-from refold.graph.kinds import op_name
 from refold.graph.nodes import is_tensor
+from refold.graph.ops import op_name
 from refold.graph.program import Call, fresh
 from refold.graph.records.comparisons import MIRRORED
 from refold.verify.given import state_kept

@@ -10,8 +10,8 @@ from torch.utils import _pytree as pytree
 
 from refold.graph import constants
 from refold.graph.evaluate import flat_inputs
-from refold.graph.kinds import op_name
 from refold.graph.nodes import same, shape
+from refold.graph.ops import op_name
 from refold.graph.program import Call, fresh
 from refold.verify.given import state_kept
 

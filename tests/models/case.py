@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from refold.graph.kinds import census
+from refold.graph.ops import census
 from tests.randomise import randomise
 
 CONV_LIKE = ("conv", "conv-transpose", "linear")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from refold.graph.kinds import LAYOUT, op_name
+from refold.graph.ops import is_layout, op_name
 
 CHANNELS = 16
 IMAGE = (2, CHANNELS, 14, 14)
@@ -90,7 +90,7 @@ def compute_nodes(gm: fx.GraphModule) -> int:
 
 
 def _computes(node: fx.Node) -> bool:
-    if node.op != "call_function" or op_name(node).rstrip("_") in LAYOUT:
+    if node.op != "call_function" or is_layout(node):
         return False
     if not isinstance(node.meta.get("val", torch.empty(0)), Tensor | tuple | list):
         return False  # arithmetic on sizes

@@ -16,7 +16,7 @@ import refold
 from refold.frontends.export import trace
 from refold.graph import constants
 from refold.graph.evaluate import Oracle
-from refold.graph.kinds import op_name
+from refold.graph.ops import op_name
 from refold.passes import PIPELINES
 from refold.rewrite.result import Declined
 from tests.compare import EXACT, relative_error

@@ -12,7 +12,7 @@ from refold.algebra.lazy import Lazy
 from refold.errors import RefoldError, UsageError, VerifierError
 from refold.frontends import export
 from refold.graph import constants, nodes, subgraphs
-from refold.graph.kinds import census
+from refold.graph.ops import census
 from refold.passes import PIPELINES
 from refold.passes.branches.merge_parallel_layers import MergeParallelLayers
 from refold.passes.prepare.clean_up import CleanUp

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import refold
 from refold.backends.pytorch import inductor
 from refold.errors import UsageError
-from refold.graph.kinds import census
+from refold.graph.ops import census
 from refold.passes import PIPELINES
 from refold.rewrite.context import Context
 from refold.torch_compile import backend as torch_compile

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import refold
 from refold.frontends.export import trace
-from refold.graph.kinds import op_name
+from refold.graph.ops import op_name
 from refold.verify.randomness import draws, first_draw
 from tests.folding import Net
 

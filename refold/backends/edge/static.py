@@ -16,8 +16,8 @@ from torch import fx
 from refold.backends import flat
 from refold.backends.base import LEFT_ALONE, places
 from refold.errors import BackendError, UsageError
-from refold.graph.kinds import op_name
 from refold.graph.nodes import symbolic_dims
+from refold.graph.ops import op_name
 
 if TYPE_CHECKING:
     from refold.graph.program import Program

@@ -21,7 +21,7 @@ from torch import fx
 
 from refold.errors import BackendError
 from refold.graph import nodes
-from refold.graph.kinds import op_name
+from refold.graph.ops import op_name
 
 _aten = torch.ops.aten
 

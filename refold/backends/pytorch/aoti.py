@@ -23,7 +23,7 @@ from refold.backends.pytorch.inductor import Layouts, may_freeze, missing_compil
 from refold.backends.pytorch.own_outputs import OwnOutputs
 from refold.errors import BackendError, UsageError, first_line
 from refold.graph import constants
-from refold.graph.kinds import census
+from refold.graph.ops import census
 from refold.native.lower import lower
 from refold.rewrite import cost
 

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from refold.backends.base import Artifact, Capabilities, Checked, Runner, Target
 from refold.errors import BackendError
 from refold.graph.evaluate import flat_inputs
-from refold.graph.kinds import census
 from refold.graph.nodes import symbolic_dims
+from refold.graph.ops import census
 from refold.native.lower import is_packed, lower, with_sums
 from refold.rewrite import cost
 

@@ -26,7 +26,7 @@ from refold.backends.pytorch.eager import constant_bytes
 from refold.backends.pytorch.own_outputs import OwnOutputs
 from refold.errors import BackendError, UsageError, did_you_mean, first_line
 from refold.graph import constants, nodes
-from refold.graph.kinds import census
+from refold.graph.ops import census
 from refold.native.lower import lower
 from refold.rewrite import cost
 

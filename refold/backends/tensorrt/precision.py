@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from refold.errors import BackendError
 from refold.graph import constants, nodes, provenance
 from refold.graph.evaluate import Oracle, discontinuous
-from refold.graph.kinds import op_name
+from refold.graph.ops import op_name
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _HEADROOM = 2.0

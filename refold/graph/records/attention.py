@@ -15,12 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from refold.graph import constants
-from refold.graph.kinds import op_name
+from refold.graph import constants, ops
 from refold.graph.nodes import arguments, aten, is_call, is_tensor, only_user, same, shape
+from refold.graph.ops import op_name
 from refold.graph.records import products
-
-_RESHAPES = ("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "unflatten", "flatten")
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def _above(node: fx.Node) -> fx.Node | None:
     if is_call(node, aten.masked_fill.Scalar):
         hides = arguments(node)["value"] == -math.inf
         return source if hides and same(shape(source), shape(node)) else None  # type: ignore[arg-type, return-value]
-    if op_name(node) in _RESHAPES and same(shape(node)[-1], shape(source)[-1]):  # type: ignore[arg-type]
+    if ops.has(node, ops.VIEW) and same(shape(node)[-1], shape(source)[-1]):  # type: ignore[arg-type]
         return source  # type: ignore[return-value]
     return None
 

@@ -11,8 +11,8 @@ from torch import fx
 
 from refold.algebra.lazy import Lazy
 from refold.graph import constants
-from refold.graph.kinds import op_name
 from refold.graph.nodes import arguments, aten, dtype, is_call, is_tensor, same, shape
+from refold.graph.ops import op_name
 from refold.graph.records.common import Ints, constant, fixed_float
 from refold.graph.records.convolutions import CONVS, TRANSPOSED, conv
 

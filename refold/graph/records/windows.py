@@ -74,6 +74,14 @@ def avg_pool(node: object) -> AvgPool | None:
     return AvgPool(node, x, kernel, stride, padding, uniform, divisor, keeps)
 
 
+def crops(node: fx.Node) -> bool:
+    """True for a zero pad by negative amounts alone, which takes elements away."""
+    args = arguments(node)
+    amounts = args["pad"]
+    plain = str(args.get("mode", "constant")) == "constant"
+    return plain and all(isinstance(a, int) and a <= 0 for a in amounts) and min(amounts) < 0
+
+
 def pad(node: object) -> Pad | None:
     """Reads a pad; ``mode`` is ``constant``, ``reflect``, ``replicate`` or ``circular``."""
     if not isinstance(node, fx.Node) or not is_tensor(node):
@@ -88,7 +96,7 @@ def pad(node: object) -> Pad | None:
     else:
         return None
     amounts = args["pad"]
-    if not is_tensor(x) or not isinstance(value, (int, float)):
+    if not is_tensor(x) or not isinstance(value, (int, float)) or crops(node):
         return None
     if any(not isinstance(a, int) for a in amounts) or len(amounts) % 2:
         return None

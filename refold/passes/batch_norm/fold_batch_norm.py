@@ -41,8 +41,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from refold.graph import nodes
-from refold.graph.kinds import kind
 from refold.graph.nodes import aten, is_call
+from refold.graph.ops import kind
 from refold.graph.records import scale_shifts
 from refold.passes.scale_shift.push.pusher import Pusher
 from refold.rewrite.context import Context

@@ -45,8 +45,7 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes
-from refold.graph.kinds import op_name
+from refold.graph import constants, nodes, ops
 from refold.graph.nodes import aten, hints, is_tensor, only_user, same, shape
 from refold.graph.records import concatenations, convolutions
 from refold.rewrite.build import Builder
@@ -58,12 +57,6 @@ from refold.rewrite.result import PassResult
 from refold.rewrite.rule import RewriteRule
 
 _CONVS = (aten.conv1d, aten.conv2d, aten.conv3d)
-_RESIZES = {
-    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
-    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d",
-    "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
-    "_upsample_bicubic2d_aa",
-}  # fmt: skip
 _WORTH = 0.1  # below this share of what the product costs, a gain is within the table's error
 
 
@@ -233,7 +226,7 @@ def _read(node: fx.Node) -> tuple[convolutions.Conv, tuple[_Term, ...]] | None:
 
 def _resize(node: fx.Node) -> tuple[Any, ...] | None:
     """What makes a resize the same as another: operator, extents and options."""
-    if node.op != "call_function" or op_name(node) not in _RESIZES or nodes.pinned(node):
+    if node.op != "call_function" or not ops.has(node, ops.RESIZE) or nodes.pinned(node):
         return None
     source = node.args[0]
     if not is_tensor(source) or nodes.dtype(source) != nodes.dtype(node):  # type: ignore[arg-type]

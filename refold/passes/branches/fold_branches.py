@@ -54,8 +54,8 @@ from refold.algebra import affine_map as am
 from refold.algebra.affine_map import AffineMap
 from refold.algebra.lazy import Lazy
 from refold.graph import bounds, constants, layout, nodes
-from refold.graph.kinds import kind, op_name
 from refold.graph.nodes import hints
+from refold.graph.ops import kind, op_name
 from refold.graph.records import sums
 from refold.passes.branches import maps
 from refold.passes.branches.emit import Emission, Emitter

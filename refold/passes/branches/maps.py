@@ -24,9 +24,9 @@ from torch import fx
 from refold.algebra import affine_map as am
 from refold.algebra.affine_map import AffineMap
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes
-from refold.graph.kinds import op_name
+from refold.graph import constants, nodes, ops
 from refold.graph.nodes import aten, is_call, is_tensor, same, shape
+from refold.graph.ops import op_name
 from refold.graph.records import concatenations, convolutions, products, scale_shifts, sums, windows
 from refold.passes.branches.borders import Border, border_reason, covered_side, reads_outside
 
@@ -36,8 +36,6 @@ Maps = dict[Key, AffineMap]
 _MAX_ROOTS = 16
 _MAX_TAPS = 4096
 _MAX_MATRIX = 1 << 22
-_TRANSPARENT = {"contiguous", "clone", "alias", "detach"}
-_RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"}
 
 
 @dataclass
@@ -114,9 +112,11 @@ class MapReader:
         if is_call(node, aten.slice_scatter.default):
             return self._slice_scatter(node)
         name = op_name(node)
-        if name in _TRANSPARENT or (is_call(node, aten.dropout.default) and node.args[2] is False):
+        if ops.has(node, ops.ALIAS | ops.COPY) or (
+            is_call(node, aten.dropout.default) and node.args[2] is False
+        ):
             return self._same(node)
-        if name in _RESHAPES:
+        if ops.has(node, ops.VIEW):
             return self._reshape(node)
         if name in ("channel_shuffle", "native_channel_shuffle"):
             return self._shuffle(node)

@@ -47,8 +47,8 @@ from torch.utils import _pytree as pytree
 from refold.errors import UsageError
 from refold.graph import constants, provenance
 from refold.graph.evaluate import Oracle
-from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, dtype, hints, is_tensor, pinned
+from refold.graph.ops import op_name
 from refold.passes.experts import join as join_experts
 from refold.passes.experts.join import Network
 from refold.passes.experts.read import Mixture, Refusal, Unread

@@ -12,8 +12,8 @@ from torch import fx
 from refold.algebra.lazy import Lazy
 from refold.graph import constants, provenance
 from refold.graph.evaluate import WIDE
-from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, call, is_tensor, same
+from refold.graph.ops import op_name
 from refold.passes.experts.read import (
     INPUT,
     SPLITS,

@@ -24,8 +24,7 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants
-from refold.graph.kinds import op_name
+from refold.graph import constants, ops
 from refold.graph.nodes import (
     arguments,
     aten,
@@ -37,12 +36,15 @@ from refold.graph.nodes import (
     same,
     shape,
 )
+from refold.graph.ops import op_name
 from refold.graph.records import products
 
 LARGEST = 256  # steps of one expert; what is larger is no expert of a layer
 DEEPEST = 64  # steps one after the other, in an expert or in a sum
-SPLITS = frozenset({"chunk", "split", "split_with_sizes", "tensor_split"})
+SPLITS = ops.names(ops.SPLIT) - {"unbind"}  # whose parts keep the axis
+# Reductions along their ``dim`` that are read with an axis of experts before it.
 REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "var", "softmax", "log_softmax"})
+# An expert of these alone is affine: the mean of the weights is the mean of the results.
 AFFINE = frozenset({
     "linear", "addmm", "mm", "matmul", "conv1d", "conv2d", "conv3d", "convolution", "batch_norm",
     "add", "sub", "neg", "getitem",

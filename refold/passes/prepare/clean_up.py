@@ -47,7 +47,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from refold.graph import aliasing, constants, nodes
+from refold.graph import aliasing, constants, nodes, ops
 from refold.rewrite.build import Builder
 from refold.rewrite.context import Context
 from refold.rewrite.driver import apply_rules
@@ -60,27 +60,32 @@ aten = torch.ops.aten
 
 x = Var("x")
 
-_RESHAPES = (
-    aten.reshape, aten.view.default, aten._unsafe_view, aten.flatten, aten.unflatten,
-    aten.squeeze, aten.unsqueeze, aten.view_as, aten.reshape_as,
-)  # fmt: skip
+_RESHAPES = tuple(p.default if p is aten.view else p for p in ops.packets(ops.VIEW))
 _SIZED = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
-_EXPANDS = (aten.expand, aten.expand_as, aten.broadcast_to)
+_EXPANDS = ops.packets(ops.EXPAND)
+# Arithmetic that expands its operands by itself.
 _BROADCASTING = (
     aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor,
 )  # fmt: skip
-_PERMUTES = (aten.permute, aten.transpose.int, aten.t, aten.swapaxes, aten.swapdims)
+_PERMUTES = ops.packets(ops.PERMUTE)
 _COPIES = (aten.clone, aten.contiguous)
+# Layers that take one sample without a batch.
+_CONVOLUTIONS = tuple(getattr(aten, f"conv{t}{n}d") for t in ("", "_transpose") for n in (1, 2, 3))
 _ROUNDS = 8
 _COMMON = "clean-up/common-subexpression"
 
 
 @dataclass(frozen=True)
 class CleanUp:
-    """The pass: rules, common subexpressions and dead code, until nothing changes."""
+    """The pass: rules, common subexpressions and dead code, until nothing changes.
+
+    Attributes:
+        last: nothing follows that reads layers: what frontends write for passes to read goes.
+    """
 
     name: str = "clean-up"
     exactness: str = "exact"
+    last: bool = False
 
     def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         """Cleans a graph in place."""
@@ -88,6 +93,7 @@ class CleanUp:
         done, swept = _remove_dead(editor)  # a dead user would hold the call that it reads
         modified = _loosen_views(editor)
         rules = _rules(gm.graph, strides_matter=aliasing.reads_strides(gm.graph))
+        rules += (OfOneSample(),) if self.last else ()
         for _ in range(_ROUNDS):
             result = apply_rules(gm, rules)
             merged = merge_common(Editor(gm, _COMMON, result))
@@ -110,6 +116,17 @@ class Drop(RewriteRule):
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         result: fx.Node = match["x"]
         return result
+
+
+class OfOneSample(RewriteRule):
+    """``squeeze(conv(unsqueeze(x, 0)), 0)`` is the convolution of one sample, without a batch."""
+
+    name = "clean-up/one-sample"
+    pattern = Call(aten.squeeze.dim, Call(_CONVOLUTIONS, Call(aten.unsqueeze, x, 0), ...), 0)
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        conv: Any = match.root.args[0]
+        return build(conv.target, match["x"], *conv.args[1:], **conv.kwargs)
 
 
 class MergeReshapes(RewriteRule):

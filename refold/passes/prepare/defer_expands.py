@@ -40,8 +40,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from refold.graph import aliasing, constants, provenance
-from refold.graph.kinds import LAYOUT, op_name
+from refold.graph import aliasing, constants, ops, provenance
 from refold.graph.nodes import (
     arguments,
     aten,
@@ -52,20 +51,18 @@ from refold.graph.nodes import (
     same,
     shape,
 )
+from refold.graph.ops import op_name
 from refold.rewrite.context import Context
 from refold.rewrite.edit import Editor, Refused
 from refold.rewrite.result import PassResult, applied
 
-_ANYWHERE = frozenset({
-    "permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "unsqueeze", "squeeze",
-    "contiguous", "detach", "alias", "zeros_like", "ones_like", "full_like",
-})  # fmt: skip
-_ALONG_DIM = frozenset({"softmax", "_softmax", "log_softmax", "select", "slice", "narrow"})
-_OF_SAMPLES = frozenset({
+_ANYWHERE = ops.ELEMENTWISE | ops.PERMUTE | ops.UNIT_AXES | ops.ALIAS | ops.COPY
+_FILLS = ("zeros_like", "ones_like", "full_like")  # whose value the shape alone decides
+_ALONG_DIM = ("softmax", "_softmax", "log_softmax")  # which act along their ``dim``, and no other
+_OF_SAMPLES = frozenset({  # layers that treat each sample by itself
     "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
     "conv_transpose3d", "group_norm",
 })  # fmt: skip
-_RESHAPES = frozenset({"view", "_unsafe_view", "reshape", "flatten", "unflatten"})
 
 Extent = fx.Node | int
 
@@ -177,11 +174,11 @@ class _Deferral:
                 extents.update({a: extent for a in axes if same(value.shape[a], size)})
         if len(extents) < len(axes):
             return None
-        computed = op_name(node) not in LAYOUT
+        computed = not ops.is_layout(node)
         return _Spread(one, extents, computed or any(self.found[a].computed for a in read))
 
     def _on_one_copy(self, node: fx.Node) -> fx.Node | None:
-        if op_name(node) in _RESHAPES:
+        if ops.has(node, ops.VIEW) and not ops.has(node, ops.UNIT_AXES):
             sizes = self._reshaped(node)
             if sizes is None:
                 return None
@@ -203,8 +200,7 @@ class _Deferral:
     def _acts_apart(self, node: fx.Node) -> bool:
         """True if a call treats each index of the expanded axes of its operands by itself."""
         name = op_name(node)
-        target: Any = node.target
-        if torch.Tag.pointwise in target.tags or name in _ANYWHERE:
+        if ops.has(node, _ANYWHERE) or name in _FILLS:
             return True
         args = arguments(node)
         spread = {k: axes for k, v in args.items() if (axes := self._axes(v))}
@@ -225,7 +221,7 @@ class _Deferral:
             return rank - 1 not in axes
         if name in ("layer_norm", "rms_norm"):
             return max(axes) < rank - len(args["normalized_shape"])
-        if name in _ALONG_DIM:
+        if ops.has(node, ops.PART) or name in _ALONG_DIM:
             full = name == "slice" and args["step"] == 1 and same(shape(node), shape(args[first]))
             return full or args["dim"] % rank not in axes
         if name in _OF_SAMPLES:

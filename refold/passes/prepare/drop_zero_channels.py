@@ -43,26 +43,16 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes
-from refold.graph.kinds import op_name
+from refold.graph import constants, nodes, ops
 from refold.graph.nodes import aten, is_call, is_tensor, same, shape
+from refold.graph.ops import op_name
 from refold.graph.records import convolutions, products, scale_shifts, windows
 from refold.rewrite.context import Context
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import PassResult, applied, declined
 
 _BLOCK = 4  # channels that kernels compute together
-_UNARY = {
-    "relu", "relu6", "gelu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh",
-    "leaky_relu", "elu", "selu", "celu", "mish", "softplus", "exp", "abs", "square", "clamp",
-    "clamp_min", "clamp_max", "log_sigmoid", "softsign", "sin", "cos", "sqrt",
-}  # fmt: skip
-_KEEPING = {
-    "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_nearest1d", "upsample_nearest2d",
-    "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d",
-    "upsample_bicubic2d", "clone", "contiguous",
-}  # fmt: skip
+_KEEPING = ops.ORDER | ops.MEAN | ops.RESIZE | ops.NEAREST  # each channel by itself
 _LAYERS = (aten.linear.default, *(
     overload for op in (aten.conv1d, aten.conv2d, aten.conv3d)
     for overload in (op.default, op.padding)
@@ -407,7 +397,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     affine = scale_shifts.affine(node)
     if affine is not None and affine.reader is node and not _is_tuple(node):
         return [affine.x]
-    plain = name in _UNARY or name in _KEEPING or name == "flatten"
+    plain = _is_function(node) or ops.has(node, _KEEPING) or name == "flatten"
     if plain or is_call(node, aten.mean.dim, aten.view, aten.reshape) or _pools(node):
         tensors = [n for n in node.all_input_nodes if is_tensor(n)]
         if len(tensors) == 1 and node.args and tensors[0] is node.args[0]:
@@ -416,6 +406,11 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     if binary and all(is_tensor(a) and constants.compact(a) is None for a in node.args):
         return list(node.args)  # type: ignore[arg-type]
     raise _Refused(node, f"nothing is known of how {name} keeps channels apart")
+
+
+def _is_function(node: fx.Node) -> bool:
+    """True for a continuous function of each element alone."""
+    return ops.has(node, ops.ELEMENTWISE) and not ops.has(node, ops.MIXES | ops.STEP)
 
 
 def _is_tuple(node: fx.Node) -> bool:
@@ -441,7 +436,7 @@ def _input_axis(node: fx.Node, source: fx.Node, axis: int) -> int:
         if axis != len(after) - 1 or not same(before[: axis + 1], after):
             raise _Refused(node, f"{name} moves the channels")
         return axis
-    if name in _KEEPING or _pools(node):
+    if ops.has(node, _KEEPING) or _pools(node):
         pooled = next((int(c) for c in name if c.isdigit()), 0)
         if (pad := windows.pad(node)) is not None:
             pooled = len(pad.low)
@@ -516,7 +511,7 @@ def _kept(node: fx.Node, region: _Region, found: dict[fx.Node, _Channels], count
         return inner[0] if pool.keeps_constants else inner[0].only(inner[0].value == 0)
     if (pad := windows.pad(node)) is not None:
         return inner[0] if pad.mode != "constant" else inner[0].only(inner[0].value == pad.value)
-    if op_name(node) in _UNARY:
+    if _is_function(node):
         value = node.target(inner[0].value, *node.args[1:], **node.kwargs)  # type: ignore[operator]
         return _Channels(inner[0].constant, value)
     return inner[0]

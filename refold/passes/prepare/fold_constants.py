@@ -35,11 +35,11 @@ import torch
 from torch import fx
 
 from refold.errors import first_line
-from refold.graph import constants, provenance
+from refold.graph import constants, ops, provenance
 from refold.graph.aliasing import leaking
 from refold.graph.evaluate import evaluate_constants, in_own_dtype
-from refold.graph.kinds import op_name
 from refold.graph.nodes import arguments, aten, is_call, is_tensor, pinned
+from refold.graph.ops import op_name
 from refold.passes.prepare.decided_sizes import decide_sizes
 from refold.rewrite.context import Context
 from refold.rewrite.edit import Editor, Refused
@@ -47,12 +47,8 @@ from refold.rewrite.result import Applied, Declined, PassResult, applied, declin
 
 SMALL = 64 * 1024  # bytes; below it a constant is not worth an operator ...
 _MANY = 16  # ... unless all of them together are as much as so many of that size
+_VIEWS = ops.VIEW | ops.PERMUTE | ops.PART | ops.ALIAS  # which store nothing
 _LARGEST = 2.0  # one constant may store this many times what its sources store
-_VIEWS = frozenset({
-    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "movedim", "unsqueeze",
-    "squeeze", "slice", "select", "narrow", "swapaxes", "numpy_T", "flatten", "unflatten",
-    "alias", "detach", "mT",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -383,7 +379,7 @@ def _strides_zero(node: fx.Node) -> bool:
 def _is_view_of_one(node: fx.Node) -> bool:
     """True if the node only views a stored tensor, and so stores nothing of its own."""
     while node.op == "call_function":
-        if op_name(node) not in _VIEWS or len(node.all_input_nodes) != 1:
+        if not ops.has(node, _VIEWS) or len(node.all_input_nodes) != 1:
             return False
         node = node.all_input_nodes[0]
     return node.op == "get_attr"

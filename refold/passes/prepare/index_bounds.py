@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from refold.graph.evaluate import evaluate_constants
-from refold.graph.kinds import op_name
 from refold.graph.nodes import arguments, is_tensor, same, shape
+from refold.graph.ops import op_name
 
 Interval = tuple[float, float]  # both ends belong to it; booleans count as 0 and 1
 

@@ -48,8 +48,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from refold.graph import aliasing, constants, provenance
-from refold.graph.kinds import LAYOUT, kind, op_name
+from refold.graph import aliasing, constants, ops, provenance
 from refold.graph.nodes import (
     arguments,
     aten,
@@ -61,6 +60,7 @@ from refold.graph.nodes import (
     same,
     shape,
 )
+from refold.graph.ops import kind, op_name
 from refold.passes.prepare.index_bounds import IndexBounds, Interval
 from refold.rewrite.context import Context
 from refold.rewrite.cost import FREE, CostModel
@@ -68,13 +68,8 @@ from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
 _PRODUCTS = ("linear", "matmul", "attention")
-_MOVES = frozenset({
-    "permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "unsqueeze", "squeeze",
-    "contiguous", "detach", "alias", "clone", "flatten", "unflatten", "select", "slice", "_to_copy",
-    "to",
-})  # fmt: skip
-_RESHAPES = frozenset({"view", "_unsafe_view", "reshape", "expand"})
-_SIZED = frozenset({*_RESHAPES, "expand_as", "repeat"})  # they may read sizes
+_MOVES = ops.VIEW | ops.PERMUTE | ops.ALIAS | ops.COPY | ops.PART | ops.CAST  # of those not sized
+_READS_SIZES = ops.SIZED | ops.EXPAND
 _MARK = 7919  # a size that no other axis has, to see where a layout takes an axis
 
 
@@ -155,7 +150,7 @@ class _Splitter:
 
     def _note(self, node: fx.Node) -> None:
         """Notes what depends on constants alone, and on sizes where it is expanded."""
-        read = node.all_input_nodes[:1] if op_name(node) in _SIZED else node.all_input_nodes
+        read = node.all_input_nodes[:1] if ops.has(node, _READS_SIZES) else node.all_input_nodes
         if all(a in self._known for a in read):
             self._known.add(node)
 
@@ -192,9 +187,9 @@ class _Splitter:
             split = self._attended(node)
         elif any(not same(self.found[a].sizes, sizes) for a in read):
             return None
-        elif name in _RESHAPES:
+        elif ops.has(node, ops.SIZED):
             split = self._reshaped(node)
-        elif name in _MOVES:
+        elif ops.has(node, _MOVES):
             split = self._moved(node)
         else:
             split = self._by_parts(node)
@@ -295,7 +290,7 @@ class _Splitter:
         if node.all_input_nodes != [source]:
             return None
         args, name = arguments(node), op_name(node)
-        if name in ("slice", "select") and int(args["dim"]) % len(shape(source)) == split.axis:
+        if ops.has(node, ops.PART) and int(args["dim"]) % len(shape(source)) == split.axis:
             return self._taken(split, args) if name == "slice" else None
         sizes = [*hints(source)]
         sizes[split.axis] = _MARK
@@ -497,7 +492,7 @@ class _Splitter:
             refused = {n: why for n, made in new.items() if (why := edit.objection(n, made))}
             if not refused:
                 break
-            if not all(op_name(n) in LAYOUT for n in refused):
+            if not all(ops.is_layout(n) for n in refused):
                 node, reason = next(iter(refused.items()))
                 self.result.declined.append(declined(self.rule, node, reason))
                 return None
@@ -526,7 +521,7 @@ class _Splitter:
     def _prune(self, inside: dict[fx.Node, None]) -> None:
         """Drops layouts at the border: a layout of what is put together is as good."""
         for node in reversed(list(inside)):
-            moves = op_name(node) in LAYOUT and not self._is_root(node)
+            moves = ops.is_layout(node) and not self._is_root(node)
             whole = node in self.found and len(self.found[node].parts) > 1
             if moves and whole and not any(u in inside for u in node.users):
                 del inside[node]
@@ -556,7 +551,7 @@ class _Splitter:
 
 
 def _is_pointwise(node: fx.Node) -> bool:
-    return torch.Tag.pointwise in node.target.tags  # type: ignore[union-attr]
+    return ops.has(node, ops.ELEMENTWISE)
 
 
 def _extent(sizes: Sequence[Any], index: int) -> Interval:

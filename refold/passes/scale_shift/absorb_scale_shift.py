@@ -46,8 +46,8 @@ import torch
 from torch import fx
 
 from refold.graph import nodes
-from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, is_call
+from refold.graph.ops import op_name
 from refold.passes.scale_shift.push.pusher import Pusher
 from refold.rewrite.context import Context
 from refold.rewrite.result import PassResult, declined

@@ -40,8 +40,8 @@ from torch import fx
 
 from refold.algebra.lazy import Lazy
 from refold.graph import layout, nodes
-from refold.graph.kinds import kind
 from refold.graph.nodes import aten, is_tensor, shape
+from refold.graph.ops import kind
 from refold.graph.records import convolutions, products
 from refold.graph.records.attention import Attention, Operand, attention
 from refold.passes.scale_shift.push.walk import constant_name, overflows, reads

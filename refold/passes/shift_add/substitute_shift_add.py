@@ -45,8 +45,8 @@ from refold.calibrate.layers import Layer, Refusal
 from refold.errors import UsageError
 from refold.graph import constants
 from refold.graph.copies import copy_sharing_tensors
-from refold.graph.kinds import op_name
 from refold.graph.nodes import aten, pinned
+from refold.graph.ops import op_name
 from refold.graph.program import Call, as_call
 from refold.graph.records import convolutions
 from refold.passes.shift_add.codes import WIDTHS, Code, Coder

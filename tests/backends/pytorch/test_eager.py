@@ -4,7 +4,7 @@ import torch
 import refold
 from refold.errors import BackendError
 from refold.frontends.export import trace
-from refold.graph.kinds import census
+from refold.graph.ops import census
 from tests.small_nets import (
     ConvNet,
     Structured,

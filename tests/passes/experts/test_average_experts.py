@@ -14,7 +14,7 @@ import refold
 from refold.errors import UsageError, VerificationError
 from refold.frontends.export import trace
 from refold.graph import printer
-from refold.graph.kinds import census
+from refold.graph.ops import census
 from refold.passes import PIPELINES
 from refold.passes.experts.average_experts import AverageExperts
 from refold.passes.prepare.clean_up import CleanUp

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import refold
 from refold.frontends.export import trace
-from refold.graph.kinds import census
+from refold.graph.ops import census
 from refold.passes.prepare.decided_sizes import decide_sizes
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import Declined, PassResult

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from refold.frontends.export import trace
 from refold.graph import constants, provenance
 from refold.graph.evaluate import Oracle
-from refold.graph.kinds import op_name
+from refold.graph.ops import op_name
 from refold.graph.printer import render
 from refold.passes.prepare import fold_constants
 from refold.passes.prepare.fold_constants import FoldConstants

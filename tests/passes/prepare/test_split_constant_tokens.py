@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from refold.graph import printer
-from refold.graph.kinds import kind
 from refold.graph.nodes import shape
+from refold.graph.ops import kind
 from refold.passes import PIPELINES
 from refold.passes.prepare.defer_expands import DeferExpands
 from refold.passes.prepare.fold_constants import FoldConstants

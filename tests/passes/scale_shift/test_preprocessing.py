@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 from refold.frontends.export import trace
-from refold.graph.kinds import op_name
+from refold.graph.ops import op_name
 from refold.passes import PIPELINES
 from refold.rewrite.result import Declined
 from tests.compare import EXACT, relative_error

@@ -20,7 +20,7 @@ import refold
 from refold.errors import MissingDependencyError, UsageError, VerificationError
 from refold.frontends.export import trace
 from refold.graph import constants, printer
-from refold.graph.kinds import census
+from refold.graph.ops import census
 from refold.ops.bcq_linear import dequantise
 from refold.passes import PIPELINES
 from refold.passes.shift_add import codes as layer_codes

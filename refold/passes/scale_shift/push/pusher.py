@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from refold.graph import constants, layout, nodes
-from refold.graph.kinds import kind
 from refold.graph.nodes import aten
+from refold.graph.ops import kind
 from refold.graph.records import scale_shifts
 from refold.passes.scale_shift.push.down import Downward
 from refold.passes.scale_shift.push.factor import Factor, Plan, Refused

@@ -10,8 +10,8 @@ from torch import fx
 
 from refold.algebra.lazy import Lazy
 from refold.graph import constants, layout, nodes
-from refold.graph.kinds import kind, op_name
 from refold.graph.nodes import aten, is_call, is_tensor
+from refold.graph.ops import kind, op_name
 from refold.graph.records import (
     concatenations,
     convolutions,

@@ -12,10 +12,10 @@ from torch import fx
 
 from refold.algebra import affine_map as am
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes
+from refold.graph import constants, nodes, ops
 from refold.graph.evaluate import discontinuous
-from refold.graph.kinds import NONLINEAR, ROUNDING, op_name
 from refold.graph.nodes import aten, is_call
+from refold.graph.ops import op_name
 from refold.graph.records import convolutions, products, scale_shifts, windows
 from refold.passes.scale_shift.push.factor import Factor, Refused
 from refold.rewrite.cost import CostModel
@@ -23,17 +23,6 @@ from refold.rewrite.edit import Edit, Editor
 
 _LONGEST = 80  # calls on a path; a plan takes some frames of Python's stack for each
 SMALL = 1 << 13  # bytes below which un-sharing a weight is never refused
-_HOMOGENEOUS = {"relu", "leaky_relu", "prelu", "_prelu_kernel"}
-_MAX_POOLS = {
-    "max_pool1d", "max_pool2d", "max_pool3d", "max_pool1d_with_indices", "max_pool2d_with_indices",
-    "max_pool3d_with_indices", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-}  # fmt: skip
-_MEANS = {"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}
-_MIXES = {"add", "sub", "rsub", "mul", "div", "cat", "stack", "addcmul", "lerp", "where"}
-_RESIZES = {
-    "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d", "upsample_bicubic2d",
-    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-}  # fmt: skip
 
 
 class Walk:
@@ -67,10 +56,10 @@ class Walk:
         rank = factor.scale.dim()
         pooled = next((int(c) for c in name if c.isdigit()), 0)
         spatial = {a for a in factor.varies() if a >= rank - pooled}
-        if name in _HOMOGENEOUS or name in _MAX_POOLS:
+        if ops.has(u, ops.HOMOGENEOUS | ops.ORDER):
             if not factor.is_positive:
                 raise Refused(f"a negative or zero scale does not pass {name}")
-            if name in _MAX_POOLS:
+            if ops.has(u, ops.ORDER):
                 return not spatial
             if factor.shifts:
                 raise Refused(f"a shift does not pass {name}")
@@ -81,9 +70,7 @@ class Walk:
                     raise Refused(f"{name} averages zero padding in, which the shift would change")
                 raise Refused(f"{name} divides by another number than it adds up")
             return not spatial
-        if name in _MEANS:
-            return not spatial
-        if name in _RESIZES:
+        if ops.has(u, ops.MEAN) or (ops.has(u, ops.RESIZE) and not ops.has(u, ops.NEAREST)):
             return not spatial
         if is_call(u, aten.mean.dim):
             return self._reduced(u) is not None and not (
@@ -101,7 +88,7 @@ class Walk:
     def _first_result(self, part: fx.Node) -> fx.Node | None:
         """The max pool whose values ``part`` is, if nothing reads where they lay."""
         pool = part.args[0] if part.target is operator.getitem else None
-        if not isinstance(pool, fx.Node) or op_name(pool) not in _MAX_POOLS:
+        if not isinstance(pool, fx.Node) or not ops.has(pool, ops.ORDER):
             return None
         return pool if part.args[1] == 0 and nodes.only_user(pool, part) else None
 
@@ -245,12 +232,12 @@ def not_linear(node: fx.Node) -> str:
     if name.startswith("dequantize"):
         return f"{name} gives integers their scale, which the quantiser before it shares"
     if discontinuous(node):
-        what = "rounds" if name in ROUNDING else "decides by"
+        what = "rounds" if ops.has(node, ops.ROUNDS) else "decides by"
         return f"{name} {what} its input, so a scale and shift cannot cross it"
-    if name in _MIXES:
-        return f"{name} reads another tensor, which would have to change with it"
-    if name in NONLINEAR:
+    if ops.has(node, ops.NONLINEAR):
         return f"{name} is not linear in its input, so a scale and shift cannot cross it"
+    if ops.has(node, ops.MIXES) and sum(map(nodes.is_tensor, node.all_input_nodes)) > 1:
+        return f"{name} reads another tensor, which would have to change with it"
     return f"nothing is known of how {name} carries a scale and shift"
 
 
