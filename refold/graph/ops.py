@@ -163,7 +163,8 @@ _TABLE: tuple[tuple[str, int, str], ...] = (
     ("div", _E | MIXES | ARITHMETIC | ROUNDS, "div"),
     ("neg", _E | LINEAR | ARITHMETIC | FINITE, "neg"),
     ("addcmul", _E | MIXES, "addcmul"),
-    ("", _E | MIXES, "xlogy special_xlog1py addcdiv lerp where masked_fill copysign ldexp complex polar fill"),
+    ("", _E | MIXES, "xlogy special_xlog1py addcdiv lerp where masked_fill copysign ldexp complex "
+     "polar fill"),
     ("", _E | LINEAR, "deg2rad rad2deg"),
     # activations: element by element
     ("", _UNARY | HOMOGENEOUS | FINITE, "relu leaky_relu"),
@@ -229,7 +230,7 @@ _TABLE: tuple[tuple[str, int, str], ...] = (
      "linalg_matrix_rank"),
     ("", 0, "cholesky_solve linalg_solve linalg_solve_ex _linalg_solve_ex linalg_solve_triangular "
      "linalg_lu_solve linalg_lstsq linalg_tensorsolve linalg_ldl_factor "
-     "linalg_ldl_factor_ex linalg_ldl_solve linalg_multi_dot triangular_solve lu_solve ormqr geqrf"),
+     "linalg_ldl_factor_ex linalg_ldl_solve linalg_multi_dot triangular_solve ormqr geqrf"),
     # steps: comparisons, roundings, orders
     ("", _E | MIXES | STEP | COMPARISON, "eq ne lt le gt ge isclose"),
     ("", _E | MIXES | STEP | COMPARISON | COMMUTATIVE, "logical_and logical_or"),
