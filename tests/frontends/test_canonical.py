@@ -1,0 +1,195 @@
+"""One spelling an operator: what each form becomes, that it is equal, and where it stays."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import refold
+from refold.errors import VerifierError
+from refold.frontends.canonical import check_dialect
+from refold.frontends.export import trace
+from refold.graph import ops
+from tests.tracing import ops as calls
+
+X = torch.linspace(-2, 2, 48).reshape(2, 4, 6)
+SQUARE = torch.linspace(-1, 1, 32).reshape(2, 4, 4)
+
+
+class Net(nn.Module):
+    def __init__(self, formula: Callable[..., Any], **held: Any) -> None:
+        super().__init__()
+        self.formula = formula
+        for name, value in held.items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.formula(self, x)
+
+
+def traced(formula: Callable[..., Any], x: Tensor = X, **held: Any) -> Counter[str]:
+    """The calls of the trace, which is right on the example bit for bit."""
+    net = Net(formula, **held).eval()
+    program = trace(net, (x,), {})
+    check_dialect(program.graph_module)
+    torch.testing.assert_close(program.graph_module(x), net(x), rtol=1e-6, atol=1e-6)
+    return calls(program.graph_module)
+
+
+@pytest.mark.parametrize(
+    ("formula", "expected"),
+    [
+        (lambda s, x: torch.concat([x, x], 1), {"cat": 1}),
+        (lambda s, x: torch.concatenate([x, x], 1), {"cat": 1}),
+        (lambda s, x: torch.hstack([x, x]), {"cat": 1}),
+        (lambda s, x: torch.vstack([x, x]), {"cat": 1}),
+        (lambda s, x: torch.dstack([x, x]), {"cat": 1}),
+        (lambda s, x: torch.column_stack([x, x]), {"cat": 1}),
+        (lambda s, x: torch.multiply(x, 2.0), {"mul": 1}),
+        (lambda s, x: torch.subtract(x, x.square(), alpha=2), {"square": 1, "sub": 1}),
+        (lambda s, x: torch.true_divide(x, 3.0), {"div": 1}),
+        (lambda s, x: torch.divide(x, 3.0, rounding_mode="floor"), {"div": 1}),
+        (lambda s, x: torch.negative(x), {"neg": 1}),
+        (lambda s, x: torch.moveaxis(x, 1, 2), {"permute": 1}),
+        (lambda s, x: torch.movedim(x, (0, 1), (2, 0)), {"permute": 1}),
+        (lambda s, x: torch.swapaxes(x, 1, 2), {"transpose": 1}),
+        (lambda s, x: torch.swapdims(x, 0, 2), {"transpose": 1}),
+        (lambda s, x: x.mT, {"transpose": 1}),
+        (lambda s, x: x.mH, {"transpose": 1}),
+        (lambda s, x: x.adjoint(), {"transpose": 1}),
+        (lambda s, x: torch.clip(x, -1, 1), {"clamp": 1}),
+        (lambda s, x: torch.clamp(x, min=0), {"relu": 1}),
+        (lambda s, x: torch.clamp_min(x, 0.0), {"relu": 1}),
+        (lambda s, x: torch.clamp(x, min=0, max=1), {"clamp": 1}),
+        (lambda s, x: torch.maximum(x, x.square()), {"square": 1, "maximum": 1}),
+        (lambda s, x: torch.max(x, x.square()), {"square": 1, "maximum": 1}),
+        (lambda s, x: torch.min(x, x.square()), {"square": 1, "minimum": 1}),
+        (lambda s, x: x.narrow(2, 1, 3) * 2, {"slice": 1, "mul": 1}),
+        (lambda s, x: x.narrow(2, -3, 3) * 2, {"slice": 1, "mul": 1}),
+        (lambda s, x: torch.special.expit(x), {"sigmoid": 1}),
+        (lambda s, x: torch.special.softmax(x, 1), {"softmax": 1}),
+        (lambda s, x: torch.special.round(x), {"round": 1}),
+        (lambda s, x: torch.special.round(x, decimals=1), {"round": 1}),
+        (lambda s, x: torch.fliplr(x), {"flip": 1}),
+        (lambda s, x: torch.flipud(x), {"flip": 1}),
+        (lambda s, x: torch.greater(x, 0.5), {"gt": 1}),
+        (lambda s, x: torch.absolute(x), {"abs": 1}),
+        (lambda s, x: x[0].T, {"select": 1, "permute": 1}),
+    ],
+)
+def test_spellings(formula, expected) -> None:
+    assert traced(formula) == expected
+
+
+def test_a_clamp_keeps_nan_and_integers_stay() -> None:
+    program = trace(Net(lambda s, x: torch.clamp(x, min=0)).eval(), (X,), {})
+    spiked = X.clone()
+    spiked[0, 0, 0] = torch.nan
+    assert program.graph_module(spiked)[0, 0, 0].isnan()
+    assert traced(lambda s, x: torch.clamp(x, min=0), torch.arange(4) - 2) == {"clamp": 1}
+
+
+def test_complex_adjoints_conjugate() -> None:
+    assert "adjoint" in traced(lambda s, x: torch.complex(x, x).adjoint().real * 2)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "expected"),
+    [
+        (1, 1, {"addmm": 1}),
+        (2.0, 1, {"mm": 1, "mul": 1, "add": 1}),
+        (1, 0.5, {"mm": 1, "mul": 1, "add": 1}),
+        (2.0, 0, {"mm": 1, "mul": 1}),
+        (1, 0, {"mm": 1}),
+    ],
+)
+def test_addmm_is_written_out(alpha, beta, expected) -> None:
+    held = {"w": torch.randn(6, 5), "b": torch.randn(5)}
+    formula = lambda s, x: torch.addmm(s.b, x, s.w, alpha=alpha, beta=beta)
+    assert traced(formula, X[0], **held) == expected
+
+
+def test_a_beta_of_zero_leaves_nan_out() -> None:
+    held = {"w": torch.randn(6, 5), "b": torch.full((5,), torch.nan)}
+    net = Net(lambda s, x: torch.addmm(s.b, x, s.w, beta=0), **held).eval()
+    assert refold.compile_for_inference(net, X[0])(X[0]).isfinite().all()
+
+
+def test_products_of_data_stay_one_call() -> None:
+    formula = lambda s, x: torch.baddbmm(x.new_zeros(1), x, x, beta=0, alpha=0.5)
+    assert traced(formula, SQUARE)["baddbmm"] == 1
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_sample_is_a_batch_of_one(spatial, transposed) -> None:
+    kind = getattr(nn, f"Conv{'Transpose' if transposed else ''}{spatial}d")
+    x = torch.randn(3, *(5,) * spatial)
+    found = traced(lambda s, x: s.c(x), x, c=kind(3, 4, 2))
+    assert found["unsqueeze"] == found["squeeze"] == 1
+    net = Net(lambda s, x: s.c(x) * s.g, c=kind(3, 4, 2), g=torch.rand(4, *(1,) * spatial)).eval()
+    compiled = refold.compile_for_inference(net, x, dynamic_shapes=({},))
+    assert len(calls(compiled.graph_module)) == 1, compiled.graph_module.graph
+    torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("operation", ["add", "sub", "mul", "div"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("of", [torch.float32, torch.float16])
+def test_integer_constants_are_floats_beside_floats(operation, dtype, of) -> None:
+    if operation == "sub" and dtype == torch.bool:
+        return  # PyTorch refuses it
+    held = {"t": torch.tensor([1, 3, 0, 200, 7, 1]).to(dtype)}
+    formula = lambda s, x: getattr(torch, operation)(x, s.t)
+    assert traced(formula, X.to(of), **held) == {operation: 1, "_to_copy": 1}
+
+
+def test_integer_constants_beside_constants_and_large_masks_stay() -> None:
+    quantised = {"w": torch.randint(-8, 8, (5, 6), dtype=torch.int8), "s": torch.rand(5, 1)}
+    assert "_to_copy" not in traced(lambda s, x: F.linear(x, s.w * s.s), **quantised)
+    mask = torch.rand(4, 300, 300) > 0.5
+    assert traced(lambda s, x: x * s.m, torch.randn(2, 4, 300, 300), m=mask) == {"mul": 1}
+
+
+def test_integer_constants_fold() -> None:
+    net = Net(lambda s, x: s.l(x) / s.t, l=nn.Linear(6, 4), t=torch.tensor([8, 16, 32, 24])).eval()
+    compiled = refold.compile_for_inference(net, X[0])
+    assert calls(compiled.graph_module) == {"linear": 1}
+    torch.testing.assert_close(compiled(X[0]), net(X[0]))
+
+
+@pytest.mark.parametrize("amounts", [(0, -1), (-1, -2), (-1, 0, 0, -2), (0, 0, -1, -1)])
+def test_a_scale_passes_a_crop(amounts) -> None:
+    net = Net(lambda s, x: s.b(F.pad(s.c(x), amounts)), c=nn.Conv2d(3, 4, 1), b=nn.BatchNorm2d(4))
+    with torch.no_grad():
+        net.b.running_mean.normal_(), net.b.running_var.uniform_(0.5, 2.0)
+    x = torch.randn(2, 3, 6, 6)
+    compiled = refold.compile_for_inference(net.eval(), x)
+    assert calls(compiled.graph_module) == {"conv2d": 1, "pad": 1}
+    torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_pad_that_crops_and_pads_keeps_its_border() -> None:
+    net = Net(lambda s, x: s.b(F.pad(s.c(x), (-1, 2))), c=nn.Conv2d(3, 4, 1), b=nn.BatchNorm2d(4))
+    with torch.no_grad():
+        net.b.running_mean.normal_(), net.b.bias.normal_()
+    x = torch.randn(2, 3, 6, 6)
+    compiled = refold.compile_for_inference(net.eval(), x)
+    torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_frontend_must_not_leave() -> None:
+    program = trace(Net(lambda s, x: x * 2.0).eval(), (X,), {})
+    node = next(n for n in program.graph_module.graph.nodes if ops.op_name(n) == "mul")
+    node.target = torch.ops.aten.multiply.Tensor
+    with pytest.raises(VerifierError, match=r"multiply\.Tensor is not canonical"):
+        check_dialect(program.graph_module)
