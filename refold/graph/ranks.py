@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from refold.graph import ops
+from refold.graph.ops import op_name
 
 
 def squeezes(graph: fx.Graph) -> list[fx.Node]:
@@ -31,9 +32,14 @@ def sources(values: Iterable[fx.Node]) -> set[fx.Node]:
         seen.add(node)
         if node.target is torch.ops.aten.squeeze_copy.dims:
             found.add(node)
-        if not states_its_rank(node):
-            stack.extend(node.all_input_nodes)
+        if states_its_rank(node):
+            continue
+        like = _LIKE.get(op_name(node))
+        stack.extend(node.all_input_nodes if like is None else [node.args[like]])  # type: ignore[list-item]
     return found
+
+
+_LIKE = {"view_as": 1, "expand_as": 1, "reshape_as": 1}  # which operand's rank a result has
 
 
 def states_its_rank(node: fx.Node) -> bool:

@@ -198,6 +198,8 @@ class Downward(Walk):
                     for part in list(c.users):
                         if part.target is not operator.getitem:
                             raise Refused(f"{part.name} reads it")
+                        if nodes.is_empty(part):
+                            continue  # it takes nothing of what is split
                         self._down(part, self._gathered(part, n, factor), plan)
                     return
                 return self._down(c, self._gathered(c, n, factor), plan)
