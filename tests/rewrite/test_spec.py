@@ -54,7 +54,7 @@ def test_order_is_as_written() -> None:
             "no pass of pipeline 'shift-add' has an option 'bit' (did you mean",
         ),
         ("fold-constants{growth=2}", "pass 'fold-constants' has no option 'growth' (did you mean"),
-        ("clean-up{deep}", "pass 'clean-up' has no option 'deep' (it has none)"),
+        ("defer-expands{deep}", "pass 'defer-expands' has no option 'deep' (it has none)"),
         ("shift-add{bits=2.5}", "option bits got '2.5', expected an integer or auto"),
         ("shift-add{bits=7}", "bits is 7, expected 2, 3, 4 or 'auto'"),
         ("shift-add{calibration=x}", "it can only be set from Python"),
