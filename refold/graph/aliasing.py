@@ -12,33 +12,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-<<<<<<< HEAD
 from refold.errors import first_line
-from refold.graph import constants, nodes
-from refold.graph.kinds import op_name
-
-# Operators that can return (a view of) their input although their schema does not say so.
-_UNDECLARED = frozenset({
-    "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "einsum", "meshgrid",
-    "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d", "cartesian_prod",
-})  # fmt: skip
-
-# They return their input itself in eval mode, which the trace does not show as shared storage.
-DROPOUT = frozenset(
-    {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"}
-)
-# They may return their input itself although their schema has no alias annotation.
-MAY_RETURN_INPUT = DROPOUT | {"type_as", "rrelu", "pad", "getitem"}
-
-# Operators whose values, not only whose layout, depend on the strides of what they read.
-_READS_STRIDES = frozenset({
-    "as_strided", "as_strided_copy", "as_strided_scatter", "view_as_complex", "sym_stride",
-    "sym_storage_offset", "sym_is_contiguous", "stride", "is_contiguous",
-})  # fmt: skip
-=======
 from refold.graph import constants, nodes, ops
 from refold.graph.ops import op_name
->>>>>>> 5a706bd (One table of operators says what each one is, and one canonical spelling is what passes read: the tables in passes are traits, tested against torch itself)
 
 _KNOWN = frozenset({"aten", "prim", "refold"})  # what others compute from strides is not known
 
