@@ -50,7 +50,7 @@ from refold.report.record import GraphRecord, InputRecord, PassRecord, counts, s
 from refold.report.report import Report
 from refold.rewrite.context import Context
 from refold.rewrite.pipeline import Pipeline
-from refold.rewrite.result import Declined, Substitution, failed
+from refold.rewrite.result import Approximation, Declined, failed
 from refold.verify import codes
 from refold.verify.compare import verify_widely
 from refold.verify.randomness import draws
@@ -248,7 +248,7 @@ class _Folded:
     bound: tuple[binding.BoundInput, ...]
     dead: tuple[DeadParameter, ...]
     warnings: tuple[str, ...]
-    substitutions: tuple[Substitution, ...]
+    approximations: tuple[Approximation, ...]
     recipe: Recipe | None = None
 
 
@@ -304,8 +304,8 @@ def _compile(
     if settings.verify:
         with clock("verify"):
             whole = None if settings.consume else original
-            for substitution in folded.substitutions:
-                whole, known = _rebased(substitution, whole, known, program, report)
+            for approximation in folded.approximations:
+                whole, known = _rebased(approximation, whole, known, program, report)
             result, known = verify_widely(whole, gm, program, known)
         report.numerics = result.to_dict()
         if folded.allowed and not settings.consume:
@@ -356,26 +356,28 @@ def _conditions(program: Program) -> list[str]:
 
 
 def _rebased(
-    substitution: Substitution,
+    approximation: Approximation,
     whole: fx.GraphModule | None,
     known: References,
     program: Program,
     report: Report,
 ) -> tuple[fx.GraphModule, References]:
     """Judges what came before a substitution, measures it, and makes it the reference."""
-    before, after = substitution.before, substitution.after
+    before, after = approximation.before, approximation.after
+    assert before is not None
+    assert after is not None
     calls, expected = known.calls, known.own
-    held_out = bool(substitution.held_out) and whole is not None
+    held_out = bool(approximation.held_out) and whole is not None
     if whole is None:  # the weights that it replaced were released
         notes = ["what was folded before the substitution is not verified: consume released it"]
     else:
         result, known = verify_widely(whole, before, program, known)
         notes = [f"before the substitution: {result.summary}"]
-        if substitution.codes:
-            notes.append(codes.judge(substitution, whole, known, program))
+        if approximation.codes:
+            notes.append(codes.judge(approximation, whole, known, program))
     report.notes = (*report.notes, *notes)
     if held_out:
-        calls = list(substitution.held_out)
+        calls = list(approximation.held_out)
         expected = outputs(before, calls)
     if calls:
         got = outputs(after, calls)
@@ -469,8 +471,10 @@ def _fold(
             f"({sum(gone.values())} of {sum(serving.values())} bytes)",
             *notes,
         )
-    substitutions = tuple(
-        run.result.substitution for run in result.runs if run.result.substitution is not None
+    approximations = tuple(
+        run.result.approximation
+        for run in result.runs
+        if run.result.approximation is not None and run.result.approximation.before is not None
     )
     return _Folded(
         before,
@@ -481,7 +485,7 @@ def _fold(
         bound,
         dead,
         warnings,
-        substitutions,
+        approximations,
         recipe,
     )
 

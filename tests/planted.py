@@ -31,7 +31,7 @@ from refold.rewrite import driver
 from refold.rewrite.context import Context
 from refold.rewrite.pattern import root_targets
 from refold.rewrite.pipeline import Pipeline
-from refold.rewrite.result import Applied, Declined, Pass, PassResult, Substitution
+from refold.rewrite.result import Applied, Approximation, Declined, Pass, PassResult
 from refold.rewrite.rule import RewriteRule
 from refold.verify import codes
 from refold.verify.compare import verify
@@ -141,8 +141,8 @@ class Planted:
             self.bug, plant = bugs[self.index]
             plant()
             gm.recompile()
-        if result.substitution is not None:
-            result.substitution = replace(result.substitution, after=copy_sharing_tensors(gm))
+        if result.approximation is not None:
+            result.approximation = replace(result.approximation, after=copy_sharing_tensors(gm))
         return result
 
 
@@ -415,10 +415,10 @@ class Bench:
 
     def _run(
         self, item: Pass, before: fx.GraphModule, after: Sequence[Pass]
-    ) -> tuple[fx.GraphModule, Substitution | None]:
+    ) -> tuple[fx.GraphModule, Approximation | None]:
         gm = copy_sharing_tensors(before)
         first, *_ = Pipeline("planted", (item, *after)).run(gm).runs
-        return gm, first.result.substitution
+        return gm, first.result.approximation
 
     def _leaves(self, gm: fx.GraphModule) -> list[Tensor]:
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, self.program.example)
@@ -428,7 +428,7 @@ class Bench:
         self,
         bug: str,
         gm: fx.GraphModule,
-        substitution: Substitution | None,
+        substitution: Approximation | None,
         exact: list[Tensor],
         found: Outcome,
     ) -> None:

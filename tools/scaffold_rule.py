@@ -145,9 +145,11 @@ def main(arguments: list[str]) -> None:
     for path in scaffold(root, options.family, identifier):
         print(f"wrote {path}")
     cls = "".join(part.capitalize() for part in identifier.split("-"))
-    print("now add to refold/passes/__init__.py, with the reason for its place:")
-    print(f'    "{identifier}": {cls},  in PASSES')
+    module = identifier.replace("-", "_")
+    print("now add to refold/passes/__init__.py its place, with the reason for it:")
     print(f"        {cls}(),  # why here")
+    print(f"    (from refold.passes.{options.family}.{module} import {cls})")
+    print("and run tools/pass_pages.py, which writes its page from its docstring")
 
 
 if __name__ == "__main__":

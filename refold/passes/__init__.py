@@ -20,23 +20,6 @@ from refold.rewrite import spec
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Pass
 
-PASSES: dict[str, type] = {
-    "split-constant-tokens": SplitConstantTokens,
-    "defer-expands": DeferExpands,
-    "fold-constants": FoldConstants,
-    "clean-up": CleanUp,
-    "average-experts": AverageExperts,
-    "fold-batch-norm": FoldBatchNorm,
-    "absorb-scale-shift": AbsorbScaleShift,
-    "fold-branches": FoldBranches,
-    "join-scale-shifts": JoinScaleShifts,
-    "defer-resizes": DeferResizes,
-    "drop-zero-channels": DropZeroChannels,
-    "fold-attention-biases": FoldAttentionBiases,
-    "merge-parallel-layers": MergeParallelLayers,
-    "substitute-shift-add": SubstituteShiftAdd,
-}
-
 
 def _ordered(branches: FoldBranches) -> tuple[Pass, ...]:
     return (
@@ -76,6 +59,11 @@ PIPELINES: dict[str, Pipeline] = {
             SubstituteShiftAdd(),  # approximate: after all that is exact, on the weights it leaves
         ),
     ),
+}
+
+
+PASSES: dict[str, type] = {
+    item.name: type(item) for pipeline in PIPELINES.values() for item in pipeline.passes
 }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from refold.diagnose.dead_parameters import DeadParameter
 from refold.report.record import InputRecord, Record
-from refold.rewrite.result import Declined
+from refold.rewrite.result import Applied, Declined, in_bytes
 
 _SHOWN_DECLINES = 10
 _SHOWN_LAYERS = 16
@@ -128,35 +128,32 @@ class Renderer:
             self.lines.append("")
 
     def _layers(self) -> None:
-        """One row for each weight that an approximation made smaller."""
-        rows = [a for a in self.report.applied if "bytes_after" in a.figures]
-        if not rows:
+        """For each approximate pass a table, a row for each layer, of the columns it names."""
+        rows: dict[str, list[Applied]] = {}
+        for record in self.report.applied:
+            if record.columns:
+                rows.setdefault(record.rule, []).append(record)
+        for records in rows.values():
+            self._table(records[:_SHOWN_LAYERS])
+            if len(records) > _SHOWN_LAYERS:
+                self.lines.append(f" ... and {len(records) - _SHOWN_LAYERS} more, see --json")
+            self.lines.append("")
+
+    def _table(self, records: Sequence[Applied]) -> None:
+        headings = ["layer", *dict.fromkeys(h for r in records for h in r.columns)]
+        cells = [
+            [(*r.removed, *r.modules)[-1], *(r.columns.get(h, "") for h in headings[1:])]
+            for r in records
+        ]
+        widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+        if sum(widths) + 2 * len(widths) > self.width:
+            for name, *values in cells:
+                named = [f"{h} {v}" for h, v in zip(headings[1:], values, strict=True) if v]
+                self._row("layer", _kept_together([name, *named]))
             return
-        shown = rows[:_SHOWN_LAYERS]
-        names = [(*a.removed, *a.modules)[-1] for a in shown]
-        width = max(5, *map(len, names))
-        head = f" {'layer':<{width}}  bits  scales          bytes              weights  outputs"
-        fits = len(head) <= self.width
-        if fits:
-            self.lines.append(self._paint(head, "2"))
-        for name, a in zip(names, shown, strict=True):
-            f = a.figures
-            scales = f"{a.labels['family']} / {f['group_size']:.0f}"
-            size = f"{_bytes(int(f['bytes_before']))} -> {_bytes(int(f['bytes_after']))}"
-            outputs = f"{f['output_error']:.1e}" if "output_error" in f else ""
-            if not fits:
-                figures = [name, f"{f['bits']:.0f} bits", f"scales {scales}", size]
-                figures.append(f"weights {f['weight_error']:.1e}")
-                figures += [f"outputs {outputs}"] if outputs else []
-                self._row("layer", _kept_together(figures))
-                continue
-            self.lines.append(
-                f" {name:<{width}}  {f['bits']:>4.0f}  {scales:<14}  {size:<18} "
-                f"{f['weight_error']:.1e}  {outputs}".rstrip()
-            )
-        if len(rows) > len(shown):
-            self.lines.append(f" ... and {len(rows) - len(shown)} more, see --json")
-        self.lines.append("")
+        numbers = [all(c.isdigit() for c in column) for column in zip(*cells, strict=True)]
+        self.lines.append(self._paint(_line(headings, widths, numbers), "2"))
+        self.lines += [_line(row, widths, numbers) for row in cells]
 
     def _removed(self) -> None:
         before, after = self.report.before.census, self.report.after.census
@@ -188,14 +185,14 @@ class Renderer:
                 [
                     f"nodes {r.before.nodes} -> {r.after.nodes}",
                     f"parameters {_count(r.before.parameters)} -> {_count(r.after.parameters)}",
-                    f"weights {_bytes(r.before.bytes)} -> {_bytes(r.after.bytes)}",
+                    f"weights {in_bytes(r.before.bytes)} -> {in_bytes(r.after.bytes)}",
                 ]
             ),
         )
         if r.artifact and r.target not in (None, "torch"):
             self._row(
                 "artifact",
-                f"{r.artifact.get('nodes', 0)} nodes, {_bytes(r.artifact.get('bytes', 0))}",
+                f"{r.artifact.get('nodes', 0)} nodes, {in_bytes(r.artifact.get('bytes', 0))}",
             )
         if r.timings:
             self._row("time", _kept_together(f"{k} {_time(s)}" for k, s in r.timings.items()))
@@ -293,8 +290,9 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _bytes(number: int) -> str:
-    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= limit:
-            return f"{number / limit:.1f} {unit}"
-    return f"{number} B"
+def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
+    padded = [
+        f"{cell:>{width}}" if to_right else f"{cell:<{width}}"
+        for cell, width, to_right in zip(cells, widths, right, strict=True)
+    ]
+    return f" {'  '.join(padded)}".rstrip()

@@ -265,7 +265,7 @@ def _joined(outer: PassRun, inner: PassRun) -> PassRun:
         left.applied + right.applied,
         left.declined + right.declined,
         left.notes + right.notes,
-        max(left.allowed, right.allowed),
+        left.approximation if left.allowed >= right.allowed else right.approximation,
     )
     return PassRun(
         outer.name,

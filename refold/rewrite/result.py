@@ -29,6 +29,7 @@ class Applied:
         detail: one line for people.
         figures: what the rewrite was judged by, as numbers (parameters, errors, ...).
         labels: what it is, in the field's words (family of scales, class of exactness, ...).
+        columns: what the report's table shows of it, by heading; a row for each layer.
     """
 
     rule: str
@@ -39,6 +40,7 @@ class Applied:
     detail: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,21 +88,26 @@ class StoredCode:
 
 
 @dataclass(frozen=True)
-class Substitution:
-    """What a pass replaced by something else on purpose, whose error is reported, not bounded.
+class Approximation:
+    """What a pass changed on purpose, and how it is judged.
 
-    What comes before is judged by the original, what comes after by what the pass left.
+    Either its error is bounded: ``allowed`` says by how much, and the folded model is held against
+    the original within that. Or it is reported: with ``before`` and ``after`` the graph before the
+    pass is judged by the original, what comes after it by what the pass left, and the report says
+    how far the two are apart.
 
     Attributes:
         before: the graph without it.
         after: the graph with it.
+        allowed: the error of the model's outputs, relative to their scale, that the user accepts.
         held_out: calls of the model that the pass did not look at, to measure the difference on.
         codes: what it stores for weights, in the order of the graph.
         calibration: the calls that the pass looked at.
     """
 
-    before: fx.GraphModule
-    after: fx.GraphModule
+    before: fx.GraphModule | None = None
+    after: fx.GraphModule | None = None
+    allowed: float = 0.0
     held_out: Sequence[Call] = ()
     codes: Sequence[StoredCode] = ()
     calibration: Sequence[Call] = ()
@@ -115,17 +122,20 @@ class PassResult:
         applied: the rewrites that happened.
         declined: those that did not.
         notes: sentences for the report.
-        allowed: the error of the model's outputs, relative to their scale, that the user accepts
-            for what an approximate pass did; 0 if everything is exact up to rounding.
-        substitution: the graphs that the two sides of an approximation are judged by.
+        approximation: how what an approximate pass did is judged; ``None`` if everything is exact
+            up to rounding.
     """
 
     modified: bool = False
     applied: list[Applied] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    allowed: float = 0.0
-    substitution: Substitution | None = None
+    approximation: Approximation | None = None
+
+    @property
+    def allowed(self) -> float:
+        """The error of the model's outputs that is accepted for it; 0 where it is exact."""
+        return 0.0 if self.approximation is None else self.approximation.allowed
 
 
 @runtime_checkable
@@ -190,6 +200,14 @@ def failed(rule: str, node: fx.Node | None, error: Exception) -> Declined:
     for watcher in _watchers:
         watcher(record)
     return record
+
+
+def in_bytes(number: int) -> str:
+    """A number of bytes, for people."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= limit:
+            return f"{number / limit:.1f} {unit}"
+    return f"{number} B"
 
 
 def declined(rule: str, node: fx.Node, reason: str, hint: str = "") -> Declined:

@@ -25,7 +25,7 @@ from refold.errors import VerificationError
 from refold.graph import constants, provenance
 from refold.graph.copies import copy_sharing_tensors
 from refold.graph.program import Program
-from refold.rewrite.result import StoredCode, Substitution
+from refold.rewrite.result import Approximation, StoredCode
 from refold.verify.compare import verify_widely
 from refold.verify.references import References
 
@@ -40,12 +40,12 @@ _POWERS = (-3, -2, -1, 0, 1)  # the same for powers of two
 
 
 def judge(
-    substitution: Substitution, whole: fx.GraphModule, known: References, program: Program
+    approximation: Approximation, whole: fx.GraphModule, known: References, program: Program
 ) -> str:
     """Checks the codes of a substitution; see the module docstring.
 
     Args:
-        substitution: what became of the graph.
+        approximation: what became of the graph.
         whole: the original.
         known: what it computes.
         program: what the trace promised of its inputs.
@@ -56,24 +56,25 @@ def judge(
     Raises:
         VerificationError: the codes are not those of the weights.
     """
-    after = substitution.after
+    after = approximation.after
+    assert after is not None
     try:
-        verify_widely(whole, with_weights(after, substitution.codes), program, known)
+        verify_widely(whole, with_weights(after, approximation.codes), program, known)
     except VerificationError as error:
         raise VerificationError(
             f"the weights themselves in place of their codes do not give the original: {error}",
             error.layer,
         ) from error
     named = {node.name: node for node in after.graph.nodes}
-    lockstep = Lockstep(after, substitution.calibration)
+    lockstep = Lockstep(after, approximation.calibration)
     worst = 0.0
-    for code in substitution.codes:
+    for code in approximation.codes:
         node = named[code.node]
         lockstep.advance(node)
         inputs = lockstep.values(node.args[0])  # type: ignore[arg-type]
         worst = max(worst, _judge(node, code, inputs))
     return (
-        f"{len(substitution.codes)} codes decoded apart: as far from their weights as said, at "
+        f"{len(approximation.codes)} codes decoded apart: as far from their weights as said, at "
         f"most {worst:.1e}, and no channel further than plain rounding explains"
     )
 

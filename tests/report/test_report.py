@@ -107,15 +107,14 @@ def test_sentences_are_wrapped(width):
 def test_all_of_it_fits_a_narrow_terminal(report, width, color):
     layer = Applied(
         "substitute-shift-add", ("blocks.0.attention.qkv",), (), "", modules=(),
-        labels={"family": "power-of-two"},
-        figures={"bytes_before": 4096, "bytes_after": 512, "group_size": 128, "bits": 3,
-                 "weight_error": 0.2, "output_error": 0.1},
+        columns={"bits": "3", "scales": "power-of-two / 128", "bytes": "4.1 kB -> 512 B",
+                 "outputs": "1.0e-01"},
     )  # fmt: skip
     run = dataclasses.replace(report.passes[0], name="fold-attention-biases", applied=(layer,))
     wide = dataclasses.replace(report, passes=(run, *report.passes))
     text = re.sub(r"\x1b\[[0-9;]*m", "", wide.render(color=color, width=width))
     assert max(map(len, text.splitlines())) <= width, text
-    for word in ("fold-attention-biases", "3 bits" if width < 80 else "bits", "1.0e-01"):
+    for word in ("fold-attention-biases", "bits 3" if width < 80 else "bits", "1.0e-01"):
         assert word in text
 
 

@@ -61,6 +61,7 @@ def test_order_is_as_written() -> None:
         ("shift-add{bits=2", "cannot be read at 'shift-add{bits=2'"),
         ("default,", "cannot be read at ''"),
         ("", "cannot be read at ''"),
+        ("default{prefer=node}", "option prefer got 'node', expected cost or nodes"),
         ("default;clean-up", "cannot be read at"),
     ],
 )

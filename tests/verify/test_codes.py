@@ -34,7 +34,7 @@ def judged(change, **options) -> str:
     """What the judge says of a substitution of which ``change`` made the codes say something."""
     program = trace(mlp(), (rows(),))
     whole = copy_sharing_tensors(program.graph_module)
-    done = shift_add(**options).run(program.graph_module).substitution
+    done = shift_add(**options).run(program.graph_module).approximation
     said = replace(done, codes=[change(code) for code in done.codes])
     return codes.judge(said, whole, references(whole, program), program)
 

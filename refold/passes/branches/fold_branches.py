@@ -46,6 +46,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import fx
@@ -83,7 +84,7 @@ class FoldBranches:
 
     name: str = "fold-branches"
     exactness: str = "reassociates"
-    prefer: str = "cost"
+    prefer: Literal["cost", "nodes"] = "cost"
     max_growth: float = 2.0
 
     def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:

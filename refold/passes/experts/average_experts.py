@@ -42,8 +42,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from refold.calibrate import inputs
 from refold.errors import UsageError
 from refold.graph import constants, provenance
 from refold.graph.evaluate import Oracle
@@ -54,7 +54,7 @@ from refold.passes.experts.join import Network
 from refold.passes.experts.read import Mixture, Refusal, Unread
 from refold.rewrite.context import Context
 from refold.rewrite.edit import Edit, Editor
-from refold.rewrite.result import PassResult, declined
+from refold.rewrite.result import Approximation, PassResult, declined
 
 Mode = Literal["keep", "average", "concat"]
 Routed = Literal["keep", "uniform", "frequency"]
@@ -97,8 +97,7 @@ class AverageExperts:
                 )
         if not self.tolerance >= 0:
             raise UsageError(f"{self.name}: tolerance is {self.tolerance}, expected 0 or more")
-        if isinstance(self.calibration, (torch.Tensor, dict)):
-            raise UsageError(f"{self.name}: calibration takes a list of inputs: calibration=[x]")
+        object.__setattr__(self, "calibration", inputs.given(self.calibration, self.name))
 
     @property
     def exactness(self) -> str:
@@ -141,16 +140,8 @@ class AverageExperts:
 
         constants.materialise_all(gm, forget=False)
         oracle = Oracle(gm)
-        info = getattr(gm.graph._codegen, "pytree_info", None)
-        for example in self.calibration:
-            called = _as_call(example)
-            structure = pytree.tree_structure(called)
-            if info is not None and structure != info.in_spec:
-                raise UsageError(
-                    f"{self.name}: a calibration input is given as {structure}, the model was "
-                    f"traced with {info.in_spec}: give both alike"
-                )
-            oracle.run(*called, watch=watch)
+        for args, kwargs in inputs.read(gm, self.calibration, self.name):
+            oracle.run(args, kwargs, watch=watch)
         return _Samples(watched)
 
     # --- one mixture ------------------------------------------------------------------------------
@@ -212,7 +203,7 @@ class AverageExperts:
         detail = f"{len(weights)} experts ({mixture.form}) averaged: {certificate}"
         _replace(editor, mixture, network, factor, detail, figures)
         result = editor.result
-        result.allowed = max(result.allowed, self.tolerance)
+        result.approximation = Approximation(allowed=self.tolerance)
         where = provenance.module_path(mixture.root) or mixture.root.name
         result.notes.append(
             f"{where}: {detail}; parameters {figures['parameters_before']:.0f} -> "
@@ -350,12 +341,6 @@ def _normal_tokens(mixture: Mixture) -> torch.Tensor:
         sizes[0] = _TOKENS
     generator = torch.Generator().manual_seed(0)
     return torch.randn(sizes, generator=generator, dtype=torch.float64)
-
-
-def _as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
 
 
 # --- what is said ---------------------------------------------------------------------------------

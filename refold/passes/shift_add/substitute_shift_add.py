@@ -37,26 +37,22 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from refold.algebra.binary_coding import Family
+from refold.calibrate import approximate, inputs
 from refold.calibrate import layers as dense_layers
 from refold.calibrate.layers import Layer, Refusal
 from refold.errors import UsageError
 from refold.graph import constants
 from refold.graph.copies import copy_sharing_tensors
-from refold.graph.nodes import aten, pinned
 from refold.graph.ops import op_name
-from refold.graph.program import Call, as_call
+from refold.graph.program import Call
 from refold.graph.records import convolutions
 from refold.passes.shift_add.codes import WIDTHS, Code, Coder
 from refold.passes.shift_add.widths import budget_of, choose_widths
 from refold.rewrite.context import Context
-from refold.rewrite.edit import Editor
-from refold.rewrite.result import Applied, PassResult, StoredCode, Substitution, applied, declined
-from refold.rewrite.selection import matching
-
-_HELD_OUT = 8  # one of so many calibration inputs is held out
+from refold.rewrite.edit import Edit, Editor
+from refold.rewrite.result import Applied, PassResult, StoredCode, declined, in_bytes
 
 
 @dataclass(frozen=True)
@@ -113,9 +109,7 @@ class SubstituteShiftAdd:
         self._require(self.max_layer_error > 0, "max_layer_error", "more than 0")
         if (self.bits == "auto") != (self.average_bits is not None):
             raise UsageError(f"{self.name}: bits='auto' and average_bits=2.5 belong together")
-        if isinstance(self.calibration, (torch.Tensor, dict)):
-            raise UsageError(f"{self.name}: calibration takes a list of inputs: calibration=[x]")
-        object.__setattr__(self, "calibration", tuple(self.calibration))  # iterators end
+        object.__setattr__(self, "calibration", inputs.given(self.calibration, self.name))
 
     def _require(self, holds: bool, option: str, expected: str) -> None:
         if not holds:
@@ -133,7 +127,7 @@ class SubstituteShiftAdd:
         if not layers:
             return result
         constants.materialise_all(gm, forget=False)
-        calls, held_out = self._calls(gm, result)
+        calls, held_out = inputs.read_and_hold_out(gm, self.calibration, self.name)
         before = copy_sharing_tensors(gm)
         editor = Editor(gm, self.name, result)
         coded = self._coded(gm, layers, calls, result)
@@ -142,25 +136,16 @@ class SubstituteShiftAdd:
             with editor.candidate(layer.node):
                 stored.append(self._emit(editor, layer, coded[layer]))
         result.applied.reverse()
-        result.modified = bool(result.applied)
+        approximate.finish(gm, before, result, calls, held_out, stored[::-1])
         if result.modified:
-            constants.materialise_all(gm, forget=False)
-            gm.graph.lint()
-            gm.recompile()
-            after = copy_sharing_tensors(gm)
-            result.substitution = Substitution(before, after, held_out, stored[::-1], calls)
             result.notes.append(_summary(result))
         return result
 
     # --- which layers ---------------------------------------------------------------------------
 
     def _layers(self, gm: fx.GraphModule, result: PassResult) -> list[Layer]:
-        included = matching(gm, self.include, f"{self.name}: include")
-        excluded = matching(gm, self.exclude, f"{self.name}: exclude")
         found = []
-        for node in gm.graph.nodes:
-            if pinned(node) or node in excluded or (self.include and node not in included):
-                continue
+        for node in approximate.allowed(gm, self.name, self.include, self.exclude):
             if op_name(node) == "embedding":
                 reason = "an embedding is looked up, not multiplied"
                 result.declined.append(declined(self.name, node, reason))
@@ -181,12 +166,9 @@ class SubstituteShiftAdd:
 
     def _refuse(self, layer: Layer) -> Refusal | None:
         features = layer.weight.shape[1]
-        others = dense_layers.other_readers(layer)
-        if others:
-            return Refusal(
-                f"its weight is shared with {', '.join(n.name for n in others)}",
-                "a shared weight would be stored twice: untie it first",
-            )
+        shared = approximate.shared(layer)
+        if shared is not None:
+            return shared
         if not self.include and features < self.min_features:
             return Refusal(
                 f"{features} inputs are fewer than min_features={self.min_features}",
@@ -201,28 +183,6 @@ class SubstituteShiftAdd:
         if smallest >= layer.bytes:
             return Refusal(f"its code would take {smallest} bytes, its weight {layer.bytes}")
         return None
-
-    def _calls(self, gm: fx.GraphModule, result: PassResult) -> tuple[list[Call], list[Call]]:
-        calls = [as_call(example) for example in self.calibration]
-        info = getattr(gm.graph._codegen, "pytree_info", None)
-        for given in calls:
-            structure = pytree.tree_structure(given)
-            if info is not None and structure != info.in_spec:
-                raise UsageError(
-                    f"{self.name}: a calibration input is given as {structure}, the model was "
-                    f"traced with {info.in_spec}: give both alike"
-                )
-            misfit = _misfit(gm, given)
-            if misfit:
-                raise UsageError(f"{self.name}: a calibration input does not fit: {misfit}")
-        if calls and any(n.op == "get_attr" for n in constants.written(gm.graph)):
-            raise UsageError(
-                f"{self.name}: the model writes its own state, so it cannot be calibrated: leave "
-                "calibration out"
-            )
-        held_out = calls[_HELD_OUT - 1 :: _HELD_OUT]
-        kept = [c for at, c in enumerate(calls) if at % _HELD_OUT != _HELD_OUT - 1]
-        return kept, held_out
 
     # --- codes ----------------------------------------------------------------------------------
 
@@ -264,35 +224,26 @@ class SubstituteShiftAdd:
     # --- rewriting ------------------------------------------------------------------------------
 
     def _emit(self, editor: Editor, layer: Layer, code: Code) -> StoredCode:
-        node = layer.node
         stored = constants.tensor(layer.attribute)
-        added: list[fx.Node] = []
-        with editor.edit() as edit:
+        op = torch.ops.refold.bcq_linear.default
+        reader: list[fx.Node] = []
 
-            def run(target: Any, *args: Any) -> fx.Node:
-                added.append(edit.call(target, args, sources=[node]))
-                return added[-1]
+        def product(edit: Edit, run: approximate.Run) -> approximate.Product:
+            planes = edit.constant(f"{layer.label}_planes", code.planes.to(stored.device))
+            alpha = edit.constant(f"{layer.label}_alpha", code.alpha.to(stored.device))
+            bias = approximate.bias(edit, layer)
 
-            with edit.before(node):
-                planes = edit.constant(f"{layer.label}_planes", code.planes.to(stored.device))
-                alpha = edit.constant(f"{layer.label}_alpha", code.alpha.to(stored.device))
-                bias = layer.bias_node
-                if bias is None and layer.bias is not None:
-                    bias = edit.constant(f"{layer.label}_bias", layer.bias, stored)
-                op = torch.ops.refold.bcq_linear.default
-                layer.around(
-                    run, layer.x, lambda v: run(op, v, planes, alpha, bias, self.group_size)
-                )
-                if edit.objection(node, added[-1]) is not None:  # a convolution's strides count
-                    run(aten.contiguous.default, added[-1])
-            edit.replace(node, added[-1])
-            record = applied(self.name, [node], added, self._detail(layer, code))
-            edit.sweep([node])
+            def multiply(v: fx.Node) -> fx.Node:
+                reader.append(run(op, v, planes, alpha, bias, self.group_size))
+                return reader[-1]
+
+            return multiply
+
+        record = approximate.write(editor, layer, product, self._detail(layer, code))
         editor.result.applied.append(self._measured(record, layer, code))
-        reader = next(n for n in added if n.target is op)
         return StoredCode(
-            reader.name, layer.weight, code.weight_error, code.output_error, self.scales == "pot",
-            self.max_layer_error,
+            reader[-1].name, layer.weight, code.weight_error, code.output_error,
+            self.scales == "pot", self.max_layer_error,
         )  # fmt: skip
 
     def _detail(self, layer: Layer, code: Code) -> str:
@@ -320,7 +271,15 @@ class SubstituteShiftAdd:
             "scales_dtype": str(code.alpha.dtype).removeprefix("torch."),
             "exactness": "bit-exact planes",
         }
-        return dataclasses.replace(record, figures=figures, labels=labels)
+        columns = {
+            "bits": str(code.bits),
+            "scales": f"{self.scales} / {self.group_size}",
+            "bytes": f"{in_bytes(layer.bytes)} -> {in_bytes(code.bytes)}",
+            "weights": f"{code.weight_error:.1e}",
+        }
+        if code.calibrated:
+            columns["outputs"] = f"{code.output_error:.1e}"
+        return dataclasses.replace(record, figures=figures, labels=labels, columns=columns)
 
 
 # --- what is said ---------------------------------------------------------------------------------
@@ -341,24 +300,3 @@ def _summary(result: PassResult) -> str:
     if single:
         text += f"; {single} have float32 scales, their weights do not suit float16"
     return text
-
-
-def _misfit(gm: fx.GraphModule, call: Call) -> str | None:
-    """Which tensor of a call has another dtype, rank or fixed size than in the trace."""
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    for node, given in zip(placeholders, pytree.tree_leaves(call), strict=False):
-        traced = node.meta.get("val")
-        if not isinstance(traced, torch.Tensor) or not isinstance(given, torch.Tensor):
-            continue
-        fits = len(given.shape) == len(traced.shape) and all(
-            have == size
-            for have, size in zip(given.shape, traced.shape, strict=True)
-            if isinstance(size, int)
-        )
-        if not fits or given.dtype != traced.dtype:
-            takes = ", ".join(str(size) for size in traced.shape)
-            return (
-                f"{node.name} is {given.dtype} {list(given.shape)}, the model takes "
-                f"{traced.dtype} [{takes}]"
-            )
-    return None

@@ -232,7 +232,7 @@ def test_a_bias_of_one_row() -> None:
 
     x = torch.randn(2, WIDTH)
     gm, result = substitute(Product(), x, calibration=[x])
-    for graph in (gm, result.substitution.after):
+    for graph in (gm, result.approximation.after):
         (node,) = codes(graph)
         assert constants.tensor(node.args[3]).shape == (24,)
         with torch.no_grad():
@@ -374,14 +374,14 @@ def test_layers_on_one_input_share_its_hessian(monkeypatch: pytest.MonkeyPatch) 
 def test_one_of_eight_inputs_is_held_out() -> None:
     for count, held in ((7, 0), (8, 1), (17, 2)):
         _, result = substitute(Scorer(), ids(), calibration=iter(samples(count)))
-        assert len(result.substitution.held_out) == held
+        assert len(result.approximation.held_out) == held
 
 
 def test_what_is_held_out_is_not_calibrated_on() -> None:
     model, data = Scorer(), samples(7)
     without, _ = substitute(model, ids(), calibration=data)
     held, result = substitute(model, ids(), calibration=[*data, *samples(1)])
-    assert len(result.substitution.held_out) == 1
+    assert len(result.approximation.held_out) == 1
     for a, b in zip(constants_of(without), constants_of(held), strict=True):
         assert torch.equal(a, b)
 
@@ -444,7 +444,7 @@ def test_a_layer_that_stays_is_run_as_it_is_by_the_calibration() -> None:
     gm, result = substitute(Scorer(), ids(), calibration=samples(), max_layer_error=1e-9)
     assert not result.applied
     assert not result.modified
-    assert result.substitution is None
+    assert result.approximation is None
     assert not codes(gm)
 
 
