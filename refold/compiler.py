@@ -2,64 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import os
-import statistics
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
 
-from refold import bind as binding
 from refold.backends.base import (
-    Artifact,
-    Runner,
     Target,
 )
 from refold.backends.registry import find_target, make_options, require
-from refold.calibrate.lockstep import divergence, logits
-from refold.compilation import Compilation, Kept, weight_origins
+from refold.compilation import Compilation, Kept
 from refold.compile_lock import one_at_a_time
 from refold.compiled import CompiledModel
-from refold.diagnose.axis_collisions import axis_collisions
-from refold.diagnose.dead_parameters import DeadParameter, dead_parameters
 from refold.errors import (
     ExpectationError,
-    MissingDependencyError,
-    RefoldError,
     UsageError,
-    VerificationError,
     did_you_mean,
 )
-from refold.frontends.export import fix_ranks, trace
+from refold.frontends.export import trace, with_fixed_ranks
 from refold.frontends.functionalise import ranks_matter
-from refold.graph import ops, subgraphs
-from refold.graph.copies import copy_sharing_tensors
-from refold.graph.program import Program, as_call, fresh
+from refold.graph.program import Program, as_call
 from refold.inputs import InputCheck
 from refold.passes import find_pipeline
-from refold.passes.experts.join import state_expectation
-from refold.refit.recipe import Recipe, record
-from refold.report.record import GraphRecord, InputRecord, PassRecord, counts, standing
 from refold.report.report import Report
 from refold.rewrite.context import Context
 from refold.rewrite.pipeline import Pipeline
-from refold.rewrite.result import Approximation, Declined, failed
-from refold.verify import codes
-from refold.verify.compare import verify_widely
-from refold.verify.randomness import draws
-from refold.verify.references import References, outputs, references
+from refold.stages import Clock, Judge, Progress, conditions, fold_program, lower, report_of
 from refold.weights.shared import SharedWeights, copy_shared, tensors
-
-Progress = Callable[[str], None]
-
-_ROUNDS = 7  # paired runs behind the time ratio of an approximation
 
 
 @dataclass(frozen=True)
@@ -213,344 +184,73 @@ def explain(
     call = _example(model, example_inputs)
     if call is None:
         raise UsageError("explain needs example_inputs: a tuple, a dict of keywords, or a tensor")
-    clock = _Clock(progress)
+    clock = Clock(progress)
     with clock("trace"):
         program = trace(model, *call, dynamic_shapes=dynamic_shapes, bind=bind, trust=trust)
-    folded = _fold(program, chosen, context, clock)
-    return _report(model, program, folded, chosen, None, clock)
-
-
-class _Clock:
-    """Times the stages, and says when one starts."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        if self._progress is not None:
-            self._progress(stage)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = time.perf_counter() - start
-
-
-@dataclass(frozen=True)
-class _Folded:
-    before: GraphRecord
-    after: GraphRecord
-    passes: tuple[PassRecord, ...]
-    notes: tuple[str, ...]
-    allowed: float
-    bound: tuple[binding.BoundInput, ...]
-    dead: tuple[DeadParameter, ...]
-    warnings: tuple[str, ...]
-    approximations: tuple[Approximation, ...]
-    recipe: Recipe | None = None
+    folded = fold_program(program, chosen, context, clock)
+    return report_of(model, program, folded, chosen, None, clock)
 
 
 @one_at_a_time
 def _compile(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], settings: _Settings
 ) -> Compilation:
-    clock = _Clock(settings.progress)
+    target, options, consumed = settings.target, settings.options, settings.consume
+    clock = Clock(settings.progress)
     with clock("trace"):
-        program = trace(
-            model,
-            args,
-            kwargs,
-            dynamic_shapes=settings.dynamic_shapes,
-            dynamic_batch=not settings.target.capabilities.static,
-            bind=settings.bind,
-            trust=settings.trust,
-        )
-    program.recorded = settings.recipe
-    if not settings.target.capabilities.ranks_follow_sizes or ranks_matter(program.graph_module):
-        fix_ranks(program, settings.target.name)
-    if settings.verify and program.apart:
-        raise VerificationError(
-            f"{program.apart}\n  fix: switch the other path off "
-            "(torch.backends.mha.set_fastpath_enabled(False) for PyTorch's transformers), or fold "
-            "the traced program unverified with verify=False"
-        )
+        program = _trace(model, args, kwargs, settings)
     check = InputCheck.of(program, model, settings.bind)
-    known = References()
-    original = copy_sharing_tensors(program.graph_module)
-    traced = copy_sharing_tensors(original) if draws(original) else original
-    stated: tuple[str, ...] = ()
-    failures: list[Declined] = []
-    if settings.verify:
-        with clock("reference"):
-            stated = _analysed("expectation", lambda: state_expectation(original), failures)
-            known = references(original, program, module=program.module)
-    owner = model if settings.consume else None
-    folded = _fold(
-        program, settings.pipeline, settings.context, clock, owner, failures,
-        recorded=settings.recipe,
+    judge = Judge(program, clock, verify=settings.verify)
+    folded = fold_program(
+        program, settings.pipeline, settings.context, clock,
+        consumed=model if consumed else None, recorded=settings.recipe,
     )  # fmt: skip
-    gm, target = program.graph_module, settings.target
-    report = _report(model, program, folded, settings.pipeline, target.name, clock)
+    gm = folded.graph_module
+    report = report_of(
+        model, program, folded, settings.pipeline, target.name, clock, judge.failures
+    )
     _expect(settings.expect, report)
-    known.allowed = folded.allowed
-    if stated and draws(gm):
-        known = References(
-            notes=["the folded model still draws random numbers: two runs cannot be compared"]
-        )
-        stated = ()
-    report.notes = (*report.notes, *stated, *_conditions(program))
-    if settings.verify:
-        with clock("verify"):
-            whole = None if settings.consume else original
-            for approximation in folded.approximations:
-                whole, known = _rebased(approximation, whole, known, program, report)
-            result, known = verify_widely(whole, gm, program, known)
-        report.numerics = result.to_dict()
-        if folded.allowed and not settings.consume:
-            with clock("time"):
-                report.notes = (*report.notes, _time_ratio(traced, gm, program))
-    theirs = () if isinstance(model, (str, os.PathLike)) else tensors(original)
+    judge.judge_folded(folded, report, consumed=consumed)
+    report.notes = (*report.notes, *conditions(program))
+    theirs = () if isinstance(model, (str, os.PathLike)) else tensors(program.graph_module)
     if settings.copy_weights:
         copy_shared(gm, theirs)
-    with clock("lower"), torch.no_grad():
-        artifact = target.lower(program, gm, settings.options)
-        weights = weight_origins(gm, original)
-        known = target.record(artifact, known, weights)
-        runner, missing = _load(target, artifact, settings.options)
-    report.artifact = target.stats(artifact)
-    report.notes = (*report.notes, *artifact.notes)
-    if missing:
-        report.notes = (*report.notes, f"the artifact was not run here: {missing}")
-    elif settings.verify and runner is not gm:
-        with clock("verify artifact"):
-            checked = target.check(artifact, gm, known, settings.options)
-            report.notes = (*report.notes, *checked.notes)
-            if checked.known is not None:
-                whole, known = None, checked.known
-            if artifact.leaves_inputs:
-                known = known.leaving_inputs()
-            result, known = verify_widely(whole, runner, program, known)
-        report.artifact_numerics = result.to_dict()
-    kept = None if folded.recipe is None else Kept(folded.recipe, program, original)
+    with clock("lower"):
+        lowered = lower(program, gm, target, options, judge, refits=settings.recipe)
+    report.artifact = target.stats(lowered.artifact)
+    report.notes = (*report.notes, *lowered.artifact.notes)
+    judge.judge_lowered(lowered, target, options, report)
     return Compilation(
         gm,
         check,
         target,
-        artifact,
-        runner,
+        lowered.artifact,
+        lowered.runner,
         report,
-        weights,
+        lowered.weights,
         SharedWeights(gm, theirs),
-        settings.options,
-        kept,
+        options,
+        None if folded.recipe is None else Kept(folded.recipe, program, judge.original),
         settings.copy_weights,
     )
 
 
-def _conditions(program: Program) -> list[str]:
-    """What the user's own lines make of sizes, for whoever takes a file elsewhere."""
-    asked = [str(guard) for guard in program.guards.conditions if guard.source]
-    return [f"it holds for {c}: calls check that, a saved file does not" for c in asked]
-
-
-def _rebased(
-    approximation: Approximation,
-    whole: fx.GraphModule | None,
-    known: References,
-    program: Program,
-    report: Report,
-) -> tuple[fx.GraphModule, References]:
-    """Judges what came before a substitution, measures it, and makes it the reference."""
-    before, after = approximation.before, approximation.after
-    assert before is not None
-    assert after is not None
-    calls, expected = known.calls, known.own
-    held_out = bool(approximation.held_out) and whole is not None
-    if whole is None:  # the weights that it replaced were released
-        notes = ["what was folded before the substitution is not verified: consume released it"]
-    else:
-        result, known = verify_widely(whole, before, program, known)
-        notes = [f"before the substitution: {result.summary}"]
-        if approximation.codes:
-            notes.append(codes.judge(approximation, whole, known, program))
-    report.notes = (*report.notes, *notes)
-    if held_out:
-        calls = list(approximation.held_out)
-        expected = outputs(before, calls)
-    if calls:
-        got = outputs(after, calls)
-        found = divergence(expected, got, logits(before))
-        report.divergence = {
-            **dataclasses.asdict(found),
-            "inputs": len(calls),
-            "held_out": held_out,
-        }
-    return after, references(after, program)
-
-
-def _time_ratio(original: fx.GraphModule, gm: fx.GraphModule, program: Program) -> str:
-    """What an approximation gains, as a sentence: both graphs in turn on the example, in torch."""
-    seconds: dict[fx.GraphModule, list[float]] = {original: [], gm: []}
-    for _ in range(_ROUNDS + 1):  # the first round warms up
-        for graph, taken in seconds.items():
-            args, kwargs = fresh(program.example)
-            start = time.perf_counter()
-            with torch.no_grad():
-                graph(*args, **kwargs)
-            taken.append(time.perf_counter() - start)
-    before, after = (statistics.median(taken[1:]) for taken in seconds.values())
-    return (
-        f"time on the example, before / after: {before / after:.2f} "
-        f"({1e3 * before:.2f} ms, {1e3 * after:.2f} ms; torch, median of {_ROUNDS} paired runs)"
+def _trace(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], settings: _Settings
+) -> Program:
+    can = settings.target.capabilities
+    program = trace(
+        model,
+        args,
+        kwargs,
+        dynamic_shapes=settings.dynamic_shapes,
+        dynamic_batch=not can.static,
+        bind=settings.bind,
+        trust=settings.trust,
     )
-
-
-def _load(target: Target, artifact: Artifact, options: Any) -> tuple[Runner, str]:
-    """The callable artifact; where its runtime is missing, a callable that says so, and why."""
-    try:
-        return target.load(artifact, options), ""
-    except MissingDependencyError as error:
-        reason = str(error)
-
-    def unavailable(*args: Any, **kwargs: Any) -> Any:
-        raise MissingDependencyError(reason)
-
-    return unavailable, reason
-
-
-def _fold(
-    program: Program,
-    pipeline: Pipeline,
-    context: Context,
-    clock: _Clock,
-    consumed: Any = None,
-    failures: Sequence[Declined] = (),
-    *,
-    recorded: bool = False,
-) -> _Folded:
-    gm = program.graph_module
-    before = _graph_record(gm)
-    failures = [*failures]
-    bound = _analysed("bound-inputs", lambda: binding.records(gm, program.bound), failures)
-    served = _analysed(
-        "bound-inputs", lambda: binding.generator(gm, program.bound).items(), failures
-    )
-    serving: dict[str, int] = dict(served)
-    dead = _analysed("dead-parameters", lambda: dead_parameters(gm), failures)
-    warnings = _analysed("axis-collisions", lambda: axis_collisions(gm.graph), failures)
-    with clock("fold"):
-        run_passes = functools.partial(pipeline.run, gm, context, consumed=consumed)
-        if recorded:
-            result, recipe = record(program, lambda label: run_passes(progress=label))
-        else:
-            result, recipe = run_passes(), None
-    if result.allowed:
-        recipe = None  # what an approximation may do is judged on the weights at hand
-    passes = tuple(
-        PassRecord(
-            run.name,
-            run.seconds,
-            sum(run.before.values()),
-            sum(run.after.values()),
-            tuple(run.result.applied),
-            tuple(run.result.declined),
-        )
-        for run in result.runs
-    )
-    if failures:
-        calls = sum(before.census.values())
-        passes = (PassRecord("analyses", 0.0, calls, calls, (), tuple(failures)), *passes)
-    notes = result.notes
-    if serving:
-        read = {str(n.target) for n in gm.graph.find_nodes(op="get_attr") if n.users}
-        gone = {name: size for name, size in serving.items() if name not in read}
-        notes = (
-            f"{len(gone)} of {len(serving)} tensors that only serve the bound inputs are gone "
-            f"({sum(gone.values())} of {sum(serving.values())} bytes)",
-            *notes,
-        )
-    approximations = tuple(
-        run.result.approximation
-        for run in result.runs
-        if run.result.approximation is not None and run.result.approximation.before is not None
-    )
-    return _Folded(
-        before,
-        _graph_record(gm),
-        passes,
-        notes,
-        result.allowed,
-        bound,
-        dead,
-        warnings,
-        approximations,
-        recipe,
-    )
-
-
-def _analysed(
-    name: str, analyse: Callable[[], Iterable[Any]], failures: list[Declined]
-) -> tuple[Any, ...]:
-    """What an analysis for the report finds; where it fails, the report goes without."""
-    try:
-        return tuple(analyse())
-    except RefoldError:
-        raise
-    except Exception as error:
-        failures.append(failed(name, None, error))
-        return ()
-
-
-def _graph_record(gm: fx.GraphModule) -> GraphRecord:
-    # Buffers that no node reads (num_batches_tracked) are not part of the program.
-    read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and n.users}
-    named = [
-        *gm.named_parameters(remove_duplicate=False),  # of the names of a tied tensor one is read
-        *gm.named_buffers(remove_duplicate=False),
-    ]
-    tensors = list({id(t): t for name, t in named if name in read}.values())
-    return GraphRecord(
-        counts(sum((ops.census(g.graph) for g in subgraphs.walk(gm)), Counter())),
-        sum(t.numel() for t in tensors),
-        sum(t.numel() * t.element_size() for t in tensors),
-    )
-
-
-def _report(
-    model: Any,
-    program: Program,
-    folded: _Folded,
-    pipeline: Pipeline,
-    target: str | None,
-    clock: _Clock,
-) -> Report:
-    from refold._version import __version__
-
-    graphs = subgraphs.walk(program.graph_module)
-    remaining = {n.name for g in graphs for n in g.graph.nodes}
-    return Report(
-        model=_model_name(model),
-        target=target,
-        pipeline=pipeline.name,
-        versions={"refold": __version__, "torch": str(torch.__version__)},
-        inputs=tuple(
-            InputRecord(s.name, tuple(s.sizes), str(s.dtype).removeprefix("torch."), s.batch)
-            for s in program.inputs
-            if s.dtype is not None
-        ),
-        before=folded.before,
-        after=folded.after,
-        passes=folded.passes,
-        declined=standing(folded.passes, remaining),
-        specialised=tuple(program.specialised),
-        bound=folded.bound,
-        dead=folded.dead,
-        warnings=folded.warnings,
-        notes=(*program.notes, *folded.notes),
-        timings=clock.seconds,
-    )
+    if can.ranks_follow_sizes and not ranks_matter(program.graph_module):
+        return program
+    return with_fixed_ranks(program, settings.target.name)
 
 
 def _expect(expect: Mapping[str, int], report: Report) -> None:
@@ -590,9 +290,3 @@ def _example(model: Any, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str
         # The frontend takes the inputs that the program was exported with.
         return (), {}
     return None
-
-
-def _model_name(model: Any) -> str:
-    if isinstance(model, (str, os.PathLike)):
-        return os.path.basename(os.fspath(model))
-    return type(model).__name__

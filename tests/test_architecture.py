@@ -65,6 +65,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("refold.backends",),
     ("refold.inputs", "refold.compile_lock", "refold.training", "refold.report"),
     ("refold.compilation", "refold.compiled"),
+    ("refold.stages",),
     ("refold.compiler", "refold.torch_compile"),
     ("refold.cli",),
     ("refold", "refold.__main__"),

@@ -130,13 +130,13 @@ def test_a_compilation_does_not_look_through_older_objects(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     frozen: list[int] = []
-    fold = refold.compiler._fold
+    fold = refold.compiler.fold_program
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         frozen.append(gc.get_freeze_count())
         return fold(*args, **kwargs)
 
-    monkeypatch.setattr(refold.compiler, "_fold", counting)
+    monkeypatch.setattr(refold.compiler, "fold_program", counting)
     older = len(gc.get_objects())
     refold.compile_for_inference(conv_net(0), torch.randn(2, 3, 8, 8))
     assert frozen[0] > older / 2

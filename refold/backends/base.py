@@ -122,6 +122,10 @@ class Target(abc.ABC):
     def lower(self, program: Program, gm: fx.GraphModule, options: Any) -> Artifact:
         """Lowers the folded graph; ``program`` says what it was traced with."""
 
+    def lower_to_refit(self, program: Program, gm: fx.GraphModule, options: Any) -> Artifact:
+        """Lowers the folded graph such that :meth:`refit` can take new weights."""
+        return self.lower(program, gm, options)
+
     @abc.abstractmethod
     def load(self, artifact: Artifact, options: Any) -> Runner:
         """Makes the artifact callable over torch tensors, with the model's own signature.

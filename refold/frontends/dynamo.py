@@ -100,7 +100,6 @@ class Captured:
             ranges={},
             names={},
             node_count=sum(n.op == "call_function" for n in gm.graph.nodes),
-            exported=cast(Any, None),
         )
 
     def restore(self, gm: fx.GraphModule) -> None:

@@ -94,8 +94,11 @@ def trace(
     return _from_module(model, args, kwargs, dynamic_shapes, dynamic_batch, dict(bind or {}))
 
 
-def fix_ranks(program: Program, target: str) -> None:
-    """Refuses sizes at which results would have another rank, for a target that fixes ranks."""
+def with_fixed_ranks(program: Program, target: str) -> Program:
+    """A program that refuses sizes at which results would have another rank than at the trace's.
+
+    It is for a target that fixes ranks.
+    """
     texts = _texts(program.inputs, program.names)
     refused = []
     for size, node in fix_ranks_of(program.graph_module):
@@ -103,8 +106,8 @@ def fix_ranks(program: Program, target: str) -> None:
         text = re.sub(r"[A-Za-z_]\w*", lambda m: texts.get(m[0], m[0]), code)
         reason = f"{node.name} drops a dimension of size 1, and {target} computes for one rank"
         refused.append(Guard(code, text, provenance.source_line(node), reason))
-    guards = program.guards
-    program.guards = replace(guards, conditions=(*guards.conditions, *dict.fromkeys(refused)))
+    conditions = (*program.guards.conditions, *dict.fromkeys(refused))
+    return replace(program, guards=replace(program.guards, conditions=conditions))
 
 
 def _not_a_module(model: object) -> str:
@@ -168,9 +171,7 @@ def _from_program(
     notes += _unread(unread)
     derived = size_guards.derived(sizes, [s.name for s in inputs])
     guards = Guards(tuple(recorded), tuple(derived))
-    finished = _finish(program, gm, fresh(example), example, (), notes, guards)
-    finished.bound = bound
-    return finished
+    return replace(_finish(program, gm, fresh(example), example, (), notes, guards), bound=bound)
 
 
 def _check_structure(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -266,13 +267,16 @@ def _from_module(
     notes += binding.warnings_of(bind)
     written = {str(n.target) for n in constants.written(gm.graph) if n.op == "get_attr"}
     finished = _finish(program, gm, fresh(traced), example, tuple(specialised), notes, guards)
+    finished = replace(
+        finished,
+        names=names,
+        bound=tracer.bound,
+        apart=differs or "",
+        module=None if tracer.used_original else tracer.untouched_module,
+        ranges=finished.ranges | dict.fromkeys(free, (0, None)),
+    )
     if differs is None:
         tracer.refuse_lost_state(finished, traced, written)
-    finished.names = names
-    finished.bound = tracer.bound
-    finished.apart = differs or ""
-    finished.module = None if tracer.used_original else tracer.untouched_module
-    finished.ranges |= dict.fromkeys(free, (0, None))
     return finished
 
 
@@ -434,7 +438,7 @@ def _finish(
         ranges=ranges,
         names={},
         node_count=sum(n.op == "call_function" for n in gm.graph.nodes),
-        exported=program,
+        state=program.state_dict,
         guards=guards,
     )
 

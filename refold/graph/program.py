@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from refold.graph.guards import Guards
@@ -38,9 +37,12 @@ class InputSpec:
     device: torch.device | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Program:
-    """A traced, functional program, and what the trace promised.
+    """A traced, functional program, and what the trace promised: a value that nobody changes.
+
+    Frontends make it, from ``torch.export`` or another reader of models. Passes work on a copy of
+    its graph, so that it is what a result is compared with.
 
     Attributes:
         graph_module: the IR; called with the user's own arguments.
@@ -54,9 +56,8 @@ class Program:
         guards: what else the sizes of symbols must fulfil.
         names: the names that the user's ``Dim`` objects give to symbols.
         node_count: calls in the IR as it was traced.
-        exported: the program as ``torch.export`` gave it, before it was made functional.
+        state: the tensors of the model by the keys of its state dict.
         bound: name of each input that was declared constant, by the buffer that holds it.
-        recorded: whether the compilation keeps a recipe.
         apart: how the trace differs from the model on the example, as a sentence; empty if not.
         module: gives a copy of the module that was traced, with eval semantics, over the same
             tensors, to be left as it is; ``None`` for a program, and where no copy can be made.
@@ -72,9 +73,8 @@ class Program:
     ranges: dict[str, tuple[int, int | None]]
     names: dict[str, str]
     node_count: int
-    exported: ExportedProgram
-    bound: dict[str, str] = field(default_factory=dict)
-    recorded: bool = False
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    bound: Mapping[str, str] = field(default_factory=dict)
     apart: str = ""
     module: Callable[[], nn.Module] | None = None
     guards: Guards = field(default_factory=Guards)

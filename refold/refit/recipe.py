@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from refold.errors import RefitError, UsageError, did_you_mean
@@ -191,15 +191,16 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(repr(n) for n in found[:_SHOWN]) + more
 
 
-def record(program: Program, fold: Callable[[Callable[[str], None]], Any]) -> tuple[Any, Recipe]:
-    """Runs a fold of a program's graph and records it.
+def record(
+    program: Program, gm: fx.GraphModule, fold: Callable[[Callable[[str], None]], Any]
+) -> tuple[Any, Recipe]:
+    """Runs a fold of a graph and records it.
 
     Args:
-        program: the program; its graph module is folded.
+        program: what the graph was traced as.
+        gm: the graph that is folded.
         fold: folds it; is given what to call with the name of each pass before it runs.
     """
-    gm = program.graph_module
-    state = program.exported.state_dict
     before = constants.stored(gm)
     recorder = Recorder(before)
 
@@ -209,13 +210,13 @@ def record(program: Program, fold: Callable[[Callable[[str], None]], Any]) -> tu
     with recorder:
         result = fold(label)
     tape = recorder.finish(constants.stored(gm))
-    keys = _keys(before, {k: t for k, t in state.items() if k not in program.bound})
+    keys = _keys(before, {k: t for k, t in program.state.items() if k not in program.bound})
     sources = {
         name: Source(keys[name], program.bound.get(name, ""), tuple(t.shape), t.dtype, t.device)
         for name, t in before.items()
         if name in tape.sources
     }
-    shapes = {k: tuple(t.shape) for k, t in state.items() if k not in program.bound}
+    shapes = {k: tuple(t.shape) for k, t in program.state.items() if k not in program.bound}
     values = {name: before[name] for name in sources}
     stamps = {name: _stamp(t) for name, t in values.items()}
     return result, Recipe(tape, sources, shapes, values, stamps)

@@ -65,6 +65,8 @@ class Record:
         pipeline: name of the pipeline.
         versions: ``refold``, ``torch`` and what the target adds.
         inputs: the tensor inputs as traced.
+        unknown: operators that refold knows nothing of, with the number of calls in the folded
+            graph: nothing is folded through them.
         bound: the tensor inputs that were declared constant and vanished.
         dead: parameters that no output depends on, whatever their values are.
         warnings: what is likely a mistake in the model.
@@ -91,6 +93,7 @@ class Record:
     after: GraphRecord
     passes: tuple[PassRecord, ...] = ()
     declined: tuple[Declined, ...] = ()
+    unknown: dict[str, int] = field(default_factory=dict)
     bound: tuple[BoundInput, ...] = ()
     dead: tuple[DeadParameter, ...] = ()
     warnings: tuple[str, ...] = ()

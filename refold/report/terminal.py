@@ -14,6 +14,7 @@ from refold.rewrite.result import Applied, Declined, in_bytes
 _SHOWN_DECLINES = 10
 _SHOWN_LAYERS = 16
 _SHOWN_DEAD = 10
+_SHOWN_UNKNOWN = 6
 _JOINED = "\N{NO-BREAK SPACE}"
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NUMBERED = re.compile(r"\b[a-z]\w*_\d+\b|\d+(\.\d+)?")
@@ -30,6 +31,7 @@ class Renderer:
         self._head()
         self._passes()
         self._declined()
+        self._unknown()
         self._layers()
         self._removed()
         self._numerics()
@@ -126,6 +128,16 @@ class Renderer:
             shown += 1
         if not r.applied or shown:
             self.lines.append("")
+
+    def _unknown(self) -> None:
+        """The operators that the table does not have: what stands around them is left as it is."""
+        found = [name if n == 1 else f"{name} x {n}" for name, n in self.report.unknown.items()]
+        if found:
+            some = found[:_SHOWN_UNKNOWN]
+            more = f" and {len(found) - len(some)} more, see --json" if found[len(some) :] else ""
+            what = "operator" if len(found) == 1 else "operators"
+            text = f"{what} {_kept_together(some)}{more}: nothing is folded through"
+            self._row("unknown", f"{text} {'it' if len(found) == 1 else 'them'}", "33")
 
     def _layers(self) -> None:
         """For each approximate pass a table, a row for each layer, of the columns it names."""

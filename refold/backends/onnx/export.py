@@ -65,6 +65,8 @@ def lower(
     gm: fx.GraphModule,
     asked: int,
     kernels: shift_add.Kernels = shift_add.ANY,
+    *,
+    refits: bool = False,
 ) -> Artifact:
     """Exports the folded graph to an ONNX model in memory.
 
@@ -73,6 +75,7 @@ def lower(
         gm: the graph.
         asked: version of the operator set, unless a shift-add layer needs a later one.
         kernels: what the runtime behind the file multiplies fast.
+        refits: keep how the stored weights follow from the graph's constants.
     """
     module, signature = flat.flatten(gm, program)
     quantised.spell_out(module.graph)
@@ -83,7 +86,7 @@ def lower(
     wanted = [symbolic_dims(n) for n in inputs]
     exported = _re_export(module, signature.tensors(program.args, program.kwargs), wanted)
     try:
-        onnx_program, raw = _to_onnx(exported, opset, keep=program.recorded)
+        onnx_program, raw = _to_onnx(exported, opset, keep=refits)
     except torch.onnx.OnnxExporterError as error:
         raise BackendError(
             f"the ONNX exporter cannot translate the folded graph: {_root_cause(error)}"

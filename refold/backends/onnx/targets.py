@@ -65,8 +65,16 @@ class OnnxTarget(Target):
     )
 
     def lower(self, program: Program, gm: fx.GraphModule, options: Any) -> Artifact:
+        return self._lower(program, gm, options)
+
+    def lower_to_refit(self, program: Program, gm: fx.GraphModule, options: Any) -> Artifact:
+        return self._lower(program, gm, options, refits=True)
+
+    def _lower(
+        self, program: Program, gm: fx.GraphModule, options: Any, *, refits: bool = False
+    ) -> Artifact:
         kernels = shift_add.onnx_runtime(_ACCURACY_LEVEL, options.requantise)
-        return export.lower(program, gm, options.opset, kernels)
+        return export.lower(program, gm, options.opset, kernels, refits=refits)
 
     def check(
         self, artifact: Artifact, gm: fx.GraphModule, known: References, options: OnnxOptions
@@ -132,8 +140,23 @@ class OnnxRuntimeTarget(Target):
     )
 
     def lower(self, program: Program, gm: fx.GraphModule, options: OnnxRuntimeOptions) -> Artifact:
+        return self._lower(program, gm, options)
+
+    def lower_to_refit(
+        self, program: Program, gm: fx.GraphModule, options: OnnxRuntimeOptions
+    ) -> Artifact:
+        return self._lower(program, gm, options, refits=True)
+
+    def _lower(
+        self,
+        program: Program,
+        gm: fx.GraphModule,
+        options: OnnxRuntimeOptions,
+        *,
+        refits: bool = False,
+    ) -> Artifact:
         kernels = shift_add.onnx_runtime(options.accuracy_level, options.requantise)
-        return export.lower(program, gm, options.opset, kernels)
+        return export.lower(program, gm, options.opset, kernels, refits=refits)
 
     def check(
         self, artifact: Artifact, gm: fx.GraphModule, known: References, options: OnnxRuntimeOptions
