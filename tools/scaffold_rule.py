@@ -27,11 +27,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from refold.rewrite.build import Builder
 from refold.rewrite.context import Context
 from refold.rewrite.driver import apply_rules
 from refold.rewrite.pattern import Call, Match, Var
 from refold.rewrite.result import PassResult
-from refold.rewrite.build import Builder
 from refold.rewrite.rule import RewriteRule
 
 aten = torch.ops.aten
@@ -149,7 +149,8 @@ def main(arguments: list[str]) -> None:
     print("now add to refold/passes/__init__.py its place, with the reason for it:")
     print(f"        {cls}(),  # why here")
     print(f"    (from refold.passes.{options.family}.{module} import {cls})")
-    print("and run tools/pass_pages.py, which writes its page from its docstring")
+    print("then run tools/pass_pages.py, which writes its page from its docstring, and")
+    print("tools/regenerate_goldens.py, which writes the golden of its test")
 
 
 if __name__ == "__main__":

@@ -362,6 +362,18 @@ def test_torch_compile_merges_for_what_runs_the_graph() -> None:
     assert costs(inner=lambda gm, inputs: gm) == "another compiler"
 
 
+def test_torch_compile_merges_nothing_for_a_compiler_that_nobody_measured() -> None:
+    seen: list[int] = []
+
+    def inner(gm: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
+        seen.append(len(linears(gm)))
+        return gm
+
+    with torch.no_grad():
+        torch.compile(net(gated).float(), backend=refold.backend(inner=inner))(tokens().float())
+    assert seen == [2]
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     layers=st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=2, max_size=5),
