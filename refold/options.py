@@ -16,6 +16,7 @@ from refold.errors import UsageError, did_you_mean
 
 _WORDS = {"true": True, "false": False}
 _LISTS = (collections.abc.Sequence, collections.abc.Iterable, tuple, list)
+_MAPPINGS = (collections.abc.Mapping, dict)  # of names to integers, as a profile of sizes is
 _NOT_OPTIONS = ("name", "exactness")  # what a pass says of itself
 
 
@@ -139,6 +140,10 @@ def _read(text: str, kind: Any) -> Any:
     if get_origin(kind) in _LISTS and get_args(kind)[:1] in ((str,), (int,), (float,)):
         item = get_args(kind)[0]
         return tuple(item(part) for part in text.split(",") if part)
+    if get_origin(kind) in _MAPPINGS:
+        pairs = [part.partition("=") for part in text.split(",")]
+        if all(name and numbers for name, _, numbers in pairs):
+            return {name: tuple(map(int, numbers.split(":"))) for name, _, numbers in pairs}
     raise _Unreadable
 
 
@@ -158,4 +163,6 @@ def _word(kind: Any) -> str:
         return " or ".join(map(str, get_args(kind)))
     if get_origin(kind) in _LISTS and get_args(kind)[:1] in ((str,), (int,), (float,)):
         return "values with commas between"
+    if get_origin(kind) in _MAPPINGS:
+        return "name=number:number:..., with commas between"
     return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ class Knobs:
     limit: float | None = None
     include: str | Sequence[str] = ()
     sizes: tuple[int, ...] = ()
+    profile: Mapping[str, tuple[int, int]] | None = None
     calls: Sequence[Any] = field(default=(), repr=False)
 
 
@@ -44,6 +45,7 @@ class Knobs:
         ("limit=2.5", {"limit": 2.5}),
         ("include=head,blocks.*", {"include": ("head", "blocks.*")}),
         ("sizes=1,2", {"sizes": (1, 2)}),
+        ("profile=n=1:8,m=2:3", {"profile": {"n": (1, 8), "m": (2, 3)}}),
     ],
 )
 def test_a_value_is_read_as_its_annotation_says(text: str, value: dict[str, Any]) -> None:
@@ -62,6 +64,7 @@ def test_a_value_is_read_as_its_annotation_says(text: str, value: dict[str, Any]
         ("mode=slow", "expected fast or small"),
         ("width=wide", "expected an integer or auto"),
         ("limit=x", "expected a number or none"),
+        ("profile=1:8", "expected name=number:number:..., with commas between or none"),
         ("calls=1", "it can only be set from Python"),
         ("cuont=3", "knobs has no option 'cuont' (did you mean 'count'?)"),
         ("name=other", "knobs has no option 'name'"),
