@@ -109,19 +109,20 @@ def _register(
         # A copy: what the caller does to the tensor later must not change the compiled model.
         model.register_buffer(label, leaf.detach().clone())
         buffers[label] = f"{name}[{i}]" if len(leaves) > 1 else name
-        kept.append(_Buffer(label))
+        kept.append(_BufferName(label))
 
     def read() -> Any:
         # A copy in the graph too: a forward may write into its inputs, at every call anew.
         return pytree.tree_unflatten(
-            [getattr(model, k.name).clone() if isinstance(k, _Buffer) else k for k in kept], spec
+            [getattr(model, k.name).clone() if isinstance(k, _BufferName) else k for k in kept],
+            spec,
         )
 
     return read
 
 
 @dataclass(frozen=True)
-class _Buffer:
+class _BufferName:
     name: str
 
 

@@ -4,10 +4,31 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import fx
 
 
 class RefoldError(Exception):
     """Base of all errors that refold raises on purpose."""
+
+
+class Declined(Exception):
+    """Something stays as it is: raised where that is found out, whoever tries the fold says it.
+
+    It is no error of anybody, so that it never leaves a compilation: what tries a candidate makes a
+    record of it (:class:`refold.rewrite.result.Decline`).
+
+    Attributes:
+        reason: why, in one sentence without a full stop.
+        node: where, if that is another node than the one that is tried.
+        hint: what the user can do about it, or ``""``.
+    """
+
+    def __init__(self, reason: str, node: fx.Node | None = None, hint: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.node, self.hint = reason, node, hint
 
 
 class UsageError(RefoldError, ValueError):

@@ -44,7 +44,7 @@ from refold.report.record import GraphRecord, InputRecord, PassRecord, counts, s
 from refold.report.report import Report
 from refold.rewrite.context import Context
 from refold.rewrite.pipeline import PassRun, Pipeline
-from refold.rewrite.result import Approximation, Declined, failed
+from refold.rewrite.result import Approximation, Decline, failed
 from refold.verify import codes
 from refold.verify.compare import verify_widely
 from refold.verify.randomness import draws
@@ -114,7 +114,7 @@ def fold_program(
     """
     gm = copy_sharing_tensors(program.graph_module)
     before = _graph_record(gm)
-    failures: list[Declined] = []
+    failures: list[Decline] = []
     bound = _analysed("bound-inputs", lambda: binding.records(gm, program.bound), failures)
     serving = dict[str, int](
         _analysed("bound-inputs", lambda: binding.generator(gm, program.bound).items(), failures)
@@ -173,7 +173,7 @@ def _served(gm: fx.GraphModule, serving: Mapping[str, int]) -> list[str]:
 
 
 def _analysed(
-    name: str, analyse: Callable[[], Iterable[Any]], failures: list[Declined]
+    name: str, analyse: Callable[[], Iterable[Any]], failures: list[Decline]
 ) -> tuple[Any, ...]:
     """What an analysis for the report finds; where it fails, the report goes without."""
     try:
@@ -225,7 +225,7 @@ class Judge:
         self._program, self._clock, self._verify = program, clock, verify
         self.known = References()
         self.original = program.graph_module  # what everything is compared with
-        self.failures: list[Declined] = []
+        self.failures: list[Decline] = []
         self._stated: tuple[str, ...] = ()
         self._whole: fx.GraphModule | None = self.original  # as long as its weights are there
         if not verify:
@@ -400,7 +400,7 @@ def report_of(
     pipeline: Pipeline,
     target: str | None,
     clock: Clock,
-    failures: Sequence[Declined] = (),
+    failures: Sequence[Decline] = (),
 ) -> Report:
     """The report of a fold; what is judged and lowered later is added to it.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import refold
-from refold.rewrite.result import Declined
+from refold.rewrite.result import Decline
 
 # A fold in float64 differs from the original by rounding alone: a few hundred additions in another
 # order, each 1.1e-16. A dropped bias or a kernel shifted by a tap is at least 1e-3.
@@ -71,7 +71,7 @@ def fold_double(model: nn.Module, inputs: Sequence[Any], **options: Any) -> Any:
     return folded
 
 
-def declined(folded: Any) -> list[Declined]:
+def declined(folded: Any) -> list[Decline]:
     """Every declined record of a compilation, of nodes that a later pass removed too."""
     return [record for run in folded.report.passes for record in run.declined]
 

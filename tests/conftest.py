@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from refold import cli
-from refold.rewrite.result import Declined, watch_failures
+from refold.rewrite.result import Decline, watch_failures
 
-_FAILURES: list[Declined] = []
+_FAILURES: list[Decline] = []
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -27,7 +27,7 @@ def watched() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def failures(watched: None) -> Iterator[list[Declined]]:
+def failures(watched: None) -> Iterator[list[Decline]]:
     """Errors inside of refold that cost a rewrite: a test that makes none fails with them.
 
     A test that makes some clears the list.

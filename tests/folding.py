@@ -12,7 +12,7 @@ from refold.frontends.export import trace
 from refold.graph.ops import census
 from refold.rewrite.context import Context
 from refold.rewrite.pipeline import Pipeline
-from refold.rewrite.result import Declined, Pass
+from refold.rewrite.result import Decline, Pass
 from tests.compare import EXACT, relative_error
 
 
@@ -51,7 +51,7 @@ def image(channels: int = 4, height: int = 7, width: int = 6) -> torch.Tensor:
 def run(
     passes: Pass | Sequence[Pass], model: nn.Module, x: torch.Tensor, *, dynamic: bool = True,
     context: Context = Context(),
-) -> tuple[fx.GraphModule, list[Declined]]:  # fmt: skip
+) -> tuple[fx.GraphModule, list[Decline]]:  # fmt: skip
     """Folds, checks the numbers at two batch sizes, and returns the graph and what declined."""
     with torch.no_grad():
         gm = trace(model, (x,), {}, dynamic_batch=dynamic).graph_module

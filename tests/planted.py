@@ -31,7 +31,7 @@ from refold.rewrite import driver
 from refold.rewrite.context import Context
 from refold.rewrite.pattern import root_targets
 from refold.rewrite.pipeline import Pipeline
-from refold.rewrite.result import Applied, Approximation, Declined, Pass, PassResult
+from refold.rewrite.result import Applied, Approximation, Decline, Pass, PassResult
 from refold.rewrite.rule import RewriteRule
 from refold.verify import codes
 from refold.verify.compare import verify
@@ -385,11 +385,11 @@ class Bench:
 
     program: Program
     known: References
-    failures: list[Declined]
+    failures: list[Decline]
     original: fx.GraphModule
 
     @classmethod
-    def of(cls, model: nn.Module, x: Tensor, failures: list[Declined]) -> Bench:
+    def of(cls, model: nn.Module, x: Tensor, failures: list[Decline]) -> Bench:
         program = trace(model, (x,))
         original = copy_sharing_tensors(program.graph_module)
         known = references(original, program, module=program.module)

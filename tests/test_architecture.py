@@ -136,6 +136,28 @@ def test_star_imports_and_prints_are_nowhere() -> None:
                 assert not (isinstance(node.func, ast.Name) and node.func.id == "print"), path
 
 
+def test_no_two_classes_share_a_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(name(path))
+    assert not {kind: where for kind, where in homes.items() if len(where) > 1}
+
+
+def test_there_is_one_word_for_no() -> None:
+    """What stays is ``Declined`` where it is found out and a ``Decline`` in results and reports."""
+    others = {"refold.frontends.dynamo.NotFoldable"}  # of a captured graph, which runs as it is
+    found = {
+        f"{name(path)}.{node.name}"
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and any(w in node.name for w in ("Declin", "Refus", "Unproven", "NotFold", "Verdict"))
+    }
+    assert found == {"refold.errors.Declined", "refold.rewrite.result.Decline", *others}
+
+
 _DIRECT = {"replace_all_uses_with", "erase_node", "replace_input_with", "eliminate_dead_code"}
 # What does not go through the door, and why.
 _BESIDE_THE_DOOR = {

@@ -32,7 +32,7 @@ from refold.passes.scale_shift.absorb_scale_shift import AbsorbScaleShift
 from refold.passes.shift_add import codes as layer_codes
 from refold.passes.shift_add.substitute_shift_add import SubstituteShiftAdd
 from refold.rewrite.pipeline import Pipeline
-from refold.rewrite.result import Declined, Pass
+from refold.rewrite.result import Decline, Pass
 from tests.folding import Net
 from tests.models.experts import spread
 from tests.passes.branches import test_defer_resizes as resizes
@@ -269,7 +269,7 @@ CASES: dict[str, tuple[Case, ...]] = {
 }  # fmt: skip
 
 
-def planted(rule: str, case: Case, failures: list[Declined]) -> Outcome:
+def planted(rule: str, case: Case, failures: list[Decline]) -> Outcome:
     """The bugs planted into a rule on its network."""
     torch.manual_seed(0)
     bench = Bench.of(case.build().float().eval(), case.inputs().float(), failures)
@@ -295,7 +295,7 @@ def test_every_rule_of_every_pipeline_has_bugs() -> None:
 @pytest.mark.parametrize(
     ("rule", "at"), [(rule, at) for rule, cases in CASES.items() for at in range(len(cases))]
 )
-def test_bugs_in_a_rule_are_refused(rule: str, at: int, failures: list[Declined]) -> None:
+def test_bugs_in_a_rule_are_refused(rule: str, at: int, failures: list[Decline]) -> None:
     found = planted(rule, CASES[rule][at], failures)
     assert found.ids == {id_of(rule)}
     assert found.visible >= LEAST, found
@@ -383,7 +383,7 @@ def _in_pipeline(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
-def test_bugs_in_a_network_are_refused(name: str, failures: list[Declined]) -> None:
+def test_bugs_in_a_network_are_refused(name: str, failures: list[Decline]) -> None:
     model, x = _network(name)
     bench, fired = Bench.of(model, x, failures), dict[str, Outcome]()
     passes = (*PIPELINES["default"].passes, SubstituteShiftAdd())

@@ -46,7 +46,7 @@ class Hessian:
 
 
 @dataclass(frozen=True)
-class Factor:
+class InverseFactor:
     """The order in which columns are quantised, and how they make up for each other in it.
 
     Attributes:
@@ -58,7 +58,7 @@ class Factor:
     order: torch.Tensor
 
 
-def inverse_factor(hessian: torch.Tensor, damping: float, group_size: int) -> Factor:
+def inverse_factor(hessian: torch.Tensor, damping: float, group_size: int) -> InverseFactor:
     """The order of the columns, and the factor of ``hessian + damping mean(diag) I`` in it.
 
     Args:
@@ -79,7 +79,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float, group_size: int) -> Fa
     # H = R R^T with R upper is the Cholesky decomposition from the other end, and U = R^-1.
     reverse = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     identity = torch.eye(len(reverse), dtype=reverse.dtype)
-    return Factor(torch.linalg.solve_triangular(reverse, identity, upper=True), order)
+    return InverseFactor(torch.linalg.solve_triangular(reverse, identity, upper=True), order)
 
 
 def _largest_first(diagonal: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -93,7 +93,7 @@ def _largest_first(diagonal: torch.Tensor, group_size: int) -> torch.Tensor:
 
 def encode_compensated(
     weight: torch.Tensor,
-    factor: Factor,
+    factor: InverseFactor,
     bits: int,
     group_size: int,
     family: Family,

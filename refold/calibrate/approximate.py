@@ -42,8 +42,9 @@ import torch
 from torch import fx
 
 from refold.calibrate.inputs import read_and_hold_out
-from refold.calibrate.layers import Layer, Refusal, linear, other_readers
+from refold.calibrate.layers import Layer, linear, other_readers
 from refold.calibrate.lockstep import Lockstep
+from refold.errors import Declined
 from refold.graph import constants
 from refold.graph.copies import copy_sharing_tensors
 from refold.graph.nodes import aten, pinned
@@ -84,7 +85,7 @@ class Replacement:
     product: Callable[[Edit, Run], Product] | None = None
 
 
-Replace = Callable[[Layer, Sequence[torch.Tensor]], Replacement | Refusal]
+Replace = Callable[[Layer, Sequence[torch.Tensor]], Replacement]
 
 
 def layers(
@@ -101,7 +102,7 @@ def layers(
     Args:
         gm: the graph module, changed in place.
         rule: id of the pass.
-        replace: what becomes of a layer, or why it stays. It gets the layer, and for each
+        replace: what becomes of a layer, or raises why it stays. It gets the layer, and for each
             calibration input what its weight multiplies, after the layers before it are replaced.
         include: globs of module paths; only these layers are replaced.
         exclude: globs of module paths that stay as they are.
@@ -110,12 +111,13 @@ def layers(
     result = PassResult()
     candidates = []
     for node in allowed(gm, rule, include, exclude):
-        layer = linear(node)
-        refusal = layer if isinstance(layer, Refusal) else layer and shared(layer)
-        if isinstance(layer, Layer) and refusal is None:
-            candidates.append(layer)
-        elif isinstance(refusal, Refusal):
-            _decline(result, rule, node, refusal)
+        try:
+            layer = linear(node)
+            if layer is not None:
+                check_unshared(layer)
+                candidates.append(layer)
+        except Declined as reason:
+            result.declined.append(declined(rule, node, reason))
     if not candidates:
         return result
     constants.materialise_all(gm, forget=False)
@@ -146,9 +148,10 @@ def _in_order(
         if calls:
             lockstep.advance(layer.node)
             inputs = [layer.columns(x) for x in lockstep.values(layer.x)]
-        found = replace(layer, inputs)
-        if isinstance(found, Refusal):
-            _decline(result, rule, layer.node, found)
+        try:
+            found = replace(layer, inputs)
+        except Declined as reason:
+            result.declined.append(declined(rule, layer.node, reason))
             continue
         chosen[layer] = found
         weight = found.weight.to(constants.tensor(layer.attribute))
@@ -171,14 +174,14 @@ def allowed(
             yield node
 
 
-def shared(layer: Layer) -> Refusal | None:
-    """Why a layer whose weight something else reads stays."""
+def check_unshared(layer: Layer) -> None:
+    """Refuses a layer whose weight something else reads, too."""
     others = other_readers(layer)
     if not others:
-        return None
-    return Refusal(
+        return
+    raise Declined(
         f"its weight is shared with {', '.join(n.name for n in others)}",
-        "a shared weight would be stored twice: untie it first",
+        hint="a shared weight would be stored twice: untie it first",
     )
 
 
@@ -269,7 +272,3 @@ def finish(
     result.approximation = Approximation(
         before, after, held_out=held_out, codes=codes, calibration=calls
     )
-
-
-def _decline(result: PassResult, rule: str, node: fx.Node, refusal: Refusal) -> None:
-    result.declined.append(declined(rule, node, refusal.reason, refusal.hint))

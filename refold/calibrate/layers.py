@@ -17,17 +17,10 @@ from torch.nn import functional as F
 from refold.algebra.compensation import Hessian
 from refold.algebra.lazy import Lazy
 from refold.calibrate.lockstep import Compute, Environment
+from refold.errors import Declined
 from refold.graph import constants, ops
 from refold.graph.nodes import arguments, aten, dtype, is_output, shape
 from refold.graph.records import convolutions, products
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a layer stays, and what can be done about it."""
-
-    reason: str
-    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,8 +103,12 @@ def _call(target: Any, *args: Any) -> Any:
     return target(*args)
 
 
-def linear(node: fx.Node) -> Layer | Refusal | None:
-    """The node as a dense layer if it is a product with a stored matrix."""
+def linear(node: fx.Node) -> Layer | None:
+    """The node as a dense layer if it is a product with a stored matrix.
+
+    Raises:
+        Declined: its weight is not finite.
+    """
     found = products.linear(node)
     if found is None:
         return None
@@ -129,8 +126,12 @@ def linear(node: fx.Node) -> Layer | Refusal | None:
     )  # fmt: skip
 
 
-def convolution(node: fx.Node) -> Layer | Refusal | None:
-    """The node as a dense layer if it is a convolution with a stored weight."""
+def convolution(node: fx.Node) -> Layer | None:
+    """The node as a dense layer if it is a convolution with a stored weight.
+
+    Raises:
+        Declined: it is no product with a finite matrix.
+    """
     conv = convolutions.conv(node)
     if conv is None:
         return None
@@ -139,12 +140,12 @@ def convolution(node: fx.Node) -> Layer | Refusal | None:
         return None
     if conv.groups != 1 or conv.transposed:
         kind = "transposed" if conv.transposed else f"in {conv.groups} groups"
-        return Refusal(f"a convolution {kind} is no product of its windows with one matrix")
+        raise Declined(f"a convolution {kind} is no product of its windows with one matrix")
     kernel = conv.weight.shape[2:]
     mode = arguments(node)["padding"]
     lopsided = mode == "same" and any(k % 2 == 0 for k in kernel)
     if any(d != 1 for d in conv.dilation) or lopsided:
-        return Refusal("dilated windows and lopsided padding are not supported")
+        raise Declined("dilated windows and lopsided padding are not supported")
     if dtype(conv.x) != dtype(node):
         return None
     rows = conv.weight.shape[0]
@@ -158,9 +159,9 @@ def convolution(node: fx.Node) -> Layer | Refusal | None:
     )  # fmt: skip
 
 
-def _checked(layer: Layer) -> Layer | Refusal:
+def _checked(layer: Layer) -> Layer:
     if not constants.tensor(layer.attribute).isfinite().all():
-        return Refusal("its weight is not finite")
+        raise Declined("its weight is not finite")
     return layer
 
 

@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from refold.errors import Declined
 from refold.graph import nodes
 from refold.graph.nodes import aten
 
@@ -25,10 +26,6 @@ _EXIT = torch.amp.autocast_mode._exit_autocast
 Step = tuple[Any, tuple[torch.dtype, ...]]
 
 
-class Opaque(Exception):
-    """An operator casts where no argument shows it."""
-
-
 def make_explicit(gm: fx.GraphModule) -> int:
     """Replaces switches of autocast by casts; ambient autocast counts as switched on.
 
@@ -36,7 +33,7 @@ def make_explicit(gm: fx.GraphModule) -> int:
         How many casts were added.
 
     Raises:
-        Opaque: an operator casts values inside; the message names it.
+        Declined: an operator casts values inside; the message names it.
     """
     active: dict[fx.Node, tuple[Any, ...]] = {}
     stale: set[fx.Node] = set()
@@ -74,11 +71,11 @@ def _cast(graph: fx.Graph, node: fx.Node, regions: list[tuple[Any, ...]]) -> int
     ):
         return 0
     if not isinstance(node.target, torch._ops.OpOverload):
-        raise Opaque(f"{node.name} is called under autocast")
+        raise Declined(f"{node.name} is called under autocast")
     with_casts, dtypes = _observe(node, regions, {})
     without, _ = _observe(node, None, dtypes)
     if with_casts != without:
-        raise Opaque(f"{node.name} casts inside under autocast")
+        raise Declined(f"{node.name} casts inside under autocast")
     made: dict[fx.Node, fx.Node] = {}
     for source, dtype in dtypes.items():
         with graph.inserting_before(node):

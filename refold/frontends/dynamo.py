@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from refold.errors import FrontendError, first_line
+from refold.errors import Declined, FrontendError, first_line
 from refold.frontends import autocast, functionalise, lifted
 from refold.frontends.canonical import write_canonical
 from refold.frontends.export import trains
@@ -236,7 +236,7 @@ def _trace(gm: fx.GraphModule, fakes: list[Any], cloned: tuple[int, ...]) -> fx.
         ):
             traced: fx.GraphModule = make_fx(run, pre_dispatch=True)(*fakes)
         autocast.make_explicit(traced)
-    except autocast.Opaque as reason:
+    except Declined as reason:
         raise NotFoldable(str(reason)) from None
     except Exception as error:
         # Whatever a second trace cannot take, the first trace can still run.

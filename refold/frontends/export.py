@@ -35,7 +35,7 @@ from refold.frontends.dynamic_shapes import (
 )
 from refold.frontends.faithful import (
     DIFFERS,
-    Comparison,
+    SideBySide,
     apart,
     lowest,
     settle,
@@ -243,7 +243,7 @@ def _from_module(
     else:
         inputs = _input_specs(gm, traced)
         derived = size_guards.derived([s.sizes for s in inputs], [s.name for s in inputs])
-        comparison = Comparison(tracer, gm, traced, inputs, derived)
+        comparison = SideBySide(tracer, gm, traced, inputs, derived)
         sizes = [s.sizes for s in inputs]
         recorded, unread = size_guards.read(program, gm, sizes, names, tracer.signature)
         reason = _batch_one_differs(comparison, recorded, batch) if batch is not None else None
@@ -280,7 +280,7 @@ def _from_module(
     return finished
 
 
-def _batch_one_differs(comparison: Comparison, recorded: Sequence[Guard], batch: int) -> str | None:
+def _batch_one_differs(comparison: SideBySide, recorded: Sequence[Guard], batch: int) -> str | None:
     """Compares the trace with the model at batch 1, which tracing at 2 or more cannot see."""
     one = dict.fromkeys(_batches(comparison.inputs), 1)
     if batch > 1 and not Guards(tuple(recorded)).admits({**comparison.hints, **one}):
@@ -298,7 +298,7 @@ def _batches(inputs: Iterable[InputSpec]) -> list[str]:
 
 
 def _settled(
-    comparison: Comparison, recorded: Sequence[Guard], own: set[str], names: Mapping[str, str]
+    comparison: SideBySide, recorded: Sequence[Guard], own: set[str], names: Mapping[str, str]
 ) -> tuple[Guards, list[Guard]]:
     """What sizes must fulfil: what the trace recorded, and what it cannot see below two.
 

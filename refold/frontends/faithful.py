@@ -37,7 +37,7 @@ AGREES, REFUSED, DIFFERS, UNKNOWN = "agrees", "refused", "differs", "unknown"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Finding:
     """What a comparison says of one size.
 
     Attributes:
@@ -51,7 +51,7 @@ class Verdict:
     line: str = ""
 
 
-class Comparison:
+class SideBySide:
     """A trace beside the model that it is of, at any sizes of its inputs."""
 
     def __init__(
@@ -64,7 +64,7 @@ class Comparison:
     ) -> None:
         self._tracer, self._gm, self._traced = tracer, gm, traced
         self.inputs, self.derived = inputs, derived
-        self._known: dict[tuple[tuple[str, int], ...], Verdict] = {}
+        self._known: dict[tuple[tuple[str, int], ...], Finding] = {}
         self.hints = traced_sizes(inputs, traced, Guards(derived=tuple(derived)))
         self._possible = not constants.written(gm.graph) and not any(
             map(draws_random, gm.graph.nodes)
@@ -82,7 +82,7 @@ class Comparison:
         """Whether the two were compared at these sizes already."""
         return tuple(sorted({**self.hints, **sizes}.items())) in self._known
 
-    def at(self, sizes: Mapping[str, int], *, stretched: bool = False) -> Verdict:
+    def at(self, sizes: Mapping[str, int], *, stretched: bool = False) -> Finding:
         """Compares at these sizes of symbols; others stay as they were traced.
 
         Args:
@@ -104,9 +104,9 @@ class Comparison:
         for spec in self.inputs:
             yield [s if isinstance(s, int) else int(evaluate(s, sizes)) for s in spec.sizes]
 
-    def _compared(self, sizes: Mapping[str, int], stretched: bool) -> Verdict:
+    def _compared(self, sizes: Mapping[str, int], stretched: bool) -> Finding:
         if not self._possible:
-            return Verdict(UNKNOWN, "it draws random numbers or writes state")
+            return Finding(UNKNOWN, "it draws random numbers or writes state")
         leaves, spec = pytree.tree_flatten(self._traced)
         shapes = self._shapes(sizes)
         resized = [
@@ -119,15 +119,15 @@ class Comparison:
         far = self._on(pytree.tree_unflatten([_stretched(leaf) for leaf in resized], spec))
         return far if far.outcome == DIFFERS else verdict
 
-    def _on(self, inputs: Any) -> Verdict:
+    def _on(self, inputs: Any) -> Finding:
         try:
             expected = self._tracer.run(inputs)
         except Exception as error:
-            return Verdict(REFUSED, _first_line(error), self._tracer.line_of(error))
+            return Finding(REFUSED, _first_line(error), self._tracer.line_of(error))
         apart = difference(self._gm, inputs, expected, _ROUNDING)
         if apart is None or self._decided_in_float64(inputs):
-            return Verdict(AGREES)
-        return Verdict(DIFFERS, apart)
+            return Finding(AGREES)
+        return Finding(DIFFERS, apart)
 
     def _decided_in_float64(self, inputs: Any) -> bool:
         """Whether the trace computes what the model does, where rounding flips no choice.
@@ -181,7 +181,7 @@ def apart(tracer: Tracer, gm: fx.GraphModule, inputs: Any) -> str | None:
 
 
 def lowest(
-    comparison: Comparison,
+    comparison: SideBySide,
     batches: Sequence[str],
     texts: Mapping[str, str],
     recorded: Sequence[Guard] = (),
@@ -207,7 +207,7 @@ def lowest(
         groups = [together, *([s] for s in texts if s not in batches)]
     for group in filter(None, groups):
         asked = admitted(group, 1)
-        one = comparison.at(dict.fromkeys(group, 1)) if asked else Verdict(AGREES)
+        one = comparison.at(dict.fromkeys(group, 1)) if asked else Finding(AGREES)
         if one.outcome == UNKNOWN:
             continue
         if one.outcome != AGREES:
@@ -225,14 +225,14 @@ def lowest(
     return found
 
 
-def _against(verdict: Verdict) -> str:
+def _against(verdict: Finding) -> str:
     if verdict.outcome == REFUSED:
         return f"the model raises {verdict.reason}"
     return f"the model takes another path: {verdict.reason}"
 
 
 def settle(
-    guards: Sequence[Guard], comparison: Comparison, given: Sequence[Guard]
+    guards: Sequence[Guard], comparison: SideBySide, given: Sequence[Guard]
 ) -> tuple[list[Guard], list[Guard]]:
     """Keeps the guards that matter, drops those that the model shows to be spurious.
 
@@ -251,7 +251,7 @@ def settle(
     users = [g for g in guards if g.source]
     ordered = [*users, *(g for g in guards if not g.source)]
     spurious: list[Guard] = []
-    seen: dict[Guard, Verdict] = {}
+    seen: dict[Guard, Finding] = {}
     for guard in sorted(ordered, key=lambda g: not _may_go(g)):  # those that may go come first
         others = [*given, *(g for g in ordered if g is not guard and g not in spurious)]
         verdicts = [
@@ -272,12 +272,12 @@ def _may_go(guard: Guard) -> bool:
     return "==" not in guard.code or bool(guard.source and "%" in guard.code)
 
 
-def _explained(guard: Guard, verdict: Verdict) -> Guard:
+def _explained(guard: Guard, verdict: Finding) -> Guard:
     return replace(guard, source=guard.source or verdict.line, reason=_against(verdict))
 
 
 def _witnesses(
-    guard: Guard, others: Sequence[Guard], comparison: Comparison
+    guard: Guard, others: Sequence[Guard], comparison: SideBySide
 ) -> list[dict[str, int]]:
     """Sizes that break a guard and keep all others, or as many as possible; the nearest first."""
     names = guard.symbols

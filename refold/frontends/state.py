@@ -64,7 +64,7 @@ def recorded(module: nn.Module, parted: Collection[str] = ()) -> Iterator[None]:
         SharedBuffers: the buffer is another module's too, which does not see the assignment.
     """
     held: list[list[_Buffer]] = []
-    before_all = Snapshot(module)
+    before_all = ModelSnapshot(module)
     _part(module, parted)
 
     def before(_: nn.Module, args: Any) -> None:
@@ -167,14 +167,14 @@ def _part(module: nn.Module, names: Collection[str]) -> None:
 # --- everything that a call may leave behind ------------------------------------------------------
 
 
-class Snapshot:
+class ModelSnapshot:
     """What the modules of a model hold: attributes, those of their classes, and what is inside.
 
     It holds all that it compares, so that nothing new can take an old one's place in memory.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._seen: dict[int, _Held] = {}
+        self._seen: dict[int, _Holder] = {}
         for path, owner in module.named_modules():
             classes = [k for k in type(owner).__mro__ if not _is_known(k)]
             for value in (owner, owner._parameters, owner._buffers, *classes):
@@ -233,7 +233,7 @@ class Snapshot:
 
     def _look_inside(self, value: Any, path: str, *, named: bool, depth: int) -> None:
         content = _content(value)
-        self._seen[id(value)] = _Held(value, content, path, named)
+        self._seen[id(value)] = _Holder(value, content, path, named)
         if isinstance(value, torch.Tensor):
             return
         for key, item in content.items() if isinstance(content, dict) else enumerate(content):
@@ -241,7 +241,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class _Held:
+class _Holder:
     """Something that holds others: a module, a class, an object, a container; or a tensor."""
 
     value: Any
@@ -260,13 +260,13 @@ def kept(
         module: it may share containers, objects and tensors with others.
         written: the tensors that calls may write: copies stand for them meanwhile.
     """
-    with restored(Snapshot(module), written):
+    with restored(ModelSnapshot(module), written):
         yield
 
 
 @contextlib.contextmanager
 def restored(
-    before: Snapshot, written: Callable[[torch.Tensor], bool] | None = None
+    before: ModelSnapshot, written: Callable[[torch.Tensor], bool] | None = None
 ) -> Iterator[None]:
     """:func:`kept` for a module that is what it was when ``before`` was taken."""
     if written is not None:
@@ -354,7 +354,7 @@ def _differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return [k for k in keys if not _alike([before.get(k, none)], [after.get(k, none)])]
 
 
-def _put(held: _Held, content: Any) -> None:
+def _put(held: _Holder, content: Any) -> None:
     """Lets something hold other things than it holds now."""
     value, now = held.value, _content(held.value)
     if _same(content, now):
@@ -399,7 +399,7 @@ class Calls:
         module: nn.Module,
         inputs: Any,
         written: Callable[[torch.Tensor], bool] | None = None,
-        whole: Snapshot | None = None,
+        whole: ModelSnapshot | None = None,
     ) -> Calls:
         """Calls a module with ``inputs``; if that changes something, with others, then again.
 
@@ -410,10 +410,10 @@ class Calls:
             whole: of the module, where it is what it was then.
         """
         made, changed = cls(), dict[str, None]()
-        before = whole = whole or Snapshot(module)
+        before = whole = whole or ModelSnapshot(module)
         if written is not None:
             whole.own(written)
-            before = Snapshot(module)
+            before = ModelSnapshot(module)
         try:
             for given in (inputs, _others(inputs), inputs):
                 made._call(module, given)
@@ -421,7 +421,7 @@ class Calls:
                 changed.update(dict.fromkeys(now))
                 if not now:
                     break
-                before = Snapshot(module)
+                before = ModelSnapshot(module)
         finally:
             if changed or written is not None or not made.outputs:
                 whole.restore()

@@ -42,7 +42,7 @@ class Tracer:
         self._detaches = False
         self.lengths_vary: bool | None = None  # None until a trace has read one, False never
         self._module: nn.Module = model
-        self._untraced: tuple[nn.Module, state.Snapshot] | None = None
+        self._untraced: tuple[nn.Module, state.ModelSnapshot] | None = None
         self._parted: frozenset[str] = frozenset()
         self._calls: dict[int, state.Calls] = {}
 
@@ -60,11 +60,11 @@ class Tracer:
             variadic.name_inputs(self._module, *self.example)
         return self._module
 
-    def _untouched(self) -> tuple[nn.Module, state.Snapshot]:
+    def _untouched(self) -> tuple[nn.Module, state.ModelSnapshot]:
         """One copy for every call of the model, and what it holds: each puts that back."""
         if self._untraced is None or self.used_original:
             module = self.fresh_module()
-            self._untraced = module, state.Snapshot(module)
+            self._untraced = module, state.ModelSnapshot(module)
         self._module = self._untraced[0]
         return self._untraced
 

@@ -16,16 +16,13 @@ import sympy
 import torch
 from torch import fx
 
+from refold.errors import Declined
 from refold.graph import constants, ops
 from refold.graph.nodes import Size, is_tensor, shape
 from refold.graph.ops import op_name
 from refold.graph.records import windows
 
 _MAX_ELEMENTS = 1 << 24
-
-
-class Unproven(Exception):
-    """The layout could not be executed, or its axes could not be proven."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Symbols:
         expr = value.node.expr
         result = expr.xreplace({k: sympy.Integer(v) for k, v in self.values.items()})
         if result.free_symbols:
-            raise Unproven(f"the size {expr} is not known from the inputs")
+            raise Declined(f"the size {expr} is not known from the inputs")
         return int(result)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
@@ -100,7 +97,7 @@ def index_of(node: fx.Node, source: fx.Node, symbols: Symbols) -> torch.Tensor:
     for s in sizes:
         count *= s
     if count > _MAX_ELEMENTS:
-        raise Unproven("the tensor is too large to track its layout by execution")
+        raise Declined("the tensor is too large to track its layout by execution")
     data = torch.arange(count, dtype=torch.float64).reshape(sizes)
     parts = node.args[0]
     if node.target is operator.getitem and parts is not source:
@@ -118,7 +115,7 @@ def _execute(node: fx.Node, data: torch.Tensor, symbols: Symbols) -> Any:
             return symbols.size(value)
         if constants.is_fixed(arg):
             return constants.tensor(arg).cpu()
-        raise Unproven("its layout depends on data")
+        raise Declined("its layout depends on data")
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
     args = torch.utils._pytree.tree_map_only(torch.SymInt, symbols.size, args)
@@ -128,7 +125,7 @@ def _execute(node: fx.Node, data: torch.Tensor, symbols: Symbols) -> Any:
     try:
         return node.target(*args, **kwargs)  # type: ignore[operator]
     except RuntimeError as error:
-        raise Unproven(f"its layout could not be executed: {error}") from error
+        raise Declined(f"its layout could not be executed: {error}") from error
 
 
 def reduce(value: torch.Tensor, read: torch.Tensor | None, fill: float) -> torch.Tensor:
@@ -164,7 +161,7 @@ def pull(node: fx.Node, source: fx.Node, pair: Pair, disjoint: bool, graph: fx.G
         graph: the graph, for its symbols.
 
     Raises:
-        Unproven: two outputs of one element disagree, or an axis is symbolic.
+        Declined: two outputs of one element disagree, or an axis is symbolic.
     """
     if (known := _known(node, node, source, pair)) is not None:
         return known
@@ -245,7 +242,7 @@ def _scatter(
     spread = value.expand(index.shape)
     flat[index.reshape(-1)] = spread.reshape(-1)
     if not torch.equal(flat[index], spread):
-        raise Unproven("one element would need two different factors")
+        raise Declined("one element would need two different factors")
     return reduce(flat.reshape(sizes), read, fill)
 
 
@@ -272,7 +269,7 @@ def _proven(results: list[Pair]) -> Pair:
     first, last = results[0], results[-1]
     for a, b in zip(first, last, strict=True):
         if a.shape != b.shape or not torch.equal(a, b):
-            raise Unproven("the constant depends on a dynamic axis")
+            raise Declined("the constant depends on a dynamic axis")
     return first
 
 
@@ -325,6 +322,6 @@ def overlaps(other: fx.Node, source: fx.Node, affected: torch.Tensor, graph: fx.
             index = index_of(other, source, symbols)
             if bool(affected.expand(symbols.shape(source)).reshape(-1)[index].any()):
                 return True
-        except (Unproven, RuntimeError):
+        except (Declined, RuntimeError):
             return True
     return False

@@ -23,7 +23,7 @@ Sharing = frozenset[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Signature:
+class Invariants:
     """What a pass must leave as it is.
 
     Attributes:
@@ -42,11 +42,11 @@ class Signature:
     mutations: tuple[tuple[str, ...], ...]
 
 
-def signature(gm: fx.GraphModule) -> Signature:
+def signature(gm: fx.GraphModule) -> Invariants:
     """Reads the signature of a graph."""
     graph = gm.graph
     leaves, spec = pytree.tree_flatten(graph.output_node().args)
-    return Signature(
+    return Invariants(
         tuple(n.name for n in graph.nodes if n.op == "placeholder"),
         tuple(n.meta.get("val") if isinstance(n, fx.Node) else n for n in leaves),
         str(spec),
@@ -55,7 +55,7 @@ def signature(gm: fx.GraphModule) -> Signature:
     )
 
 
-def verify(gm: fx.GraphModule, before: Signature, *, repropagate: bool = False) -> Signature:
+def verify(gm: fx.GraphModule, before: Invariants, *, repropagate: bool = False) -> Invariants:
     """Checks a graph that a pass has changed, and reads its signature.
 
     Args:
@@ -116,7 +116,7 @@ def _describe(value: Any) -> str:
     return repr(value)
 
 
-def _check_signature(gm: fx.GraphModule, before: Signature) -> Signature:
+def _check_signature(gm: fx.GraphModule, before: Invariants) -> Invariants:
     after = signature(gm)
     output = gm.graph.output_node()
     if after.inputs != before.inputs:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from refold.native import build
-from refold.native.interface import REBUILD, Library, NativeError
+from refold.native.interface import REBUILD, KernelLibrary, NativeError
 from refold.native.layer import multiply, pack
 from refold.ops import bcq_linear
 
@@ -28,24 +28,24 @@ def status() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def library() -> Library | None:
+def library() -> KernelLibrary | None:
     """The library, or ``None`` where :func:`status` says why."""
     found = _find()
     return None if isinstance(found, str) else found
 
 
-def _find() -> Library | str:
+def _find() -> KernelLibrary | str:
     if os.environ.get(OFF) == "0":
         return f"it is switched off ({OFF}=0)"
     return _open(build.LIBRARY)
 
 
 @functools.cache
-def _open(path: Path) -> Library | str:
+def _open(path: Path) -> KernelLibrary | str:
     if not path.exists():
         return f"it was not built when refold was installed: {REBUILD}"
     try:
-        kernel = Library(path)
+        kernel = KernelLibrary(path)
         # Whoever asks first may do so under autocast, or under a mode that makes no real tensors;
         # a new thread has none of these.
         with ThreadPoolExecutor(1) as thread:
@@ -55,7 +55,7 @@ def _open(path: Path) -> Library | str:
     return kernel
 
 
-def _try_out(kernel: Library) -> None:
+def _try_out(kernel: KernelLibrary) -> None:
     """A small layer, against the reference: a compiler that fails silently must not be trusted."""
     generator = torch.Generator().manual_seed(0)
     planes = torch.randint(0, 256, (3, 70, 20), dtype=torch.uint8, generator=generator)

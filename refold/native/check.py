@@ -66,7 +66,7 @@ class Noisy(fx.Interpreter):
         return (exact.double() + deviation * drawn).to(exact.dtype)
 
 
-class Judge(fx.Interpreter):
+class SumsJudge(fx.Interpreter):
     """Runs a graph with 8-bit sums, and each of its layers with exact ones beside.
 
     Attributes:

@@ -36,7 +36,7 @@ class Packed(NamedTuple):  # made in every call
     group_size: int
 
 
-class Library:
+class KernelLibrary:
     """The kernel, loaded from a file."""
 
     def __init__(self, path: Path) -> None:

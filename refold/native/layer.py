@@ -8,7 +8,7 @@ import mmap
 import torch
 from torch.nn import functional as F
 
-from refold.native.interface import Library, Packed
+from refold.native.interface import KernelLibrary, Packed
 
 TILE = 64
 # Rows of x up to which planes are multiplied as they are (exactly, with look-ups of bytes); from
@@ -64,7 +64,7 @@ def unpack(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def multiply(
-    kernel: Library,
+    kernel: KernelLibrary,
     x: torch.Tensor,
     packed: Packed,
     bias: torch.Tensor | None = None,
@@ -98,7 +98,7 @@ def multiply(
 
 
 def _multiply_formed(
-    kernel: Library,
+    kernel: KernelLibrary,
     x: torch.Tensor,
     packed: Packed,
     bias: torch.Tensor | None,

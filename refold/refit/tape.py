@@ -30,14 +30,14 @@ _READERS = frozenset({"tolist", "numpy", "__array__", "__array_wrap__", "__dlpac
 
 
 @dataclass(frozen=True)
-class Slot:
+class StepValue:
     """The value that one step made, as an operand of another."""
 
     index: int
 
 
 @dataclass
-class Step:
+class TapeStep:
     """One operator call.
 
     Attributes:
@@ -71,7 +71,7 @@ class Tape:
         unknown: results that were computed where the recorder could not see.
     """
 
-    steps: list[Step]
+    steps: list[TapeStep]
     sources: dict[str, int]
     literals: dict[int, torch.Tensor]
     results: dict[str, int]
@@ -140,7 +140,7 @@ class Tape:
 
 
 def _filled(operands: Any, values: Mapping[int, Any]) -> Any:
-    if isinstance(operands, Slot):
+    if isinstance(operands, StepValue):
         return values[operands.index]
     if isinstance(operands, tuple):
         return tuple(_filled(o, values) for o in operands)
@@ -152,7 +152,7 @@ def _filled(operands: Any, values: Mapping[int, Any]) -> Any:
 
 
 def _slots(operands: Any) -> list[int]:
-    if isinstance(operands, Slot):
+    if isinstance(operands, StepValue):
         return [operands.index]
     if isinstance(operands, (tuple, list)):
         return [s for o in operands for s in _slots(o)]
@@ -161,7 +161,7 @@ def _slots(operands: Any) -> list[int]:
     return []
 
 
-def _look(step: Step, result: Any) -> Any:
+def _look(step: TapeStep, result: Any) -> Any:
     """What Python sees of a result: its value, or the shape where that depends on values."""
     if step.op is not None and isinstance(result, torch.Tensor):
         return tuple(result.shape)
@@ -178,11 +178,11 @@ def _same(now: Any, then: Any) -> bool:
     return bool(type(now) is type(then) and (now == then or (now != now and then != then)))
 
 
-def _writes(step: Step) -> bool:
+def _writes(step: TapeStep) -> bool:
     return step.op is not None and step.op._schema.is_mutable
 
 
-def _written(steps: Iterable[Step]) -> set[int]:
+def _written(steps: Iterable[TapeStep]) -> set[int]:
     """Slots whose memory some step writes."""
     groups = _Groups()
     for step in steps:
@@ -191,12 +191,12 @@ def _written(steps: Iterable[Step]) -> set[int]:
     return {s for s in groups.parent if groups.root(s) in roots}
 
 
-def _targets(step: Step) -> list[int]:
+def _targets(step: TapeStep) -> list[int]:
     """The slots that a step writes."""
     return _aliased(step, lambda info: info.is_write)
 
 
-def _aliased(step: Step, which: Callable[[Any], bool]) -> list[int]:
+def _aliased(step: TapeStep, which: Callable[[Any], bool]) -> list[int]:
     out: list[int] = []
     if step.op is None:
         return out
@@ -223,7 +223,7 @@ class _Groups:
             self.parent[slot], slot = at, self.parent[slot]
         return at
 
-    def join(self, step: Step) -> None:
+    def join(self, step: TapeStep) -> None:
         shared = _aliased(step, lambda info: True)
         made = [s for s in step.out if s >= 0]
         if shared:
@@ -272,7 +272,7 @@ class Recorder(TorchDispatchMode):
         self._kept = dict(sources)  # an id may be reused once its tensor is gone
         self._of_source: dict[int, int] = {}
         self._sources: dict[str, int] = {}
-        self._steps: list[Step] = []
+        self._steps: list[TapeStep] = []
         self._literals: dict[int, torch.Tensor] = {}
         self._count = 0
         self._groups = _Groups()
@@ -302,7 +302,7 @@ class Recorder(TorchDispatchMode):
         if func in _SAME:
             self._mark(result, self._slot(args[0], lifted=func is aten.lift_fresh.default))
             return result
-        step = Step(func, self._operands(args), self._operands(kwargs), ())
+        step = TapeStep(func, self._operands(args), self._operands(kwargs), ())
         results = result if isinstance(result, (tuple, list)) else (result,)
         step.out = tuple(self._result(r) for r in results)
         self._groups.join(step)
@@ -326,7 +326,9 @@ class Recorder(TorchDispatchMode):
         slot = self._slot(tensor)
         if self._groups.root(slot) in self._dependent:
             seen = tensor.detach().clone()
-            self._steps.append(Step(None, (Slot(slot),), {}, (), seen, True, self._where()))
+            self._steps.append(
+                TapeStep(None, (StepValue(slot),), {}, (), seen, True, self._where())
+            )
 
     def same(self, tensor: torch.Tensor, other: torch.Tensor) -> None:
         """``other`` is ``tensor`` by another name."""
@@ -400,7 +402,7 @@ class Recorder(TorchDispatchMode):
 
     def _operands(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return Slot(self._slot(value))
+            return StepValue(self._slot(value))
         if isinstance(value, (tuple, list)):
             return type(value)(self._operands(v) for v in value)
         if isinstance(value, dict):
@@ -422,12 +424,12 @@ def _is_meta(result: Any) -> bool:
     return isinstance(first, FakeTensor) or (isinstance(first, torch.Tensor) and first.is_meta)
 
 
-def _deduplicated(steps: list[Step]) -> tuple[list[Step], dict[int, int]]:
+def _deduplicated(steps: list[TapeStep]) -> tuple[list[TapeStep], dict[int, int]]:
     """Steps that compute what an earlier one did are left out; also says which slots are which."""
     written = _written(steps)
     same: dict[int, int] = {}
-    first: dict[Any, Step] = {}
-    kept: list[Step] = []
+    first: dict[Any, TapeStep] = {}
+    kept: list[TapeStep] = []
     for step in steps:
         step.args, step.kwargs = _renamed(step.args, same), _renamed(step.kwargs, same)
         touched = {*_slots((step.args, step.kwargs)), *step.out}
@@ -443,8 +445,8 @@ def _deduplicated(steps: list[Step]) -> tuple[list[Step], dict[int, int]]:
 
 
 def _renamed(operands: Any, same: Mapping[int, int]) -> Any:
-    if isinstance(operands, Slot):
-        return Slot(same[operands.index]) if operands.index in same else operands
+    if isinstance(operands, StepValue):
+        return StepValue(same[operands.index]) if operands.index in same else operands
     if isinstance(operands, (tuple, list)):
         return type(operands)(_renamed(o, same) for o in operands)
     if isinstance(operands, dict):
@@ -463,13 +465,13 @@ def _key(operands: Any) -> Any:
     return (type(operands), operands)
 
 
-def _live(steps: list[Step], results: set[int]) -> list[Step]:
+def _live(steps: list[TapeStep], results: set[int]) -> list[TapeStep]:
     """Steps that a result or a look depends on."""
     groups = _Groups()
     for step in steps:
         groups.join(step)
     needed = {groups.root(s) for s in results}
-    kept: list[Step] = []
+    kept: list[TapeStep] = []
     for step in reversed(steps):
         made = {
             groups.root(s)

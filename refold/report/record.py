@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from refold.bind import BoundInput
 from refold.diagnose.dead_parameters import DeadParameter
 from refold.errors import UsageError
-from refold.rewrite.result import Applied, Declined
+from refold.rewrite.result import Applied, Decline
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,7 +52,7 @@ class PassRecord:
     nodes_before: int
     nodes_after: int
     applied: tuple[Applied, ...] = ()
-    declined: tuple[Declined, ...] = ()
+    declined: tuple[Decline, ...] = ()
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Record:
     before: GraphRecord
     after: GraphRecord
     passes: tuple[PassRecord, ...] = ()
-    declined: tuple[Declined, ...] = ()
+    declined: tuple[Decline, ...] = ()
     unknown: dict[str, int] = field(default_factory=dict)
     bound: tuple[BoundInput, ...] = ()
     dead: tuple[DeadParameter, ...] = ()
@@ -141,12 +141,12 @@ class Record:
                 **{
                     **p,
                     "applied": tuple(_applied(a) for a in p["applied"]),
-                    "declined": tuple(Declined(**d) for d in p["declined"]),
+                    "declined": tuple(Decline(**d) for d in p["declined"]),
                 }
             )
             for p in data["passes"]
         )
-        data["declined"] = tuple(Declined(**d) for d in data["declined"])
+        data["declined"] = tuple(Decline(**d) for d in data["declined"])
         data["before"] = GraphRecord(**data["before"])
         data["after"] = GraphRecord(**data["after"])
         data["dead"] = tuple(DeadParameter(**d) for d in data.get("dead", ()))
@@ -170,12 +170,12 @@ def _applied(data: dict[str, Any]) -> Applied:
     return Applied(**fields)
 
 
-def standing(passes: Iterable[PassRecord], remaining: set[str]) -> tuple[Declined, ...]:
+def standing(passes: Iterable[PassRecord], remaining: set[str]) -> tuple[Decline, ...]:
     """Declined folds whose node is still there after all passes, each once.
 
     What one pass had to decline, a later one may have folded.
     """
-    seen: dict[tuple[str, str, str], Declined] = {}
+    seen: dict[tuple[str, str, str], Decline] = {}
     for record in passes:
         for d in record.declined:
             if d.node in remaining or d.failed:

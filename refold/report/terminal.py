@@ -9,7 +9,7 @@ from typing import Any
 
 from refold.diagnose.dead_parameters import DeadParameter
 from refold.report.record import InputRecord, Record
-from refold.rewrite.result import Applied, Declined, in_bytes
+from refold.rewrite.result import Applied, Decline, in_bytes
 
 _SHOWN_DECLINES = 10
 _SHOWN_LAYERS = 16
@@ -246,9 +246,9 @@ def _shapes(inputs: Iterable[InputRecord]) -> str:
     )
 
 
-def _grouped(declined: Iterable[Declined]) -> list[tuple[Declined, list[Declined]]]:
+def _grouped(declined: Iterable[Decline]) -> list[tuple[Decline, list[Decline]]]:
     """Declines that differ in numbers and node names alone together, by first appearance."""
-    groups: dict[tuple[str, str, str], list[Declined]] = {}
+    groups: dict[tuple[str, str, str], list[Decline]] = {}
     for d in declined:
         reason = _NUMBERED.sub("#", d.reason)
         groups.setdefault((d.rule, reason, d.hint), []).append(d)

@@ -18,14 +18,14 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from refold.errors import RefoldError, VerifierError
+from refold.errors import Declined, RefoldError, VerifierError
 from refold.graph import constants, nodes
 from refold.rewrite.build import Builder
-from refold.rewrite.edit import Edit, Editor, Refused
-from refold.rewrite.pattern import Decline, Match, Pattern, root_targets
-from refold.rewrite.result import Applied, Declined, PassResult, declined, failed
+from refold.rewrite.edit import Edit, Editor
+from refold.rewrite.pattern import Match, Pattern, root_targets
+from refold.rewrite.result import Applied, Decline, PassResult, declined, failed
 
-Verdict = str | Declined | None  # why a match stays as it is
+Objection = str | Decline | None  # why a match stays as it is
 
 _MATCHES_PER_NODE = 16
 _REWRITES_PER_NODE = 8
@@ -38,7 +38,7 @@ class Rule(Protocol):
     name: str
     pattern: Pattern
 
-    def check(self, match: Match) -> Verdict:
+    def check(self, match: Match) -> Objection:
         """Why this match must stay as it is, or ``None``."""
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
@@ -71,7 +71,7 @@ class _Driver:
         self.editor = Editor(gm, "")
         self.queue: deque[fx.Node] = deque()
         self.queued: set[fx.Node] = set()
-        self.declined: dict[tuple[str, fx.Node], Declined] = {}
+        self.declined: dict[tuple[str, fx.Node], Decline] = {}
         self.applied: list[Applied] = []
         self.limit = _REWRITES_PER_NODE * len(gm.graph.nodes) + _REWRITES_AT_LEAST
 
@@ -96,7 +96,7 @@ class _Driver:
             self.queued.add(node)
 
     def attempt(self, rule: Rule, node: fx.Node) -> bool:
-        first: Declined | None = None
+        first: Decline | None = None
         try:
             for match in islice(rule.pattern.matches(node, self.constant), _MATCHES_PER_NODE):
                 reason = self.try_match(rule, match)
@@ -105,42 +105,42 @@ class _Driver:
                     return True
                 if first is None:
                     first = (
-                        reason
-                        if isinstance(reason, Declined)
-                        else declined(rule.name, node, reason)
+                        reason if isinstance(reason, Decline) else declined(rule.name, node, reason)
                     )
         except RefoldError:
             raise
+        except Declined as reason:
+            first = declined(rule.name, node, reason)
         except Exception as error:  # of the pattern, the check or the rewrite: it costs this match
             first = failed(rule.name, node, error)
         if first is not None:
             self.declined.setdefault((rule.name, node), first)
         return False
 
-    def try_match(self, rule: Rule, match: Match) -> str | Declined | None:
+    def try_match(self, rule: Rule, match: Match) -> Objection:
         """Applies a rule to a match; the reason if it was declined."""
         root = match.root
         try:
-            verdict = rule.check(match)
-            if verdict is not None:
-                return verdict
+            objection = rule.check(match)
+            if objection is not None:
+                return objection
             with self.editor.edit(rule.name) as edit:
                 with edit.before(root):
                     new = rule.rewrite(match, Builder(self.gm, rule.name, match.nodes))
                 self.stand_in(edit, root, new)
                 edit.replace(root, new)
                 edit.sweep([root, *reversed(edit.made)], match.nodes)
-        except (Decline, Refused) as refusal:
-            return str(refusal)
+        except Declined as reason:
+            return declined(rule.name, root, reason)
         self.took_effect(edit, new)
         return None
 
     def stand_in(self, edit: Edit, root: fx.Node, new: Any) -> None:
         """Refuses what is no node before the root, or one made of the root."""
         if not isinstance(new, fx.Node) or new.graph is not self.graph or new is root:
-            raise Refused("the rewrite did not return a node that can stand for the root")
+            raise Declined("the rewrite did not return a node that can stand for the root")
         if any(root in node.all_input_nodes for node in edit.made) or not new < root:
-            raise Refused("the rewrite reads the node that it replaces, or one after it")
+            raise Declined("the rewrite reads the node that it replaces, or one after it")
 
     def took_effect(self, edit: Edit, new: fx.Node) -> None:
         self.constant.difference_update(edit.gone)

@@ -11,12 +11,12 @@ is checked on the way:
 - where a squeeze drops a dimension in some calls alone, results have the rank that they had;
 - what the user excluded stays.
 
-What fails a check raises :class:`Refused`, and the graph is what it was: nodes, arguments,
+What fails a check raises ``Declined``, and the graph is what it was: nodes, arguments,
 metadata, and the tensors that the module holds.
 
 An :class:`Editor` is what one pass needs of it: it makes the transactions, and it keeps what goes
-wrong at one candidate from ending the pass (:meth:`Editor.candidate`). A :class:`Snapshot` undoes
-a pass as a whole.
+wrong at one candidate from ending the pass (:meth:`Editor.candidate`). A :class:`GraphSnapshot`
+undoes a pass as a whole.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from refold.errors import RefoldError, VerifierError
+from refold.errors import Declined, RefoldError, VerifierError
 from refold.graph import aliasing, constants, nodes, provenance, ranks
 from refold.rewrite.result import Applied, PassResult, applied, declined, failed
 
@@ -38,10 +38,6 @@ WRITTEN = "it reads storage that the graph writes"
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _UNSET: Any = object()
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # target, args, kwargs
-
-
-class Refused(Exception):
-    """An edit may not take effect; the message is the reason."""
 
 
 class Editor:
@@ -77,8 +73,8 @@ class Editor:
         """What a pass does at one node: what is refused or fails costs that, and is recorded."""
         try:
             yield
-        except Refused as refusal:
-            self.result.declined.append(declined(self.rule, node, str(refusal)))
+        except Declined as reason:
+            self.result.declined.append(declined(self.rule, node, reason))
         except Exception as error:
             if isinstance(error, RefoldError) and not isinstance(error, VerifierError):
                 raise  # on purpose, for the user
@@ -157,13 +153,13 @@ class Edit:
             beside: what else is replaced in one step, where readers see all of it together.
 
         Raises:
-            Refused: ``new`` may not stand for ``old``.
+            Declined: ``new`` may not stand for ``old``.
         """
         users = self._readers(old, new)
         moved: dict[fx.Node, Any] = {}
         reason = self._objection(old, new, users, beside or {}, moved)
         if reason is not None:
-            raise Refused(reason)
+            raise Declined(reason)
         for user in users:
             self._remember(user, (old, new))
             user.replace_input_with(old, new)
@@ -202,7 +198,7 @@ class Edit:
                 was, which is checked when the edit takes effect.
         """
         if nodes.pinned(node):
-            raise Refused(f"{node.name} is excluded")
+            raise Declined(f"{node.name} is excluded")
         read = [*node.all_input_nodes]
         new = [n for n in pytree.tree_leaves((args, kwargs)) if isinstance(n, fx.Node)]
         self._remember(node, (*read, *new))
@@ -246,12 +242,12 @@ class Edit:
         excluded readers still read the call.
 
         Raises:
-            Refused: it is not the same value, better known.
+            Declined: it is not the same value, better known.
         """
         for node, value in values.items():
             reason = difference(node.meta.get("val"), value, same=_agree)
             if reason is not None:
-                raise Refused(reason)
+                raise Declined(reason)
             self._remember_meta(node)
             node.meta["val"] = value
             if not isinstance(value, (bool, int, float)):
@@ -288,7 +284,7 @@ class Edit:
         """Takes effect.
 
         Raises:
-            Refused: a check failed; the caller rolls back.
+            Declined: a check failed; the caller rolls back.
         """
         if not self._open:
             return
@@ -408,7 +404,7 @@ class Edit:
         elif declared:
             reason = self._unchanged_reader(node)
         if reason is not None:
-            raise Refused(reason)
+            raise Declined(reason)
 
     def _check_rank(self, node: fx.Node) -> None:
         """A call that was changed in place has the rank that it had, in calls of every size."""
@@ -418,7 +414,7 @@ class Edit:
         read = [n for n in before if isinstance(n, fx.Node)]
         reason = ranks.objection(read, node.all_input_nodes, ())
         if reason is not None:
-            raise Refused(reason)
+            raise Declined(reason)
 
     def _check_sharing(self, node: fx.Node) -> None:
         """A view that was changed in place views nothing that the caller has otherwise."""
@@ -435,7 +431,7 @@ class Edit:
 
         reason = aliasing.shares_more(node, before, after)
         if reason is not None:
-            raise Refused(reason)
+            raise Declined(reason)
 
     def _unchanged_reader(self, node: fx.Node) -> str | None:
         """Who reads a value of another shape without having been changed with it."""
@@ -458,7 +454,7 @@ class Edit:
             read = {r for n in node.all_input_nodes if n not in held for r in aliasing.roots(n)}
             until = node if last is None or last < node else last
             if any(write < until and owners & read for write, owners in writes):
-                raise Refused(WRITTEN)
+                raise Declined(WRITTEN)
 
     def _readers(self, old: fx.Node, new: fx.Node) -> list[fx.Node]:
         """Who reads ``new`` instead of ``old``: not what it is made of."""
@@ -518,7 +514,7 @@ class Edit:
         self.survivors = [n for n in survivors if not n._erased]
 
 
-class Snapshot:
+class GraphSnapshot:
     """A graph as it was, to return to: cheap to take, for it holds what nodes hold.
 
     A node that was erased since comes back as itself.

@@ -20,25 +20,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from refold.errors import RefoldError
+from refold.errors import Declined, RefoldError
 from refold.graph import constants, nodes, ops
 
 aten = torch.ops.aten
 
 
-class Decline(RefoldError):
-    """Raised inside a rule's ``check`` or ``rewrite`` to decline a match with a reason."""
-
-
 @dataclass(frozen=True)
-class _State:
+class _Partial:
     """What a partial match has found: bindings by name, and the calls it would replace."""
 
     bindings: dict[str, Any] = field(default_factory=dict)
     calls: tuple[fx.Node, ...] = ()
     exclusive: tuple[fx.Node, ...] = ()
 
-    def bind(self, name: str, value: Any) -> _State | None:
+    def bind(self, name: str, value: Any) -> _Partial | None:
         if name in self.bindings:
             return self if _same_value(self.bindings[name], value) else None
         return replace(self, bindings={**self.bindings, name: value})
@@ -47,7 +43,7 @@ class _State:
 class Pattern:
     """Base of all patterns. Combine with ``a | b``, ``.named``, ``.where``."""
 
-    def match(self, value: Any, state: _State, constant: set[fx.Node]) -> Iterator[_State]:
+    def match(self, value: Any, state: _Partial, constant: set[fx.Node]) -> Iterator[_Partial]:
         """Yields every way in which ``value`` matches, extending ``state``."""
         raise NotImplementedError
 
@@ -80,7 +76,7 @@ class Pattern:
             root: the node whose value a rewrite would replace.
             constant: the constant nodes of the graph (``constants.constant_nodes``).
         """
-        for state in self.match(root, _State(), constant):
+        for state in self.match(root, _Partial(), constant):
             inside = set(state.calls)
             if all(inside.issuperset(node.users) for node in state.exclusive if node is not root):
                 yield Match(root, state.bindings, tuple(dict.fromkeys(state.calls)))
@@ -105,13 +101,13 @@ class Match:
         """The values of a constant: the caller's own tensor, never to be written.
 
         Raises:
-            Decline: the constant is still computed in the graph.
+            Declined: the constant is still computed in the graph.
         """
         value = self.bindings[name]
         if isinstance(value, (bool, int, float)):
             return torch.tensor(value)
         if not constants.is_fixed(value):
-            raise Decline(f"{name} is computed in the graph; fold-constants did not fold it")
+            raise Declined(f"{name} is computed in the graph; fold-constants did not fold it")
         return constants.tensor(value)
 
 
@@ -121,7 +117,7 @@ class Var(Pattern):
 
     name: str
 
-    def match(self, value: Any, state: _State, constant: set[fx.Node]) -> Iterator[_State]:
+    def match(self, value: Any, state: _Partial, constant: set[fx.Node]) -> Iterator[_Partial]:
         if nodes.is_tensor(value):
             bound = state.bind(self.name, value)
             if bound is not None:
@@ -134,7 +130,7 @@ class Const(Pattern):
 
     name: str
 
-    def match(self, value: Any, state: _State, constant: set[fx.Node]) -> Iterator[_State]:
+    def match(self, value: Any, state: _Partial, constant: set[fx.Node]) -> Iterator[_Partial]:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number or (nodes.is_tensor(value) and value in constant):
             bound = state.bind(self.name, value)
@@ -148,7 +144,7 @@ class Attr(Pattern):
 
     name: str
 
-    def match(self, value: Any, state: _State, constant: set[fx.Node]) -> Iterator[_State]:
+    def match(self, value: Any, state: _Partial, constant: set[fx.Node]) -> Iterator[_Partial]:
         leaves = value if isinstance(value, (list, tuple)) else (value,)
         if not any(nodes.is_tensor(leaf) for leaf in leaves):
             bound = state.bind(self.name, value)
@@ -162,7 +158,7 @@ class Literal(Pattern):
 
     value: Any
 
-    def match(self, value: Any, state: _State, constant: set[fx.Node]) -> Iterator[_State]:
+    def match(self, value: Any, state: _Partial, constant: set[fx.Node]) -> Iterator[_Partial]:
         if _same_value(self.value, value):
             yield state
 
@@ -173,7 +169,7 @@ class Either(Pattern):
 
     alternatives: tuple[Pattern, ...]
 
-    def match(self, value: Any, state: _State, constant: set[fx.Node]) -> Iterator[_State]:
+    def match(self, value: Any, state: _Partial, constant: set[fx.Node]) -> Iterator[_Partial]:
         for alternative in self.alternatives:
             yield from alternative.match(value, state, constant)
 
@@ -197,7 +193,7 @@ class Named(Pattern):
     name: str
     pattern: Pattern
 
-    def match(self, value: Any, state: _State, constant: set[fx.Node]) -> Iterator[_State]:
+    def match(self, value: Any, state: _Partial, constant: set[fx.Node]) -> Iterator[_Partial]:
         if self.name in state.bindings:
             # Bound before: the same value needs no second look, another one cannot match.
             if _same_value(state.bindings[self.name], value):
@@ -222,7 +218,7 @@ class Where(Pattern):
     pattern: Pattern
     predicate: Callable[[Any], bool]
 
-    def match(self, value: Any, state: _State, constant: set[fx.Node]) -> Iterator[_State]:
+    def match(self, value: Any, state: _Partial, constant: set[fx.Node]) -> Iterator[_Partial]:
         # The predicate may read the whole constant: ask it last, and once.
         found = list(self.pattern.match(value, state, constant))
         if found and self.predicate(value):
@@ -248,12 +244,12 @@ class Many(Pattern):
         self.element = element
 
     def match_all(
-        self, values: Sequence[Any], state: _State, constant: set[fx.Node]
-    ) -> _State | None:
+        self, values: Sequence[Any], state: _Partial, constant: set[fx.Node]
+    ) -> _Partial | None:
         """Matches every one of ``values``, each against a fresh copy of the element pattern."""
         if self.element is not None:
             for value in values:
-                fresh = _State(calls=state.calls, exclusive=state.exclusive)
+                fresh = _Partial(calls=state.calls, exclusive=state.exclusive)
                 found = next(self.element.match(value, fresh, constant), None)
                 if found is None:
                     return None
@@ -270,7 +266,7 @@ class Listing(Pattern):
 
     elements: tuple[Pattern, ...]
 
-    def match(self, value: Any, state: _State, constant: set[fx.Node]) -> Iterator[_State]:
+    def match(self, value: Any, state: _Partial, constant: set[fx.Node]) -> Iterator[_Partial]:
         if not isinstance(value, (list, tuple)):
             return
         at = next((i for i, e in enumerate(self.elements) if isinstance(e, Many)), None)
@@ -339,7 +335,7 @@ class Call(Pattern):
         inner = [*self._args, *self._kwargs.values()]
         return 1 + max((p.depth() for p in inner), default=0)
 
-    def match(self, value: Any, state: _State, constant: set[fx.Node]) -> Iterator[_State]:
+    def match(self, value: Any, state: _Partial, constant: set[fx.Node]) -> Iterator[_Partial]:
         if not nodes.is_call(value, *self._targets):
             return
         if nodes.pinned(value) or constants.is_mutation(value):
@@ -402,7 +398,7 @@ class Sum(Pattern):
         inner = [*self._terms, *([self._rest] if self._rest is not None else [])]
         return 1 + max((t.depth() for t in inner), default=0)
 
-    def match(self, value: Any, state: _State, constant: set[fx.Node]) -> Iterator[_State]:
+    def match(self, value: Any, state: _Partial, constant: set[fx.Node]) -> Iterator[_Partial]:
         if not nodes.is_call(value, aten.add.Tensor) or nodes.pinned(value) or not commutes(value):
             return
         adds, leaves = flatten_sum(value)
@@ -463,8 +459,8 @@ def flatten_sum(root: fx.Node) -> tuple[list[fx.Node], list[Any]]:
 
 
 def _match_each(
-    pairs: Sequence[tuple[Pattern, Any]], state: _State, constant: set[fx.Node]
-) -> Iterator[_State]:
+    pairs: Sequence[tuple[Pattern, Any]], state: _Partial, constant: set[fx.Node]
+) -> Iterator[_Partial]:
     if not pairs:
         yield state
         return

@@ -14,9 +14,9 @@ from refold.errors import RefoldError, UsageError, VerifierError, did_you_mean
 from refold.graph import constants, subgraphs
 from refold.graph.copies import copy_sharing_tensors
 from refold.graph.ops import census
-from refold.graph.verifier import Signature, signature, verify
+from refold.graph.verifier import Invariants, signature, verify
 from refold.rewrite.context import Context
-from refold.rewrite.edit import Snapshot
+from refold.rewrite.edit import GraphSnapshot
 from refold.rewrite.result import Pass, PassResult, failed
 from refold.rewrite.selection import pin
 
@@ -171,7 +171,7 @@ class Pipeline:
         """
         subgraphs.own(gm)
         pin(gm, context.exclude)
-        whole = [Snapshot(graph) for graph in subgraphs.walk(gm)]
+        whole = [GraphSnapshot(graph) for graph in subgraphs.walk(gm)]
         result = self._run(gm, context, whole[0], debug=debug, progress=progress, compare=compare)
         try:
             self._run_branches(gm, context, result, debug=debug)
@@ -194,7 +194,7 @@ class Pipeline:
         self,
         gm: fx.GraphModule,
         context: Context,
-        snapshot: Snapshot,
+        snapshot: GraphSnapshot,
         *,
         debug: bool,
         progress: Callable[[str], None] | None = None,
@@ -209,7 +209,7 @@ class Pipeline:
                 item, gm, context, before, contract, snapshot, debug=debug, compare=compare
             )
             if run.result.modified:
-                snapshot = Snapshot(gm)
+                snapshot = GraphSnapshot(gm)
             result.runs.append(run)
             before = run.after
         return result
@@ -220,7 +220,7 @@ class Pipeline:
         for cond in subgraphs.conds(gm):
             subgraphs.sink(cond)
             for branch in subgraphs.branches(cond):
-                inner = self._run(branch, context, Snapshot(branch), debug=debug)
+                inner = self._run(branch, context, GraphSnapshot(branch), debug=debug)
                 self._run_branches(branch, context, inner, debug=debug)
                 constants.sweep(branch)
                 constants.materialise_all(branch)
@@ -237,7 +237,7 @@ def _takes_context(item: Pass) -> bool:
 
 
 def _unfolded(
-    gm: fx.GraphModule, whole: Sequence[Snapshot], result: PipelineResult, error: Exception
+    gm: fx.GraphModule, whole: Sequence[GraphSnapshot], result: PipelineResult, error: Exception
 ) -> PipelineResult:
     """Makes a graph what it was before all passes, where what they left cannot be computed."""
     if not whole:
@@ -281,12 +281,12 @@ def _run_pass(
     gm: fx.GraphModule,
     context: Context,
     before: Counter[str],
-    contract: Signature,
-    snapshot: Snapshot,
+    contract: Invariants,
+    snapshot: GraphSnapshot,
     *,
     debug: bool,
     compare: Compare | None,
-) -> tuple[PassRun, Signature]:
+) -> tuple[PassRun, Invariants]:
     """Runs one pass; ``before``, ``contract`` and ``snapshot`` are what the last left.
 
     A pass that raises, or leaves an invalid graph, is undone as a whole, and recorded. In debug
@@ -324,7 +324,7 @@ def _run_pass(
 
 
 def _undone(
-    item: Pass, snapshot: Snapshot, error: Exception, before: Counter[str], started: float
+    item: Pass, snapshot: GraphSnapshot, error: Exception, before: Counter[str], started: float
 ) -> PassRun:
     """The record of a pass that failed as a whole: the graph is what it was before it."""
     snapshot.restore()

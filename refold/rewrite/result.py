@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 from torch import fx
 
 from refold.algebra.lazy import Lazy
+from refold.errors import Declined
 from refold.graph import provenance
 from refold.graph.program import Call
 from refold.rewrite.context import Context
@@ -44,7 +45,7 @@ class Applied:
 
 
 @dataclass(frozen=True)
-class Declined:
+class Decline:
     """One rewrite that did not happen, and why.
 
     Attributes:
@@ -128,7 +129,7 @@ class PassResult:
 
     modified: bool = False
     applied: list[Applied] = field(default_factory=list)
-    declined: list[Declined] = field(default_factory=list)
+    declined: list[Decline] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     approximation: Approximation | None = None
 
@@ -175,11 +176,11 @@ def applied(
     )
 
 
-_watchers: list[Callable[[Declined], None]] = []
+_watchers: list[Callable[[Decline], None]] = []
 
 
 @contextmanager
-def watch_failures(watcher: Callable[[Declined], None]) -> Iterator[None]:
+def watch_failures(watcher: Callable[[Decline], None]) -> Iterator[None]:
     """Shows each failure to ``watcher`` while the block runs: tests and tools must not miss one."""
     _watchers.append(watcher)
     try:
@@ -188,13 +189,13 @@ def watch_failures(watcher: Callable[[Declined], None]) -> Iterator[None]:
         _watchers.remove(watcher)
 
 
-def failed(rule: str, node: fx.Node | None, error: Exception) -> Declined:
+def failed(rule: str, node: fx.Node | None, error: Exception) -> Decline:
     """Makes the record of an error that cost a rewrite: ``node`` is where, if that is known."""
     lines = str(error).splitlines()
     reason = f"internal error: {type(error).__name__}" + (f": {lines[0]}" if lines else "")
     hint = "it is kept as it is and right; please report this line"
     if node is None:
-        record = Declined(rule, "", reason, hint=hint, failed=True)
+        record = Decline(rule, "", reason, hint=hint, failed=True)
     else:
         record = dataclasses.replace(declined(rule, node, reason, hint), failed=True)
     for watcher in _watchers:
@@ -210,8 +211,10 @@ def in_bytes(number: int) -> str:
     return f"{number} B"
 
 
-def declined(rule: str, node: fx.Node, reason: str, hint: str = "") -> Declined:
-    """Makes a :class:`Declined` record at a node."""
-    return Declined(
+def declined(rule: str, node: fx.Node, reason: str | Declined, hint: str = "") -> Decline:
+    """Makes a :class:`Decline` record at a node, of a sentence or of what was raised there."""
+    if isinstance(reason, Declined):
+        node, hint, reason = reason.node or node, reason.hint, reason.reason
+    return Decline(
         rule, node.name, reason, provenance.module_path(node), provenance.source_line(node), hint
     )

@@ -10,11 +10,11 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from refold.errors import UsageError
+from refold.errors import Declined, UsageError
 from refold.rewrite.build import Builder
 from refold.rewrite.context import Context
-from refold.rewrite.driver import Verdict, apply_rules
-from refold.rewrite.pattern import Call, Const, Decline, Literal, Match, Pattern, Var
+from refold.rewrite.driver import Objection, apply_rules
+from refold.rewrite.pattern import Call, Const, Literal, Match, Pattern, Var
 from refold.rewrite.result import PassResult
 
 
@@ -33,7 +33,7 @@ class RewriteRule:
     pattern: Pattern
     exactness: str = "exact"
 
-    def check(self, match: Match) -> Verdict:
+    def check(self, match: Match) -> Objection:
         """Why this match must stay as it is, or ``None``."""
         return None
 
@@ -55,7 +55,7 @@ class _ExampleRule(RewriteRule):
         name: str,
         pattern: Pattern,
         template: fx.Graph,
-        check: Callable[[Match], Verdict] | None,
+        check: Callable[[Match], Objection] | None,
         exactness: str,
     ) -> None:
         self.name = name
@@ -64,7 +64,7 @@ class _ExampleRule(RewriteRule):
         self._template = template
         self._check = check
 
-    def check(self, match: Match) -> Verdict:
+    def check(self, match: Match) -> Objection:
         return self._check(match) if self._check is not None else None
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
@@ -76,7 +76,7 @@ class _ExampleRule(RewriteRule):
                 result = node.args[0]
                 value = made[result] if isinstance(result, fx.Node) else result
                 if not isinstance(value, fx.Node):
-                    raise Decline("the replacement is a number here, not a tensor")
+                    raise Declined("the replacement is a number here, not a tensor")
                 return value
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: made[n])
@@ -88,7 +88,7 @@ def rule_from_functions(
     name: str,
     before: Callable[..., torch.Tensor],
     after: Callable[..., torch.Tensor],
-    check: Callable[[Match], Verdict] | None = None,
+    check: Callable[[Match], Objection] | None = None,
     *,
     examples: Mapping[str, torch.Tensor] | None = None,
     exactness: str = "exact",

@@ -47,7 +47,7 @@ Flat = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class _Settings:
+class _BackendSettings:
     pipeline: str | Pipeline = "default"
     exclude: tuple[str, ...] = ()
     inner: str | Callable[..., Any] = "inductor"
@@ -109,7 +109,7 @@ def backend(
         UsageError: an unknown pipeline or inner backend, or ``frozen`` with ``checksum``.
     """
     globs = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    settings = _Settings(pipeline, globs, inner, checksum, frozen, verify)
+    settings = _BackendSettings(pipeline, globs, inner, checksum, frozen, verify)
     return functools.partial(_compile, settings=settings)
 
 
@@ -121,7 +121,7 @@ def compile_graph(
     options: Mapping[str, Any] | None = None,
 ) -> Flat:
     """The entry point of ``torch.compile(model, backend="refold", mode=..., options=...)``."""
-    return _compile(gm, example_inputs, mode=mode, options=options, settings=_Settings())
+    return _compile(gm, example_inputs, mode=mode, options=options, settings=_BackendSettings())
 
 
 @one_at_a_time
@@ -129,7 +129,7 @@ def _compile(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     *,
-    settings: _Settings,
+    settings: _BackendSettings,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Flat:
@@ -144,12 +144,12 @@ def _compile(
 
 
 def _read(
-    settings: _Settings, mode: str | None, options: Mapping[str, Any] | None
-) -> tuple[_Settings, dict[str, Any]]:
+    settings: _BackendSettings, mode: str | None, options: Mapping[str, Any] | None
+) -> tuple[_BackendSettings, dict[str, Any]]:
     """Splits the options of ``torch.compile`` into refold's and Inductor's."""
     import torch._inductor
 
-    own = {f.name for f in fields(_Settings)}
+    own = {f.name for f in fields(_BackendSettings)}
     known = set(torch._inductor.list_options())
     given, theirs = {}, inductor.mode_settings(mode)
     for name, value in (options or {}).items():
@@ -343,7 +343,7 @@ class _Guarded:
         self,
         gm: fx.GraphModule,
         captured: Captured,
-        settings: _Settings,
+        settings: _BackendSettings,
         compiler: _Compiler,
         example_inputs: Sequence[Any],
     ) -> None:

@@ -41,14 +41,14 @@ def judge(
     """
     choices = _choices(original)
     exact: dict[str, _Choice] = {}
-    reference = Oracle(original).run(*fresh(call), hold=_Held(choices, recorded=exact))
+    reference = Oracle(original).run(*fresh(call), hold=_Overrides(choices, recorded=exact))
     for run, run_original, by in (
         (_natively, _natively, "both graphs held to the same discrete choices"),
         (_widely, _rounded, "float64 against float64, held to the same discrete choices"),
     ):
         own_inputs: dict[str, _Choice] = {}
-        own = run_original(original, call, _Held(choices, exact, recorded=own_inputs))
-        held = _Held(choices, exact, own_inputs, allowed=allowed, call=call)
+        own = run_original(original, call, _Overrides(choices, exact, recorded=own_inputs))
+        held = _Overrides(choices, exact, own_inputs, allowed=allowed, call=call)
         leaves: dict[int, Leaf] = {}
         collect(leaves, run(folded, call, held), own, reference, call)
         for leaf, traced in zip(leaves.values(), _traced(original, leaves), strict=True):
@@ -71,7 +71,7 @@ class _Choice:
 
 
 @dataclass
-class _Held:
+class _Overrides:
     """Replaces the values of discrete operators by those of another run.
 
     Attributes:
@@ -158,7 +158,7 @@ def _traced(original: fx.GraphModule, leaves: dict[int, Leaf]) -> list[torch.dty
     return [outputs[i].meta["val"].dtype for i in leaves]
 
 
-def _natively(gm: fx.GraphModule, call: Call, held: _Held) -> Any:
+def _natively(gm: fx.GraphModule, call: Call, held: _Overrides) -> Any:
     class Holding(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
@@ -172,11 +172,11 @@ def _natively(gm: fx.GraphModule, call: Call, held: _Held) -> Any:
     return gm.graph.process_outputs(result)
 
 
-def _widely(gm: fx.GraphModule, call: Call, held: _Held) -> Any:
+def _widely(gm: fx.GraphModule, call: Call, held: _Overrides) -> Any:
     return Oracle(gm).run(*fresh(call), hold=held)
 
 
-def _rounded(gm: fx.GraphModule, call: Call, held: _Held) -> Any:
+def _rounded(gm: fx.GraphModule, call: Call, held: _Overrides) -> Any:
     """A float64 run in which every input and constant is one rounding of its dtype off."""
     generator = torch.Generator().manual_seed(2)
 

@@ -22,7 +22,7 @@ import torch
 from torch._C import _aoti
 
 from refold import native
-from refold.native.interface import Library
+from refold.native.interface import KernelLibrary
 
 _FUNCTIONS = ("aoti_torch_get_data_ptr", "_ZNK2at10TensorBase8_versionEv")
 
@@ -122,7 +122,7 @@ class _Watch:
     """Compares by the native library; ``sizes`` are those of the contents that are compared."""
 
     def __init__(
-        self, library: Library, functions: Sequence[int], tensors: Sequence[torch.Tensor],
+        self, library: KernelLibrary, functions: Sequence[int], tensors: Sequence[torch.Tensor],
         versions: Sequence[int], sizes: Sequence[int],
     ) -> None:  # fmt: skip
         capsules = _aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))

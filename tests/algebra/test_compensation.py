@@ -6,8 +6,8 @@ import torch
 from refold.algebra import compensation
 from refold.algebra.binary_coding import decode, encode, fit_scales
 from refold.algebra.compensation import (
-    Factor,
     Hessian,
+    InverseFactor,
     encode_compensated,
     inverse_factor,
     output_error,
@@ -83,7 +83,9 @@ def test_the_order_makes_outputs_nearer() -> None:
         factor = inverse_factor(h, 0.01, 32)
         own = output_error(decode(encode_compensated(weight, factor, 3, 32, "uniform")) - weight, h)
         damped = h + 0.01 * h.diagonal().mean() * torch.eye(128).double()
-        as_given = Factor(torch.linalg.cholesky(damped.inverse(), upper=True), torch.arange(128))
+        as_given = InverseFactor(
+            torch.linalg.cholesky(damped.inverse(), upper=True), torch.arange(128)
+        )
         code = encode_compensated(weight, as_given, 3, 32, "uniform")
         gains.append(output_error(decode(code) - weight, h) / own)
     assert sorted(gains)[2] > 1.1

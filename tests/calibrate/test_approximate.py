@@ -14,8 +14,7 @@ from torch.nn import functional as F
 import refold
 from refold.calibrate import approximate
 from refold.calibrate.approximate import Replacement
-from refold.calibrate.layers import Refusal
-from refold.errors import UsageError, VerificationError
+from refold.errors import Declined, UsageError, VerificationError
 from refold.graph.nodes import aten
 from refold.passes import PIPELINES
 from refold.rewrite.context import Context
@@ -42,9 +41,9 @@ class RoundWeights:
             include=self.include, exclude=self.exclude, calibration=self.calibration,
         )  # fmt: skip
 
-    def _rounded(self, layer, inputs) -> Replacement | Refusal:
+    def _rounded(self, layer, inputs) -> Replacement:
         if layer.weight.shape[0] == 1:
-            return Refusal("it has one row", "name another layer")
+            raise Declined("it has one row", hint="name another layer")
         rounded = on_grid(layer.weight.evaluate(), self.bits)
         error = approximate.error(layer, rounded, inputs)
         columns = {"bits": str(self.bits), "error": f"{error:.1e}"}

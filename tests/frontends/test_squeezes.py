@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import refold
-from refold.errors import UsageError
+from refold.errors import Declined, UsageError
 from refold.frontends.export import trace
 from refold.frontends.functionalise import settle_squeezes
-from refold.rewrite.edit import Editor, Refused
+from refold.rewrite.edit import Editor
 from tests.folding import Net
 
 
@@ -218,7 +218,7 @@ def _read_before(reader: Callable[[Net, Tensor], Tensor]) -> None:
 
 
 def test_the_door_keeps_the_rank_of_a_call_that_is_changed_in_place() -> None:
-    with pytest.raises(Refused, match="drops a dimension where its size is 1"):
+    with pytest.raises(Declined, match="drops a dimension where its size is 1"):
         _read_before(lambda s, x: s.l(x).squeeze(0).sigmoid())
 
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 import refold
 from refold.errors import BackendError, FrontendError
 from refold.frontends.export import trace
-from refold.frontends.state import Calls, Snapshot
+from refold.frontends.state import Calls, ModelSnapshot
 from refold.graph import constants
 
 ROW = (2, 4)
@@ -601,7 +601,7 @@ def test_buffers_that_are_written_are_not_the_callers_either() -> None:
 def test_snapshot_names_what_changed_and_puts_it_back() -> None:
     model = nn.Sequential(Part())
     held = model[0]
-    snapshot = Snapshot(model)
+    snapshot = ModelSnapshot(model)
     held.seen.append(1)
     held.nest["a"][0] = 5
     held.held.count = 2

@@ -6,14 +6,14 @@ import pytest
 
 from refold import native
 from refold.native import build
-from refold.native.interface import Library, NativeError
+from refold.native.interface import KernelLibrary, NativeError
 
 
 @pytest.fixture(scope="session")
 def library_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library of the present sources: the installed one, or one built for the tests."""
     try:
-        Library(build.LIBRARY)
+        KernelLibrary(build.LIBRARY)
         return build.LIBRARY
     except NativeError:
         pass  # not there, or stale
@@ -23,7 +23,7 @@ def library_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def kernel(library_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
+def kernel(library_path: Path, monkeypatch: pytest.MonkeyPatch) -> KernelLibrary:
     """The library, which everything that asks for it finds."""
     monkeypatch.setattr(build, "LIBRARY", library_path)
     monkeypatch.delenv(native.OFF, raising=False)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from refold import native
 from refold.native import build, op
-from refold.native.interface import Library
+from refold.native.interface import KernelLibrary
 from tests.native.layers import EXACT, activations, layer, relative
 
 
@@ -57,15 +57,15 @@ def test_a_library_of_other_sources_is_not_used(
 
 
 def test_a_library_of_wrong_numbers_is_not_used(
-    kernel: Library, elsewhere: Path, library_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: KernelLibrary, elsewhere: Path, library_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere.write_bytes(library_path.read_bytes())
-    right = Library.multiply
+    right = KernelLibrary.multiply
 
-    def wrong(self: Library, *args: object, **kwargs: object) -> object:
+    def wrong(self: KernelLibrary, *args: object, **kwargs: object) -> object:
         return right(self, *args, **kwargs) * 1.01  # type: ignore[arg-type, operator]
 
-    monkeypatch.setattr(Library, "multiply", wrong)
+    monkeypatch.setattr(KernelLibrary, "multiply", wrong)
     assert "computes wrong numbers on this machine" in str(native.status())
 
 
@@ -81,7 +81,7 @@ def test_a_library_of_wrong_numbers_is_not_used(
     ids=["autocast", "default device", "fake tensors", "inference mode", "default dtype"],
 )
 def test_it_is_tried_out_whatever_state_the_caller_is_in(
-    kernel: Library, state: Callable[[], AbstractContextManager[object]]
+    kernel: KernelLibrary, state: Callable[[], AbstractContextManager[object]]
 ) -> None:
     native._open.cache_clear()
     with state():
@@ -98,7 +98,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def test_it_can_be_switched_off(kernel: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_can_be_switched_off(kernel: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.status() is None
     monkeypatch.setenv(native.OFF, "0")
     assert native.library() is None
@@ -143,7 +143,7 @@ def test_the_build_imports_nothing_of_refold() -> None:
 
 
 @pytest.mark.parametrize("name", ["planes", "scales", "bias", "group_size", "rows", "strides"])
-def test_shapes_that_do_not_fit_never_reach_the_kernel(kernel: Library, name: str) -> None:
+def test_shapes_that_do_not_fit_never_reach_the_kernel(kernel: KernelLibrary, name: str) -> None:
     packed = layer(3, 70, 100, 32).packed
     given = {
         "x": activations(2, 100),
@@ -168,7 +168,7 @@ def test_shapes_that_do_not_fit_never_reach_the_kernel(kernel: Library, name: st
         torch.ops.refold.bcq_linear_packed(**{**given, name: wrong[name]})
 
 
-def test_the_operator_keeps_torchs_contract(kernel: Library) -> None:
+def test_the_operator_keeps_torchs_contract(kernel: KernelLibrary) -> None:
     packed = layer(3, 70, 100, 32).packed
     torch.library.opcheck(
         torch.ops.refold.bcq_linear_packed.default,

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refold.native.interface import ISAS, Library
+from refold.native.interface import ISAS, KernelLibrary
 from refold.native.layer import GEMV_ROWS, multiply, pack, unpack
 from refold.ops import bcq_linear
 from tests.native.layers import EXACT, LOOKUP, Layer, activations, layer, relative
@@ -26,7 +26,7 @@ EVERY_ISA = pytest.mark.parametrize("isa", ISAS)
 
 
 def run(
-    kernel: Library,
+    kernel: KernelLibrary,
     of: Layer,
     x: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -72,7 +72,7 @@ def test_what_a_large_layer_stores_starts_at_a_large_page() -> None:
 @EITHER
 @pytest.mark.parametrize("q", [1, 2, 3, 4])
 def test_it_computes_what_the_reference_computes(
-    kernel: Library, q: int, exact: bool, isa: str
+    kernel: KernelLibrary, q: int, exact: bool, isa: str
 ) -> None:
     for rows, features, group_size in SHAPES:
         for uniform in (False, True):
@@ -86,7 +86,7 @@ def test_it_computes_what_the_reference_computes(
 @EVERY_ISA
 @EITHER
 @pytest.mark.parametrize("batch", [1, 3, 8, 40, 128, 300])
-def test_batches(kernel: Library, batch: int, exact: bool, isa: str) -> None:
+def test_batches(kernel: KernelLibrary, batch: int, exact: bool, isa: str) -> None:
     of = layer(3, 150, 300, 64)
     x = activations(batch, 300)
     got = run(kernel, of, x, exact=exact, isa=isa)
@@ -95,7 +95,7 @@ def test_batches(kernel: Library, batch: int, exact: bool, isa: str) -> None:
 
 @pytest.mark.parametrize("tiles", [1, 2, 3])
 def test_weights_are_formed_some_tiles_at_a_time(
-    kernel: Library, tiles: int, monkeypatch: pytest.MonkeyPatch
+    kernel: KernelLibrary, tiles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("refold.native.layer._FORMED", tiles * 64 * 100)
     of = layer(3, 300, 100, 32)  # five tiles
@@ -105,7 +105,7 @@ def test_weights_are_formed_some_tiles_at_a_time(
 
 @EITHER
 @pytest.mark.parametrize("group_size", [32, 64, 128, 8, 512, 1024])
-def test_group_sizes(kernel: Library, group_size: int, exact: bool) -> None:
+def test_group_sizes(kernel: KernelLibrary, group_size: int, exact: bool) -> None:
     of = layer(2, 64, 512, group_size)
     x = activations(2, 512)
     assert relative(run(kernel, of, x, exact=exact), of.reference(x)) <= allowed(exact)
@@ -113,7 +113,7 @@ def test_group_sizes(kernel: Library, group_size: int, exact: bool) -> None:
 
 @pytest.mark.parametrize("batch", [2, 40])
 @EITHER
-def test_threads_do_not_change_a_bit(kernel: Library, batch: int, exact: bool) -> None:
+def test_threads_do_not_change_a_bit(kernel: KernelLibrary, batch: int, exact: bool) -> None:
     of, before = layer(3, 500, 256, 64), torch.get_num_threads()
     isa = kernel.isas[-1]
     formed = isa != "avx2" and batch > GEMV_ROWS[isa][0 if exact else 1]  # torch's may change
@@ -133,7 +133,7 @@ def test_threads_do_not_change_a_bit(kernel: Library, batch: int, exact: bool) -
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_layer(library_path: Path, data: st.DataObject) -> None:
-    kernel = Library(library_path)
+    kernel = KernelLibrary(library_path)
     q, batch = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 2, 5, 17, 33]))
     rows, features = data.draw(st.integers(1, 140)), data.draw(st.integers(1, 400))
     of = layer(
@@ -159,7 +159,9 @@ def test_any_layer(library_path: Path, data: st.DataObject) -> None:
 
 @EVERY_ISA
 @EITHER
-def test_scales_that_are_all_zero_give_the_bias(kernel: Library, exact: bool, isa: str) -> None:
+def test_scales_that_are_all_zero_give_the_bias(
+    kernel: KernelLibrary, exact: bool, isa: str
+) -> None:
     of = layer(3, 70, 128, 32)
     of.alpha.zero_()
     bias = activations(70)
@@ -169,7 +171,7 @@ def test_scales_that_are_all_zero_give_the_bias(kernel: Library, exact: bool, is
 
 @EVERY_ISA
 @EITHER
-def test_one_sign_each(kernel: Library, exact: bool, isa: str) -> None:
+def test_one_sign_each(kernel: KernelLibrary, exact: bool, isa: str) -> None:
     """Every bit has its own column, row and plane."""
     planes = torch.zeros(2, 64, 64, dtype=torch.int8)
     for i in range(64):
@@ -187,7 +189,7 @@ def test_one_sign_each(kernel: Library, exact: bool, isa: str) -> None:
 @EITHER
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e25])
 def test_what_is_not_finite_goes_where_the_reference_sends_it(
-    kernel: Library, value: float, exact: bool, isa: str
+    kernel: KernelLibrary, value: float, exact: bool, isa: str
 ) -> None:
     of = layer(2, 70, 100, 32)
     x = activations(2, 100)
@@ -202,7 +204,7 @@ def test_what_is_not_finite_goes_where_the_reference_sends_it(
 @pytest.mark.parametrize(("exact", "limit"), [(True, 1e-3), (False, 3e-2)])
 @pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-36, 1e-30, 1e17])
 def test_small_and_large_activations(
-    kernel: Library, scale: float, exact: bool, limit: float, isa: str
+    kernel: KernelLibrary, scale: float, exact: bool, limit: float, isa: str
 ) -> None:
     of = layer(3, 70, 100, 32)
     x = activations(2, 100) * scale
@@ -213,7 +215,7 @@ def test_small_and_large_activations(
 
 
 @EITHER
-def test_a_block_of_tiny_activations_beside_large_ones(kernel: Library, exact: bool) -> None:
+def test_a_block_of_tiny_activations_beside_large_ones(kernel: KernelLibrary, exact: bool) -> None:
     of = layer(3, 70, 256, 64)
     x = activations(1, 256)
     x[:, 64:128] *= 1e-42
@@ -222,7 +224,7 @@ def test_a_block_of_tiny_activations_beside_large_ones(kernel: Library, exact: b
 
 
 @pytest.mark.parametrize("batch", [2, 30])
-def test_strides_and_leading_axes(kernel: Library, batch: int) -> None:
+def test_strides_and_leading_axes(kernel: KernelLibrary, batch: int) -> None:
     of = layer(3, 70, 100, 32)
     for x in (
         activations(100, batch).T,
@@ -238,7 +240,9 @@ def test_strides_and_leading_axes(kernel: Library, batch: int) -> None:
 
 @pytest.mark.parametrize("batch", [2, 30])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_rounded_once(kernel: Library, dtype: torch.dtype, batch: int) -> None:
+def test_half_precision_is_rounded_once(
+    kernel: KernelLibrary, dtype: torch.dtype, batch: int
+) -> None:
     of = layer(3, 70, 100, 32)
     x = activations(batch, 100).to(dtype)
     got = run(kernel, of, x, activations(70).to(dtype))
@@ -249,7 +253,7 @@ def test_half_precision_is_rounded_once(kernel: Library, dtype: torch.dtype, bat
     assert ((got.double() - expected).abs() <= limit).all()
 
 
-def test_calls_from_several_threads(kernel: Library) -> None:
+def test_calls_from_several_threads(kernel: KernelLibrary) -> None:
     of = layer(3, 300, 256, 64)
     packed = of.packed
     inputs = [activations(1, 256, seed=s) for s in range(24)]
@@ -265,7 +269,7 @@ def test_calls_from_several_threads(kernel: Library) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted as Linux lists them")
-def test_a_forked_process_starts_threads_of_its_own(kernel: Library) -> None:
+def test_a_forked_process_starts_threads_of_its_own(kernel: KernelLibrary) -> None:
     of = layer(2, 300, 64, 64)
     packed, x, before = of.packed, activations(1, 64), torch.get_num_threads()
     torch.set_num_threads(2)

@@ -17,7 +17,7 @@ from refold import native
 from refold.backends.pytorch.eager import constant_bytes
 from refold.errors import VerificationError
 from refold.native.check import rounding
-from refold.native.interface import Library
+from refold.native.interface import KernelLibrary
 from refold.native.layer import multiply
 from tests.native.layers import EXACT, LOOKUP, Layer, activations, layer, relative
 
@@ -52,7 +52,7 @@ def called(gm: torch.fx.GraphModule) -> list[str]:
 
 
 @pytest.mark.parametrize(("exact", "limit"), [(True, 2 * EXACT), (False, 2 * LOOKUP)])
-def test_layers_run_on_the_kernel(kernel: Library, exact: bool, limit: float) -> None:
+def test_layers_run_on_the_kernel(kernel: KernelLibrary, exact: bool, limit: float) -> None:
     net, x = model(), activations(3, 192)
     compiled = refold.compile_for_inference(net, (x,), exact=exact)
     assert called(compiled.graph_module) == ["refold.bcq_linear_packed.default"] * 3
@@ -67,7 +67,7 @@ def test_layers_run_on_the_kernel(kernel: Library, exact: bool, limit: float) ->
 
 
 @pytest.mark.slow
-def test_compiled_layers_run_on_the_kernel(kernel: Library) -> None:
+def test_compiled_layers_run_on_the_kernel(kernel: KernelLibrary) -> None:
     net = model()
     compiled = refold.compile_for_inference(net, (activations(3, 192),), target="inductor")
     assert called(compiled.graph_module) == ["refold.bcq_linear_packed.default"] * 3
@@ -80,7 +80,7 @@ def test_compiled_layers_run_on_the_kernel(kernel: Library) -> None:
 
 
 @pytest.mark.slow
-def test_a_package_runs_where_the_operator_is_known(kernel: Library, tmp_path: Path) -> None:
+def test_a_package_runs_where_the_operator_is_known(kernel: KernelLibrary, tmp_path: Path) -> None:
     net, x = model(), activations(3, 192)
     compiled = refold.compile_for_inference(net, (x,), target="aoti")
     assert called(compiled.graph_module) == ["refold.bcq_linear_packed.default"] * 3
@@ -97,7 +97,7 @@ assert torch.equal(torch._inductor.aoti_load_package(sys.argv[1])(x), y)
     )
 
 
-def test_planes_are_kept_once(kernel: Library) -> None:
+def test_planes_are_kept_once(kernel: KernelLibrary) -> None:
     net = model()
     bits = 3 * 128 * (192 + 128)
     scales = 16 * 128 * (3 * 3 + 1 * 2)
@@ -112,7 +112,7 @@ def test_how_much_smaller_than_float32(q: int, uniform: bool, least: float) -> N
     assert 4 * 256 * 4096 / (packed.planes.nbytes + packed.scales.nbytes) >= least
 
 
-def test_origins_reach_the_lowered_weights(kernel: Library) -> None:
+def test_origins_reach_the_lowered_weights(kernel: KernelLibrary) -> None:
     compiled = refold.compile_for_inference(model(), (activations(3, 192),))
     origins = compiled.state_dict_map()
     read = {key for entry in origins.values() for key in entry["from"]}
@@ -120,7 +120,7 @@ def test_origins_reach_the_lowered_weights(kernel: Library) -> None:
 
 
 def test_without_the_kernel_the_report_warns(
-    kernel: Library, monkeypatch: pytest.MonkeyPatch
+    kernel: KernelLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(native.OFF, "0")
     net, x = model(), activations(3, 192)
@@ -131,7 +131,7 @@ def test_without_the_kernel_the_report_warns(
 
 
 @pytest.mark.parametrize("case", ["float64 scales", "five planes"])
-def test_what_the_kernel_does_not_take_stays(kernel: Library, case: str) -> None:
+def test_what_the_kernel_does_not_take_stays(kernel: KernelLibrary, case: str) -> None:
     net = model(q=5) if case == "five planes" else model(torch.float64)
     x = activations(3, 192)
     compiled = refold.compile_for_inference(net, (x,))
@@ -140,13 +140,13 @@ def test_what_the_kernel_does_not_take_stays(kernel: Library, case: str) -> None
     assert relative(compiled(x), net(x)) <= EXACT
 
 
-def test_other_graphs_are_left_alone(kernel: Library) -> None:
+def test_other_graphs_are_left_alone(kernel: KernelLibrary) -> None:
     compiled = refold.compile_for_inference(nn.Linear(4, 4), (activations(2, 4),))
     assert not any("native" in n for n in compiled.report.notes)
 
 
 def test_a_saved_program_runs_with_and_without_the_kernel(
-    kernel: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: KernelLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, x = model(), activations(3, 192)
     path = refold.compile_for_inference(net, (x,), verify=False).save(tmp_path / "net.pt2")
@@ -159,7 +159,7 @@ def test_a_saved_program_runs_with_and_without_the_kernel(
     assert any("3 layers" in n and "slowly" in n for n in without.report.notes)
 
 
-def test_sums_of_8_bits_are_judged_by_what_rounding_explains(kernel: Library) -> None:
+def test_sums_of_8_bits_are_judged_by_what_rounding_explains(kernel: KernelLibrary) -> None:
     net, x = model(), activations(3, 192)
     compiled = refold.compile_for_inference(net, (x,), exact=False)
     numbers = compiled.report.artifact_numerics
@@ -172,17 +172,17 @@ def test_sums_of_8_bits_are_judged_by_what_rounding_explains(kernel: Library) ->
 
 @pytest.mark.parametrize(("exact", "factor"), [(True, 1.001), (False, 1.05)])
 def test_a_wrong_kernel_does_not_pass(
-    kernel: Library, monkeypatch: pytest.MonkeyPatch, exact: bool, factor: float
+    kernel: KernelLibrary, monkeypatch: pytest.MonkeyPatch, exact: bool, factor: float
 ) -> None:
-    right = Library.multiply
+    right = KernelLibrary.multiply
 
-    def wrong(self: Library, *args: Any, exact: bool, isa: str | None = None) -> Any:
+    def wrong(self: KernelLibrary, *args: Any, exact: bool, isa: str | None = None) -> Any:
         return right(self, *args, exact=exact, isa=isa) * (1 if exact else factor)
 
-    def wrong_alike(self: Library, *args: Any, exact: bool, isa: str | None = None) -> Any:
+    def wrong_alike(self: KernelLibrary, *args: Any, exact: bool, isa: str | None = None) -> Any:
         return right(self, *args, exact=exact, isa=isa) * factor
 
-    monkeypatch.setattr(Library, "multiply", wrong_alike if exact else wrong)
+    monkeypatch.setattr(KernelLibrary, "multiply", wrong_alike if exact else wrong)
     with pytest.raises(VerificationError):
         refold.compile_for_inference(model(), (activations(3, 192),), exact=exact)
 
@@ -190,7 +190,7 @@ def test_a_wrong_kernel_does_not_pass(
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize(("features", "group_size"), [(200, 64), (264, 24), (100, 128), (512, 128)])
 def test_rounding_bounds_every_output(
-    kernel: Library, features: int, group_size: int, uniform: bool
+    kernel: KernelLibrary, features: int, group_size: int, uniform: bool
 ) -> None:
     of, x = layer(3, 70, features, group_size, uniform=uniform), activations(5, features)
     got = multiply(kernel, x, of.packed, exact=False)
@@ -201,7 +201,9 @@ def test_rounding_bounds_every_output(
 
 
 @pytest.mark.slow
-def test_a_saved_program_loads_where_nothing_was_imported(kernel: Library, tmp_path: Path) -> None:
+def test_a_saved_program_loads_where_nothing_was_imported(
+    kernel: KernelLibrary, tmp_path: Path
+) -> None:
     net, x = model(), activations(3, 192)
     path = refold.compile_for_inference(net, (x,), verify=False).save(tmp_path / "net.pt2")
     torch.save((x, net(x)), tmp_path / "expected.pt")

@@ -18,7 +18,7 @@ from refold.graph import constants
 from refold.graph.evaluate import Oracle
 from refold.graph.ops import op_name
 from refold.passes import PIPELINES
-from refold.rewrite.result import Declined
+from refold.rewrite.result import Decline
 from tests.compare import EXACT, relative_error
 from tests.folding import left, randomise_norms
 
@@ -103,7 +103,7 @@ def folded(net: nn.Module, x: torch.Tensor) -> tuple[fx.GraphModule, str]:
             probe = torch.randn(batch, *x.shape[1:])
             error = relative_error(gm(probe), oracle(probe))
             assert error <= ROUNDING, f"relative error {error:.1e}\n{gm.graph}"
-    declined: list[Declined] = [d for r in result.runs for d in r.result.declined]
+    declined: list[Decline] = [d for r in result.runs for d in r.result.declined]
     return gm, "\n".join(f"{d.node}: {d.reason}" for d in declined)
 
 

@@ -8,7 +8,7 @@ import torch
 import refold
 from refold.errors import UsageError
 from refold.report.report import Report
-from refold.rewrite.result import Applied, Declined
+from refold.rewrite.result import Applied, Decline
 from tests.small_nets import ConvNet, LateNorm, seeded
 
 
@@ -76,10 +76,10 @@ def test_declined_come_with_place_reason_and_line():
 
 def test_many_declined_are_grouped_and_cut(report):
     same = [
-        Declined("r", f"a{i}", f"one reason: {i}.5 us over add_{i}", f"m{i}", hint="do this")
+        Decline("r", f"a{i}", f"one reason: {i}.5 us over add_{i}", f"m{i}", hint="do this")
         for i in range(5)
     ]
-    other = [Declined("r", f"b{i}", f"reason {chr(97 + i)}", f"n{i}") for i in range(12)]
+    other = [Decline("r", f"b{i}", f"reason {chr(97 + i)}", f"n{i}") for i in range(12)]
     crowded = Report.from_json(report.to_json())
     crowded.declined = (*same, *other)
     text = crowded.render()

@@ -10,10 +10,11 @@ import torch
 from torch import fx, nn
 
 import refold
+from refold.errors import Declined
 from refold.graph import constants, nodes
 from refold.graph.aliasing import storage
 from refold.passes.batch_norm.fold_batch_norm import FoldBatchNorm
-from refold.passes.branches.fold_branches import FoldBranches, _Folder
+from refold.passes.branches.fold_branches import FoldBranches, _BranchFolder
 from refold.passes.branches.merge_parallel_layers import MergeParallelLayers
 from refold.passes.experts import join as join_experts
 from refold.passes.experts.average_experts import AverageExperts
@@ -22,8 +23,8 @@ from refold.passes.prepare.defer_expands import DeferExpands
 from refold.passes.prepare.fold_constants import FoldConstants
 from refold.passes.scale_shift.absorb_scale_shift import AbsorbScaleShift
 from refold.passes.scale_shift.push.pusher import Pusher
-from refold.rewrite.edit import Edit, Editor, Refused
-from refold.rewrite.result import Declined, Pass
+from refold.rewrite.edit import Edit, Editor
+from refold.rewrite.result import Decline, Pass
 from tests.models.experts import FFN, WIDTH, RandomPartition
 from tests.tracing import find, ops, trace
 
@@ -71,7 +72,7 @@ def refusal(
             edit.stamp(node.args[0], [node])
             edit.replace(node, new)
 
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(Declined) as caught:
         attempt()
     return str(caught.value), state(gm) == before
 
@@ -164,7 +165,7 @@ def test_what_stands_for_a_call_behind_a_write_reads_nothing_before_it() -> None
             edit.replace(late, new)
 
     for made in (True, False):
-        with pytest.raises(Refused, match="storage that the graph writes"):
+        with pytest.raises(Declined, match="storage that the graph writes"):
             attempt(made=made)
         assert state(gm) == before
 
@@ -172,10 +173,10 @@ def test_what_stands_for_a_call_behind_a_write_reads_nothing_before_it() -> None
 def test_in_place_changes_are_checked_where_they_take_effect() -> None:
     gm = trace(Fn(lambda s, x: torch.relu(x.sum(1)) + x.sum(2).sum(), c=torch.ones(3)), T)
     before, relu = state(gm), find(gm, "relu")
-    with pytest.raises(Refused, match="shape would be"), Editor(gm, "test").edit() as edit:
+    with pytest.raises(Declined, match="shape would be"), Editor(gm, "test").edit() as edit:
         edit.set(relu, args=(next(iter(relu.args[0].all_input_nodes)),))
     assert state(gm) == before
-    with pytest.raises(Refused, match="whose shape would change"), Editor(gm, "x").edit() as edit:
+    with pytest.raises(Declined, match="whose shape would change"), Editor(gm, "x").edit() as edit:
         edit.set(relu, value=relu.meta["val"].new_empty(7))
     assert state(gm) == before
     with Editor(gm, "test").edit() as edit:
@@ -194,7 +195,7 @@ def test_what_is_learned_of_a_value_is_no_other_value() -> None:
         (value.new_empty((4, 3), dtype=torch.int64), "would be torch.int64"),
         (4, "would be int"),
     ):
-        with pytest.raises(Refused, match=words), Editor(gm, "test").edit() as edit:
+        with pytest.raises(Declined, match=words), Editor(gm, "test").edit() as edit:
             edit.learn({relu: wrong})
         assert state(gm) == before
     with Editor(gm, "test").edit() as edit:
@@ -210,7 +211,7 @@ def test_excluded_nodes_are_not_edited() -> None:
         lambda e: e.set(relu, target=aten.abs.default),
         lambda e: e.replace(relu, relu.args[0]),
     ):
-        with pytest.raises(Refused, match="excluded"), Editor(gm, "test").edit() as edit:
+        with pytest.raises(Declined, match="excluded"), Editor(gm, "test").edit() as edit:
             change(edit)
 
 
@@ -357,7 +358,7 @@ def fail_at(monkeypatch, kind: type, method: str, name: str, *, after: bool) -> 
 
 @pytest.mark.parametrize("method", ["push", "_plan_up"])
 def test_a_failure_costs_the_one_rewrite(
-    method: str, monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+    method: str, monkeypatch: pytest.MonkeyPatch, failures: list[Decline]
 ) -> None:
     fail_at(monkeypatch, Pusher, method, "batch_norm_1", after=method == "_plan_up")
     net = conv_and_norm()
@@ -374,10 +375,10 @@ def test_a_failure_costs_the_one_rewrite(
 
 
 def test_a_failure_leaves_no_compilation_and_is_said(
-    monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+    monkeypatch: pytest.MonkeyPatch, failures: list[Decline]
 ) -> None:
-    fail_at(monkeypatch, _Folder, "_visit", "conv2d_1", after=False)
-    monkeypatch.setattr("refold.compiler.dead_parameters", lambda gm: 1 / 0)
+    fail_at(monkeypatch, _BranchFolder, "_visit", "conv2d_1", after=False)
+    monkeypatch.setattr("refold.stages.dead_parameters", lambda gm: 1 / 0)
     net = conv_and_norm()
     done = refold.compile_for_inference(net, T)
     torch.testing.assert_close(done(T), net(T), rtol=1e-4, atol=1e-4)
@@ -397,11 +398,11 @@ def linears(*names: str) -> dict[str, nn.Module]:
     [
         ("refold.bind.records", "bound-inputs"),
         ("refold.bind.generator", "bound-inputs"),
-        ("refold.compiler.axis_collisions", "axis-collisions"),
+        ("refold.stages.axis_collisions", "axis-collisions"),
     ],
 )
 def test_what_the_report_tells_costs_no_compilation(
-    function: str, rule: str, monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+    function: str, rule: str, monkeypatch: pytest.MonkeyPatch, failures: list[Decline]
 ) -> None:
     class Scaled(nn.Module):
         def forward(self, x, scale):
@@ -417,7 +418,7 @@ def test_what_the_report_tells_costs_no_compilation(
 
 
 def test_an_expectation_that_fails_leaves_the_reference_as_it_was(
-    monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+    monkeypatch: pytest.MonkeyPatch, failures: list[Decline]
 ) -> None:
     experts = [FFN() for _ in range(2)]
     experts[1].load_state_dict(experts[0].state_dict())
@@ -437,7 +438,7 @@ def test_an_expectation_that_fails_leaves_the_reference_as_it_was(
         with pytest.raises(ZeroDivisionError):
             join_experts.state_expectation(gm)
         assert state(gm) == before
-    monkeypatch.setattr("refold.compiler.state_expectation", lambda gm: 1 / 0)
+    monkeypatch.setattr("refold.stages.state_expectation", lambda gm: 1 / 0)
     done = refold.compile_for_inference(net, x)
     torch.testing.assert_close(done(x), experts[0](x))
     assert [d.rule for d in done.report.declined if d.failed] == ["expectation"]
@@ -476,7 +477,7 @@ CHANGED: dict[str, tuple[Pass, Callable[[], nn.Module], torch.Tensor]] = {
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_a_failure_inside_an_edit_of_a_pass_leaves_the_graph_as_it_was(
-    name: str, monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+    name: str, monkeypatch: pytest.MonkeyPatch, failures: list[Decline]
 ) -> None:
     made, build, x = CHANGED[name]
     net = build().eval()

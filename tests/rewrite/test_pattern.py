@@ -7,13 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from refold.errors import RefoldError
+from refold.errors import Declined, RefoldError
 from refold.graph import constants
 from refold.rewrite.pattern import (
     Attr,
     Call,
     Const,
-    Decline,
     Many,
     Pattern,
     Sum,
@@ -206,7 +205,7 @@ def test_pinned_nodes_do_not_match() -> None:
 def test_tensor_of_a_constant_that_the_graph_computes_declines() -> None:
     graph = trace(Affine(lambda v, g, h: v * (g + h)), T)
     (match,) = matches(Call(aten.mul, x, Const("c")), graph)
-    with pytest.raises(Decline, match="fold-constants"):
+    with pytest.raises(Declined, match="fold-constants"):
         match.tensor("c")
 
 

@@ -19,7 +19,7 @@ from refold.passes.prepare.clean_up import CleanUp
 from refold.passes.prepare.fold_constants import FoldConstants
 from refold.rewrite.context import Context
 from refold.rewrite.pipeline import Pipeline
-from refold.rewrite.result import Declined, PassResult
+from refold.rewrite.result import Decline, PassResult
 from refold.rewrite.rule import rule_from_functions
 from tests.tracing import find, ops, trace
 
@@ -245,7 +245,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 6])  # in a branch, in the other one, in the graph
 def test_where_a_constant_cannot_be_computed_nothing_is_folded(
-    count: int, monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+    count: int, monkeypatch: pytest.MonkeyPatch, failures: list[Decline]
 ) -> None:
     net = Normed().eval()
     fail_at(monkeypatch, count)
@@ -275,7 +275,7 @@ def test_without_the_weights_there_is_no_graph_to_go_back_to(
 
 @pytest.mark.parametrize("recipe", [False, True])
 def test_an_unfolded_graph_is_compiled_and_said(
-    recipe: bool, monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+    recipe: bool, monkeypatch: pytest.MonkeyPatch, failures: list[Decline]
 ) -> None:
     fail_at(monkeypatch, 6)
     net, other = Normed().eval(), Normed().eval()

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from refold.errors import UsageError
+from refold.errors import Declined, UsageError
 from refold.graph import nodes, provenance
-from refold.rewrite.pattern import Call, Const, Decline, Var
-from refold.rewrite.result import Declined, Pass
+from refold.rewrite.pattern import Call, Const, Var
+from refold.rewrite.result import Decline, Pass
 from refold.rewrite.rule import RewriteRule, rule_from_functions
 from tests.tracing import find, ops, trace
 
@@ -75,7 +75,7 @@ def test_a_check_declines_with_its_reason() -> None:
 def test_a_check_may_return_a_full_record() -> None:
     class Never(Hardswish):
         def check(self, match):
-            return Declined(self.name, match.root.name, "no", hint="try later")
+            return Decline(self.name, match.root.name, "no", hint="try later")
 
     graph = trace(lambda v: (v * F.relu6(v + 3)) / 6, T)
     assert Never().run(graph).declined[0].hint == "try later"
@@ -115,7 +115,7 @@ def test_a_rewrite_may_decline_late() -> None:
 
         def rewrite(self, match, build):
             build(aten.neg, match["x"])
-            raise Decline("on second thoughts, no")
+            raise Declined("on second thoughts, no")
 
     graph = trace(lambda v: torch.relu(v) + 1, T)
     result = Late().run(graph)

@@ -81,6 +81,6 @@ def test_the_same_string_from_python_and_in_torch_compile() -> None:
     assert report.pipeline == "shift-add{bits=2 include=0 group-size=16}"
     from refold.torch_compile import backend
 
-    assert backend._Settings(pipeline="default,clean-up").passes.names[-2] == "clean-up"
+    assert backend._BackendSettings(pipeline="default,clean-up").passes.names[-2] == "clean-up"
     with pytest.raises(UsageError, match="did you mean 'clean-up'"):
         refold.backend(pipeline="default,clean-upp")

@@ -23,7 +23,7 @@ _BOOKKEEPING = frozenset({"getitem", "executorch_call_delegate"})
 
 
 @dataclass(frozen=True)
-class Content:
+class ExecuTorchContent:
     """A program in memory, how the model's own calls map onto it, and its operators."""
 
     data: bytes
@@ -53,7 +53,9 @@ class ExecuTorchTarget(Target):
         keep_pooled_dims(static.module.graph)
         static.module.recompile()
         data, delegated, left = _lower(static)
-        content = Content(data, static.signature, sum(delegated) + left.total(), len(delegated))
+        content = ExecuTorchContent(
+            data, static.signature, sum(delegated) + left.total(), len(delegated)
+        )
         notes = list(static.notes)
         if left:
             kinds = ", ".join(f"{n} {name}" for name, n in sorted(left.items()))
@@ -64,7 +66,7 @@ class ExecuTorchTarget(Target):
         return Artifact(content, tuple(notes))
 
     def load(self, artifact: Artifact, options: Any) -> Runner:
-        content: Content = artifact.content
+        content: ExecuTorchContent = artifact.content
         return _runner(content.data, content.signature)
 
     def load_file(self, path: Path, program: Program) -> Runner:
@@ -74,7 +76,7 @@ class ExecuTorchTarget(Target):
         (folder / name).write_bytes(artifact.content.data)
 
     def stats(self, artifact: Artifact) -> dict[str, int]:
-        content: Content = artifact.content
+        content: ExecuTorchContent = artifact.content
         return {
             "nodes": content.nodes,
             "delegates": content.delegates,

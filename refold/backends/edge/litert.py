@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Content:
+class LiteRtContent:
     """A model in memory and how the model's own calls map onto it."""
 
     data: bytes
@@ -47,10 +47,10 @@ class LiteRtTarget(Target):
 
     def lower(self, program: Program, gm: fx.GraphModule, options: ThreadOptions) -> Artifact:
         static = StaticProgram.of(program, gm, "LiteRT")
-        return Artifact(Content(_convert(static), static.signature), static.notes)
+        return Artifact(LiteRtContent(_convert(static), static.signature), static.notes)
 
     def load(self, artifact: Artifact, options: ThreadOptions) -> Runner:
-        content: Content = artifact.content
+        content: LiteRtContent = artifact.content
         return _runner(content.data, content.signature, options.threads)
 
     def load_file(self, path: Path, program: Program) -> Runner:

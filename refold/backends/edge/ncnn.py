@@ -28,7 +28,7 @@ _ROUNDING = (
 
 
 @dataclass(frozen=True)
-class Content:
+class NcnnContent:
     """A network in memory and how the model's own calls map onto it.
 
     Attributes:
@@ -84,7 +84,7 @@ class NcnnTarget(Target):
         # Where an input has a batch of 1 the file does not say; pnnx takes the first axis.
         axes = tuple(0 if t.dim() else None for t in static.tensors)
         sizes = _sizes(static)
-        return _runner(Content(param, weights.read_bytes(), static.signature, axes, sizes), 1)
+        return _runner(NcnnContent(param, weights.read_bytes(), static.signature, axes, sizes), 1)
 
     def save(self, artifact: Artifact, folder: Path, name: str) -> None:
         if not name.endswith(self.suffix):
@@ -93,7 +93,7 @@ class NcnnTarget(Target):
         (folder / f"{name.removesuffix(self.suffix)}.bin").write_bytes(artifact.content.weights)
 
     def stats(self, artifact: Artifact) -> dict[str, int]:
-        content: Content = artifact.content
+        content: NcnnContent = artifact.content
         kinds = layer_kinds(content.param)
         nodes = sum(kind not in ("Input", "MemoryData") for kind in kinds)
         return {"nodes": nodes, "bytes": len(content.weights)}
@@ -119,7 +119,7 @@ def _check_inputs(static: StaticProgram) -> None:
             )
 
 
-def _convert(static: StaticProgram) -> Content:
+def _convert(static: StaticProgram) -> NcnnContent:
     import pnnx
 
     with tempfile.TemporaryDirectory(prefix="refold-") as name:
@@ -150,7 +150,7 @@ def _convert(static: StaticProgram) -> Content:
         example = (folder / "model_ncnn.py").read_text()
         axes = [_batch_axis(example, i) for i in range(len(static.tensors))]
         data = (folder / "model.ncnn.bin").read_bytes()
-    return Content(param, data, static.signature, tuple(axes), _sizes(static))
+    return NcnnContent(param, data, static.signature, tuple(axes), _sizes(static))
 
 
 def _sizes(static: StaticProgram) -> tuple[tuple[int, ...], ...]:
@@ -158,7 +158,7 @@ def _sizes(static: StaticProgram) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(s) for s in n.meta["val"].shape) for n in returned)
 
 
-def _runner(content: Content, threads: int) -> Runner:
+def _runner(content: NcnnContent, threads: int) -> Runner:
     network = open_network(content, threads=threads)
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -174,7 +174,7 @@ def _batch_axis(example: str, index: int) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def open_network(content: Content, *, threads: int = 1) -> Any:
+def open_network(content: NcnnContent, *, threads: int = 1) -> Any:
     """Loads a network for float32 arithmetic without Winograd convolution."""
     import ncnn
 
@@ -195,7 +195,9 @@ def open_network(content: Content, *, threads: int = 1) -> Any:
     return network
 
 
-def run_network(network: Any, content: Content, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def run_network(
+    network: Any, content: NcnnContent, tensors: list[torch.Tensor]
+) -> list[torch.Tensor]:
     """Runs a network over torch tensors."""
     import ncnn
     import numpy as np

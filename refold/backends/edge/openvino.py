@@ -44,7 +44,7 @@ class OpenVinoOptions:
 
 
 @dataclass(frozen=True)
-class Content:
+class OpenVinoContent:
     """A model in memory (``openvino.Model``) and how the model's own calls map onto it."""
 
     model: Any
@@ -70,10 +70,12 @@ class OpenVinoTarget(Target):
     def lower(self, program: Program, gm: fx.GraphModule, options: OpenVinoOptions) -> Artifact:
         lowered = export.lower(program, gm, OnnxOptions().opset)
         content: export.OnnxContent = lowered.content
-        return Artifact(Content(_read(content.model), content.signature), (*lowered.notes, _HINT))
+        return Artifact(
+            OpenVinoContent(_read(content.model), content.signature), (*lowered.notes, _HINT)
+        )
 
     def load(self, artifact: Artifact, options: OpenVinoOptions) -> Runner:
-        content: Content = artifact.content
+        content: OpenVinoContent = artifact.content
         signature = content.signature
         for port in (*content.model.inputs, *content.model.outputs):
             if port.element_type.get_type_name() == "bf16":

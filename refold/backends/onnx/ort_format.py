@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Content:
+class OrtContent:
     """A file in memory, how the model's own calls map onto it, and the bytes of its weights."""
 
     data: bytes
@@ -50,10 +50,10 @@ class OrtFormatTarget(Target):
         content: export.OnnxContent = lowered.content
         data = _convert(content.model, flat.half_precision(gm))
         weights = export.weight_bytes(content.model)
-        return Artifact(Content(data, content.signature, weights), lowered.notes)
+        return Artifact(OrtContent(data, content.signature, weights), lowered.notes)
 
     def load(self, artifact: Artifact, options: OnnxRuntimeOptions) -> Runner:
-        content: Content = artifact.content
+        content: OrtContent = artifact.content
         signature = content.signature
         opened = session.open_session(content.data, threads=options.threads)
 
@@ -67,7 +67,7 @@ class OrtFormatTarget(Target):
         (folder / name).write_bytes(artifact.content.data)
 
     def stats(self, artifact: Artifact) -> dict[str, int]:
-        content: Content = artifact.content
+        content: OrtContent = artifact.content
         return {"nodes": count_nodes(content.data), "bytes": content.weights}
 
     def load_file(self, path: Path, program: Program) -> Runner:

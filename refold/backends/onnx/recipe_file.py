@@ -19,7 +19,7 @@ from refold.backends.onnx import initializers
 from refold.backends.write import write_atomically
 from refold.errors import RefitError, UsageError, first_line
 from refold.refit.recipe import Recipe, Source
-from refold.refit.tape import Slot, Step, Tape
+from refold.refit.tape import StepValue, Tape, TapeStep
 
 if TYPE_CHECKING:
     import os
@@ -152,18 +152,18 @@ def refit_file(
     return write_atomically(output, lambda folder, name: save(loaded, folder, name), force=force)
 
 
-def _written(step: Step) -> list[Any]:
+def _written(step: TapeStep) -> list[Any]:
     seen = "tensor" if isinstance(step.seen, torch.Tensor) else _plain(step.seen)
     name = None if step.op is None else str(step.op)
     return [name, _plain(step.args), _plain(step.kwargs), list(step.out), step.looks, seen,
             step.where]  # fmt: skip
 
 
-def _step(stored: list[Any], seen: torch.Tensor | None) -> Step:
+def _step(stored: list[Any], seen: torch.Tensor | None) -> TapeStep:
     name, args, kwargs, out, looks, value, where = stored
     known = seen if seen is not None else _operand(value)
     op = None if name is None else _operator(name)
-    return Step(op, _operand(args), _operand(kwargs), tuple(out), known, looks, where)
+    return TapeStep(op, _operand(args), _operand(kwargs), tuple(out), known, looks, where)
 
 
 def _operator(name: str) -> Any:
@@ -182,7 +182,7 @@ def _operator(name: str) -> Any:
 
 def _plain(value: Any) -> Any:
     """Operands as JSON."""
-    if isinstance(value, Slot):
+    if isinstance(value, StepValue):
         return {"slot": value.index}
     if isinstance(value, tuple):
         return {"tuple": [_plain(v) for v in value]}
@@ -207,7 +207,7 @@ def _operand(value: Any) -> Any:
         return value
     ((kind, content),) = value.items()
     if kind == "slot":
-        return Slot(content)
+        return StepValue(content)
     if kind == "tuple":
         return tuple(_operand(v) for v in content)
     if kind == "dict":

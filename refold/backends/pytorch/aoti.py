@@ -57,7 +57,7 @@ class AotiOptions:
 
 
 @dataclass(frozen=True)
-class _Content:
+class _AotiContent:
     folder: tempfile.TemporaryDirectory[str]  # lives as long as the artifact
     layouts: Layouts
     own: OwnOutputs
@@ -106,7 +106,7 @@ class AotiTarget(Target):
             notes = (*notes, _NEEDS_PYTHON)
         exported = re_export(gm, program.args, program.kwargs)
         outputs = pytree.tree_leaves(gm.graph.output_node().args)
-        content = _Content(
+        content = _AotiContent(
             tempfile.TemporaryDirectory(prefix="refold-"),
             Layouts.of(gm),
             OwnOutputs(gm),
@@ -132,7 +132,7 @@ class AotiTarget(Target):
     def load(self, artifact: Artifact, options: AotiOptions) -> Runner:
         import torch._inductor
 
-        content: _Content = artifact.content
+        content: _AotiContent = artifact.content
         package = torch._inductor.aoti_load_package(str(content.path))
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -151,5 +151,5 @@ class AotiTarget(Target):
         shutil.copyfile(artifact.content.path, folder / name)
 
     def stats(self, artifact: Artifact) -> dict[str, int]:
-        content: _Content = artifact.content
+        content: _AotiContent = artifact.content
         return {"nodes": content.nodes, "bytes": content.path.stat().st_size}

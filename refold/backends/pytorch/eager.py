@@ -38,7 +38,7 @@ class TorchOptions:
 
 
 @dataclass(frozen=True)
-class _Content:
+class _EagerContent:
     # Not the whole program: that holds the unfolded weights too.
     graph_module: fx.GraphModule
     args: tuple[Any, ...]
@@ -60,7 +60,7 @@ class TorchTarget(Target):
         notes = lower(gm, exact=options.exact)
         # Another module over the same tensors: a runner that is not the verified graph is verified.
         runner = with_sums(gm, exact=options.exact) if notes else gm
-        return Artifact(_Content(runner, program.args, program.kwargs), notes)
+        return Artifact(_EagerContent(runner, program.args, program.kwargs), notes)
 
     def check(
         self, artifact: Artifact, gm: fx.GraphModule, known: References, options: TorchOptions
@@ -75,7 +75,7 @@ class TorchTarget(Target):
         return runner
 
     def save(self, artifact: Artifact, folder: Path, name: str) -> None:
-        content: _Content = artifact.content
+        content: _EagerContent = artifact.content
         program = re_export(content.graph_module, content.args, content.kwargs)
         written = io.BytesIO()  # torch's own writer ends the process where the disk is full
         try:
@@ -87,8 +87,8 @@ class TorchTarget(Target):
     def refit(
         self, artifact: Artifact, gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]
     ) -> Artifact:
-        content: _Content = artifact.content
-        return Artifact(_Content(gm, content.args, content.kwargs))
+        content: _EagerContent = artifact.content
+        return Artifact(_EagerContent(gm, content.args, content.kwargs))
 
     def stats(self, artifact: Artifact) -> dict[str, int]:
         gm = artifact.content.graph_module
@@ -101,12 +101,12 @@ def check_sums(rounded: fx.GraphModule, known: References) -> Checked:
     Raises:
         VerificationError: the exact form is wrong, or rounding does not explain a difference.
     """
-    from refold.native.check import Judge, Noisy
+    from refold.native.check import Noisy, SumsJudge
     from refold.verify import compare
 
     exact = with_sums(rounded, exact=True)
     result = compare.verify(None, exact, known)
-    judge, furthest = Judge(rounded), 0.0
+    judge, furthest = SumsJudge(rounded), 0.0
     nearby: list[list[Any]] = []
     for call in known.calls:
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, call)

@@ -55,7 +55,7 @@ class InductorOptions:
 
 
 @dataclass(frozen=True)
-class _Content:
+class _InductorContent:
     graph_module: fx.GraphModule
     settings: dict[str, Any]
 
@@ -75,7 +75,7 @@ class InductorTarget(Target):
 
     def lower(self, program: Program, gm: fx.GraphModule, options: InductorOptions) -> Artifact:
         notes = lower(gm, exact=True)
-        return Artifact(_Content(gm, mode_settings(options.mode)), notes)
+        return Artifact(_InductorContent(gm, mode_settings(options.mode)), notes)
 
     def load(self, artifact: Artifact, options: InductorOptions) -> Runner:
         from torch._inductor.exc import InductorError

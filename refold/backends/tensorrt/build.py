@@ -28,7 +28,7 @@ _POLL = 0.1  # seconds between looks for an interrupt
 
 
 @dataclass(frozen=True)
-class Record:
+class EngineRecord:
     """What is known about an engine; the file that says which engine is the present one.
 
     Attributes:
@@ -57,7 +57,7 @@ class Built:
     """An engine on disk. ``cached``: it was there already."""
 
     path: Path
-    record: Record
+    record: EngineRecord
     cached: bool = True
 
 
@@ -73,7 +73,7 @@ def find(folder: Path, made_of: artifact.Build, library: libraries.Library) -> B
     """The engine of an artifact for this library and this GPU, if it was built."""
     path = _record_path(folder, made_of, library)
     try:
-        record = Record(**json.loads(path.read_text()))
+        record = EngineRecord(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
     # The record may have come from anywhere: a name beside it is all that it may give.
@@ -131,7 +131,7 @@ def store(
     before = find(folder, made_of, used)
     index = _record_path(folder, made_of, used)
     digest = hashlib.sha256(engine).hexdigest()
-    record = Record(
+    record = EngineRecord(
         f"{index.stem}-{digest[:8]}.engine", digest, made_of.content, used.name, used.version,
         device_name(), seconds, layers,
     )  # fmt: skip

@@ -37,7 +37,7 @@ _aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerRange:
     """The range of one layer: what it computes, and what casting its weights costs.
 
     Attributes:
@@ -68,7 +68,7 @@ class Layer:
 
 def survey(
     gm: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]], dtype: torch.dtype
-) -> list[Layer]:
+) -> list[LayerRange]:
     """Measures each layer that has weights, and each other call that must stay float32."""
     largest: dict[str, float] = {}
     losses: dict[str, float] = {}
@@ -100,7 +100,7 @@ def _loss(exact: torch.Tensor, dtype: torch.dtype) -> float:
     return float((exact.to(dtype).double() - exact).norm()) / norm if norm else 0.0
 
 
-def _measure(node: fx.Node, largest: float, loss: float, dtype: torch.dtype) -> Layer:
+def _measure(node: fx.Node, largest: float, loss: float, dtype: torch.dtype) -> LayerRange:
     info = torch.finfo(dtype)
     weight = flushed = ratio = 0.0
     for operand in node.all_input_nodes:
@@ -126,7 +126,7 @@ def _measure(node: fx.Node, largest: float, loss: float, dtype: torch.dtype) -> 
     elif not loss <= _WEIGHT_UNITS * info.eps:
         kept = f"casting its weights or values moves them by {loss:.1e} (relative)"
     modules = tuple(provenance.of(node)["modules"])
-    return Layer(
+    return LayerRange(
         node.name, op_name(node), modules, largest, weight, int(flushed), ratio, loss, kept
     )
 

@@ -121,7 +121,7 @@ def distance(
 
 
 @dataclass(frozen=True)
-class Verdict:
+class OutputDistance:
     """How far one output is off, and what it may be."""
 
     output: str
@@ -135,11 +135,11 @@ class Verdict:
 
 def judge(
     verification: Verification, run: Callable[[Mapping[str, torch.Tensor]], Mapping[str, Any]]
-) -> list[Verdict]:
+) -> list[OutputDistance]:
     """Runs something on the stored inputs and compares it with the stored results."""
     got = [run(given) for given in verification.inputs]
     return [
-        Verdict(name, distance(got, verification.outputs, name), allowed)
+        OutputDistance(name, distance(got, verification.outputs, name), allowed)
         for name, allowed in verification.tolerance.items()
     ]
 

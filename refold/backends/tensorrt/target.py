@@ -90,13 +90,13 @@ class TensorRTOptions:
 
 
 @dataclass
-class Content:
+class EngineContent:
     """What will be the directory; ``verification`` comes once the original's results are known."""
 
     onnx: export.OnnxContent
     graph_module: fx.GraphModule
     build: directory.Build
-    layers: list[precision.Layer]
+    layers: list[precision.LayerRange]
     verification: reference.Verification | None = None
     weights: dict[str, dict[str, Any]] = field(default_factory=dict)
     folder: tempfile.TemporaryDirectory[str] | None = None
@@ -121,7 +121,7 @@ class TensorRTTarget(Target):
 
     def lower(self, program: Program, gm: fx.GraphModule, options: TensorRTOptions) -> Artifact:
         opset = _opset(options)
-        layers: list[precision.Layer] = []
+        layers: list[precision.LayerRange] = []
         notes: list[str] = [] if options.build else [_NOT_EXECUTED]
         if options.precision:
             gm, layers, kept = _cast(program, gm, precision.DTYPES[options.precision])
@@ -148,7 +148,7 @@ class TensorRTTarget(Target):
             versions=_versions(),
             trtexec=_trtexec(inputs, refittable=options.refittable),
         )
-        content = Content(lowered.content, gm, build, layers)
+        content = EngineContent(lowered.content, gm, build, layers)
         return Artifact(content, (*lowered.notes, *notes, *told))
 
     def record(
@@ -160,7 +160,7 @@ class TensorRTTarget(Target):
             The references with the results of the cast model in place of the original's own:
             what a lower precision costs is no error of the engine.
         """
-        content: Content = artifact.content
+        content: EngineContent = artifact.content
         content.weights = weights
         if not known.calls:
             return known
@@ -175,7 +175,7 @@ class TensorRTTarget(Target):
         return known
 
     def load(self, artifact: Artifact, options: TensorRTOptions) -> Runner:
-        content: Content = artifact.content
+        content: EngineContent = artifact.content
         if not options.build:
             return _load_onnx(content)
         from refold.backends.tensorrt import build, runner
@@ -198,7 +198,7 @@ class TensorRTTarget(Target):
         return export.stats(artifact.content.onnx.model)
 
 
-def write(content: Content, folder: Path) -> None:
+def write(content: EngineContent, folder: Path) -> None:
     """Writes the directory, ``build.json`` last: it states the sums of all other files."""
     folder.mkdir()
     export.save(content.onnx.model, folder, directory.MODEL)
@@ -214,7 +214,7 @@ def write(content: Content, folder: Path) -> None:
     directory.write_json(folder / directory.MARKER, asdict(build))
 
 
-def _load_onnx(content: Content) -> Runner:
+def _load_onnx(content: EngineContent) -> Runner:
     """The ONNX file in ONNX Runtime: it computes what an engine is made of, and is no engine."""
     from refold.backends.onnx import session
 
@@ -228,7 +228,7 @@ def _load_onnx(content: Content) -> Runner:
 
 def _cast(
     program: Program, gm: fx.GraphModule, dtype: torch.dtype
-) -> tuple[fx.GraphModule, list[precision.Layer], list[str]]:
+) -> tuple[fx.GraphModule, list[precision.LayerRange], list[str]]:
     layers = precision.survey(gm, (program.args, program.kwargs), dtype)
     kept = {x.node: x.kept for x in layers if x.kept}
     notes = [f"{name} stays float32: {reason}" for name, reason in kept.items()]
@@ -340,7 +340,7 @@ def _trtexec(inputs: Sequence[directory.Tensor], *, refittable: bool) -> dict[st
     return {"10": " ".join([*parts, "--stronglyTyped"]), "11": " ".join(parts)}
 
 
-def _recipe(content: Content) -> dict[str, Any]:
+def _recipe(content: EngineContent) -> dict[str, Any]:
     """What a refit needs: the folded weights, each with the checkpoint tensors it came from."""
     initializers = set(content.onnx.model.graph.initializers)
     weights = {

@@ -45,7 +45,7 @@ class Signed:
     executed_by: str
     device: str
     time: str
-    verdicts: tuple[reference.Verdict, ...]
+    verdicts: tuple[reference.OutputDistance, ...]
     passed: bool
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from refold.graph.records import products
 
 
 @dataclass(frozen=True)
-class Operand:
+class KeyedOperand:
     """A tensor that a product reads, and its axis of keys."""
 
     node: fx.Node
@@ -45,8 +45,8 @@ class Attention:
 
     node: fx.Node
     queries: fx.Node | None
-    keys: Operand | str
-    values: Operand
+    keys: KeyedOperand | str
+    values: KeyedOperand
     scores: tuple[fx.Node, ...]
     hidden: str | None
     carried: Callable[[torch.Tensor], torch.Tensor]
@@ -75,7 +75,7 @@ def _operator(node: fx.Node) -> Attention | None:
         return shift.repeat_interleave(repeats, -3) if repeats > 1 else shift
 
     hidden = None if mask is None else _hiding(mask)
-    keys, values = Operand(key, rank - 2), Operand(value, rank - 2)
+    keys, values = KeyedOperand(key, rank - 2), KeyedOperand(value, rank - 2)
     return Attention(node, query, keys, values, (), hidden, carried)
 
 
@@ -90,13 +90,13 @@ def _written_out(node: fx.Node) -> Attention | None:
     if int(weights.args[1]) % rank != rank - 1:  # type: ignore[arg-type]
         return None
     keys, scores = _scores(weights)
-    values = Operand(product.right, product.contracted)
+    values = KeyedOperand(product.right, product.contracted)
     # A row of scores that are all -inf becomes NaN, with whatever is added to it.
     queries = None if isinstance(keys, str) else _product(scores[0]).left  # type: ignore[union-attr]
     return Attention(node, queries, keys, values, (*scores, weights), None, product.carried)
 
 
-def _scores(weights: fx.Node) -> tuple[Operand | str, tuple[fx.Node, ...]]:
+def _scores(weights: fx.Node) -> tuple[KeyedOperand | str, tuple[fx.Node, ...]]:
     """Walks up from a softmax to the product that makes its scores."""
     path: list[fx.Node] = []
     reader, current = weights, weights.args[0]
@@ -107,7 +107,7 @@ def _scores(weights: fx.Node) -> tuple[Operand | str, tuple[fx.Node, ...]]:
             return f"{current.name} is read by others than the softmax", tuple(path)
         product = _product(current)
         if product is not None and product.free is not None:
-            return Operand(product.right, product.free), tuple(path)
+            return KeyedOperand(product.right, product.free), tuple(path)
         above = _above(current)
         if above is None:
             return f"{op_name(current)} stands between scores and softmax", tuple(path)

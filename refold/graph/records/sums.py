@@ -14,7 +14,7 @@ from refold.graph.records.common import constant, fixed_float
 
 
 @dataclass(frozen=True)
-class Sum:
+class Addition:
     """``left + alpha * right``, both tensors of the graph."""
 
     node: fx.Node
@@ -31,7 +31,7 @@ class WeightedSum:
     terms: tuple[tuple[fx.Node, Lazy], ...]
 
 
-def add(node: object) -> Sum | None:
+def add(node: object) -> Addition | None:
     """Reads a sum or difference of two tensors of the node's own shape and dtype."""
     if not isinstance(node, fx.Node) or not is_call(
         node, aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor
@@ -49,7 +49,7 @@ def add(node: object) -> Sum | None:
         if not same(shape(operand), shape(node)) or dtype(operand) != dtype(node):
             return None
     sign = 1.0 if is_call(node, aten.add.Tensor) else -1.0
-    return Sum(node, left, right, sign * float(alpha))
+    return Addition(node, left, right, sign * float(alpha))
 
 
 def weighted_sum(node: object) -> WeightedSum | None:

@@ -68,7 +68,7 @@ class DeferResizes:
     exactness: str = "reassociates"
 
     def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
-        return apply_rules(gm, (Split(context.costs), Join()))
+        return apply_rules(gm, (Split(context.costs), JoinResized()))
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Split(RewriteRule):
         return build(resize.target, value, *resize.args[1:], **resize.kwargs)
 
 
-class Join(RewriteRule):
+class JoinResized(RewriteRule):
     """The sum of two tensors that are resized alike is a sum that is resized."""
 
     name = "defer-resizes"

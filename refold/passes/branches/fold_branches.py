@@ -54,6 +54,7 @@ from torch import fx
 from refold.algebra import affine_map as am
 from refold.algebra.affine_map import AffineMap
 from refold.algebra.lazy import Lazy
+from refold.errors import Declined
 from refold.graph import bounds, constants, layout, nodes
 from refold.graph.nodes import hints
 from refold.graph.ops import kind, op_name
@@ -64,8 +65,8 @@ from refold.passes.branches.maps import Key, MapReader
 from refold.passes.scale_shift.push.walk import overflows
 from refold.rewrite.context import Context
 from refold.rewrite.cost import FREE, CostModel, Price
-from refold.rewrite.edit import Editor, Refused
-from refold.rewrite.result import Declined, PassResult, applied, declined
+from refold.rewrite.edit import Editor
+from refold.rewrite.result import Decline, PassResult, applied, declined
 
 _PRODUCTS = ("conv", "conv-transpose", "linear", "matmul")
 _NOTHING = 1e-6  # a gain below this share is rounding of equal costs
@@ -89,11 +90,11 @@ class FoldBranches:
 
     def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         growth = context.growth_or(self.max_growth)
-        return _Folder(gm, replace(self, max_growth=growth), context.costs).run()
+        return _BranchFolder(gm, replace(self, max_growth=growth), context.costs).run()
 
 
 @dataclass
-class _Choice:
+class _Candidate:
     """One way to rewrite a node: a merged map on a root, the addends left over, what dies."""
 
     key: Key
@@ -110,7 +111,7 @@ class _Choice:
 
 
 @dataclass
-class _Folder:
+class _BranchFolder:
     gm: fx.GraphModule
     options: FoldBranches
     costs: CostModel
@@ -152,7 +153,7 @@ class _Folder:
         while node.users and (choice := self._choose(node)) is not None:
             try:
                 node = self._apply(node, choice, result)
-            except Refused as refusal:
+            except Declined as refusal:
                 self.barred.add((node, choice.key))
                 self.reader.refusals.setdefault(node, str(refusal))
         return node
@@ -192,7 +193,7 @@ class _Folder:
                         new = self.emitter.plus(new, [term], node)
                 edit.replace(node, new)
                 edit.remove(gone)
-        except Refused as refusal:
+        except Declined as refusal:
             self.reader.refusals.setdefault(node, f"its terms that cancel stay: {refusal}")
             return node
         for made in edit.made:
@@ -208,7 +209,7 @@ class _Folder:
             return False
         return sums.add(node) is not None and sums.add(users[0]) is not None
 
-    def _declined(self) -> Iterable[Declined]:
+    def _declined(self) -> Iterable[Decline]:
         alive = {n for n in self.gm.graph.nodes if n.users}
         for node, reason in {**self.reader.refusals, **self.dearer}.items():
             if node in alive:
@@ -219,12 +220,12 @@ class _Folder:
 
     # -- choosing -------------------------------------------------------------------------------
 
-    def _choose(self, node: fx.Node) -> _Choice | None:
+    def _choose(self, node: fx.Node) -> _Candidate | None:
         if nodes.pinned(node) or not nodes.is_tensor(node) or nodes.dtype(node) not in (
             torch.float16, torch.bfloat16, torch.float32, torch.float64,
         ):  # fmt: skip
             return None
-        best: _Choice | None = None
+        best: _Candidate | None = None
         for choice in self._candidates(node):
             if choice.gain <= _NOTHING * choice.now.total:
                 if choice.gain < 0 and self.options.prefer == "cost":
@@ -238,7 +239,7 @@ class _Folder:
                 best = choice
         return best
 
-    def _candidates(self, node: fx.Node) -> Iterable[_Choice]:
+    def _candidates(self, node: fx.Node) -> Iterable[_Candidate]:
         if layout.is_layout(node) and layout.escapes(node):
             return  # a view of its own strides: a merged tensor's reshape would share storage
         for key, merged in self.reader.of(node).items():
@@ -249,7 +250,7 @@ class _Folder:
         if sums.add(node) is not None and not self._inside_a_sum(node):
             yield from self._partial_sums(node)
 
-    def _partial_sums(self, node: fx.Node) -> Iterable[_Choice]:
+    def _partial_sums(self, node: fx.Node) -> Iterable[_Candidate]:
         """Merges the leaves of an add tree that share a root; the others stay as addends."""
         leaves, inner = self._leaves(node)
         if len(leaves) < 3:
@@ -295,7 +296,7 @@ class _Folder:
     def _weigh(
         self, node: fx.Node, key: Key, merged: AffineMap,
         rest: list[tuple[float, fx.Node]], replaced: set[fx.Node],
-    ) -> _Choice | None:  # fmt: skip
+    ) -> _Candidate | None:  # fmt: skip
         dead = self._dying(node, key[1], replaced, {leaf for _, leaf in rest})
         if not any(kind(n) in (("embedding",) if key[0] == "table" else _PRODUCTS) for n in dead):
             return None
@@ -324,7 +325,7 @@ class _Folder:
                 f"weights it replaces"
             )
             return None
-        return _Choice(key, merged, rest, dead, now, then, emission.write)
+        return _Candidate(key, merged, rest, dead, now, then, emission.write)
 
     def _price(self, node: fx.Node, at: fx.Node) -> Price:
         """What a node costs, by the model that holds where a merged call would stand."""
@@ -374,7 +375,7 @@ class _Folder:
 
     # -- applying -------------------------------------------------------------------------------
 
-    def _apply(self, node: fx.Node, choice: _Choice, result: PassResult) -> fx.Node:
+    def _apply(self, node: fx.Node, choice: _Candidate, result: PassResult) -> fx.Node:
         sources = [n for n in choice.dead if n is not node] + [node]
         with self.editor.edit() as edit:
             with edit.before(node):

@@ -237,7 +237,7 @@ class MapReader:
                 out[key] = am.compose(am.diagonal(wide[0], wide[1], 0), inner)
         return out
 
-    def _sum(self, total: sums.Sum) -> Maps:
+    def _sum(self, total: sums.Addition) -> Maps:
         left, right = self.of(total.left), self.of(total.right)
         _bridge(left, right, total.left, total.right)
         _enter_pads(left, right)
@@ -279,7 +279,7 @@ class MapReader:
                     out[key] = am.add(maps)
         return out
 
-    def _explain_pads(self, total: sums.Sum, left: Maps, right: Maps) -> None:
+    def _explain_pads(self, total: sums.Addition, left: Maps, right: Maps) -> None:
         """Says why branches that pad one tensor in different modes do not merge."""
         for term, others in ((total.left, right), (total.right, left)):
             conv = convolutions.conv(term)

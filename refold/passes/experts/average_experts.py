@@ -44,14 +44,14 @@ import torch
 from torch import fx
 
 from refold.calibrate import inputs
-from refold.errors import UsageError
+from refold.errors import Declined, UsageError
 from refold.graph import constants, provenance
 from refold.graph.evaluate import Oracle
 from refold.graph.nodes import aten, dtype, hints, is_tensor, pinned
 from refold.graph.ops import op_name
 from refold.passes.experts import join as join_experts
 from refold.passes.experts.join import Network
-from refold.passes.experts.read import Mixture, Refusal, Unread
+from refold.passes.experts.read import Mixture
 from refold.rewrite.context import Context
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import Approximation, PassResult, declined
@@ -110,13 +110,12 @@ class AverageExperts:
         mixtures = [m for m in found if isinstance(m, Mixture) and self._concerns(m)]
         samples = self._samples(gm, mixtures)
         for item in found:
-            if isinstance(item, Unread):
-                result.declined.append(
-                    declined(self.name, item.root, f"a random partition: {item.reason}")
-                )
+            if isinstance(item, Declined):
+                assert item.node is not None
+                result.declined.append(declined(self.name, item.node, item))
         for mixture in mixtures:
             with editor.candidate(mixture.root):
-                self._visit(editor, mixture, samples)
+                self._join(editor, mixture, samples)
         result.modified = bool(result.applied)
         if result.modified:
             gm.graph.lint()
@@ -146,13 +145,6 @@ class AverageExperts:
 
     # --- one mixture ------------------------------------------------------------------------------
 
-    def _visit(self, editor: Editor, mixture: Mixture, samples: _Samples) -> None:
-        try:
-            self._join(editor, mixture, samples)
-        except Refusal as refusal:
-            hint = refusal.args[1] if len(refusal.args) > 1 else ""
-            editor.result.declined.append(declined(self.name, mixture.root, refusal.args[0], hint))
-
     def _join(self, editor: Editor, mixture: Mixture, samples: _Samples) -> None:
         if pinned(mixture.root):
             return
@@ -164,10 +156,10 @@ class AverageExperts:
             _replace(editor, mixture, network, sum(mixture.gates), detail, figures)
             return
         if self.mode == "keep":
-            raise Refusal(*_why_kept(mixture))
+            raise _kept(mixture)
         if self.mode == "concat":
             if mixture.gates is None:
-                raise Refusal(*_why_kept(mixture))
+                raise _kept(mixture)
             network = join_experts.side_by_side(mixture)
             detail = f"{count} experts side by side"
             figures = _figures(mixture, network, runs=_runs(mixture))
@@ -178,20 +170,20 @@ class AverageExperts:
     def _average(self, editor: Editor, mixture: Mixture, samples: _Samples) -> None:
         if mixture.gates is None:
             if self.routed == "keep":
-                raise Refusal(*_why_kept(mixture))
+                raise _kept(mixture)
             weights, factor, runs = self._routed_weights(mixture, samples)
         else:
             factor, runs = sum(mixture.gates), _runs(mixture)
             if abs(factor) < 1e-6 * sum(map(abs, mixture.gates)):
-                raise Refusal("the gates cancel: there is no mean of the experts")
+                raise Declined("the gates cancel: there is no mean of the experts")
             weights = [g / factor for g in mixture.gates]
         network = join_experts.average(mixture, weights)
         certificate = _measure(mixture, network, weights, factor, samples)
         if not certificate.measured <= self.tolerance:
-            raise Refusal(
+            raise Declined(
                 f"averaging {len(weights)} experts: {certificate}, past the tolerance of "
                 f"{self.tolerance:g}",
-                "raise the tolerance, train on with a larger share rate, or keep the experts",
+                hint="raise the tolerance, train on with a larger share rate, or keep the experts",
             )
         figures = {
             **_figures(mixture, network, runs=runs),
@@ -223,8 +215,9 @@ class AverageExperts:
             evaluations += count
             tokens += values[mixture.x].shape[:-1].numel()
         if not tokens:
-            raise Refusal(
-                "the router is measured on calibration inputs alone", "give calibration=[inputs]"
+            raise Declined(
+                "the router is measured on calibration inputs alone",
+                hint="give calibration=[inputs]",
             )
         factor = float(totals.sum()) / tokens
         if self.routed == "uniform":
@@ -346,24 +339,26 @@ def _normal_tokens(mixture: Mixture) -> torch.Tensor:
 # --- what is said ---------------------------------------------------------------------------------
 
 
-def _why_kept(mixture: Mixture) -> tuple[str, str]:
+def _kept(mixture: Mixture) -> Declined:
+    """Why experts that are not equal stay unless asked otherwise."""
     count = len(mixture.operands)
     if mixture.gates is None:
-        return (
+        return Declined(
             f"{count} experts {mixture.form}: the gates depend on the data, so no one network "
             "equals them",
-            'AverageExperts(mode="average", routed="frequency", calibration=...) compresses them',
+            hint='AverageExperts(mode="average", routed="frequency", calibration=...) '
+            "compresses them",
         )
     if mixture.form == "random partition":
-        return (
+        return Declined(
             f"{count} experts on a random partition of the tokens: two runs differ; their weights "
             "are not equal",
-            'AverageExperts(mode="average") makes one of them, mode="concat" computes the mean of '
-            "their outputs",
+            hint='AverageExperts(mode="average") makes one of them, mode="concat" computes the '
+            "mean of their outputs",
         )
-    return (
+    return Declined(
         f"{count} experts with constant gates are not equal",
-        'AverageExperts(mode="average") makes one of them, approximately; mode="concat" puts '
+        hint='AverageExperts(mode="average") makes one of them, approximately; mode="concat" puts '
         "their hidden units side by side, exactly",
     )
 

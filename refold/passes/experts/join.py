@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
+from refold.errors import Declined
 from refold.graph import constants, provenance
 from refold.graph.evaluate import WIDE
 from refold.graph.nodes import aten, call, is_tensor, same
@@ -17,22 +18,20 @@ from refold.graph.ops import op_name
 from refold.passes.experts.read import (
     INPUT,
     SPLITS,
+    ExpertStep,
     Mixture,
     Ref,
-    Refusal,
     Slot,
-    Step,
-    Unread,
     ensemble,
     loop,
     named,
     partition,
 )
 from refold.passes.experts.read_axis import selected, stacked
-from refold.rewrite.edit import Snapshot
+from refold.rewrite.edit import GraphSnapshot
 
 
-def find(graph: fx.Graph) -> Iterator[Mixture | Unread]:
+def find(graph: fx.Graph) -> Iterator[Mixture | Declined]:
     """The outermost mixtures of a graph, the last one first."""
     inside: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
@@ -41,7 +40,7 @@ def find(graph: fx.Graph) -> Iterator[Mixture | Unread]:
         for reader in _READERS.get(named(node), ()):
             try:
                 found = reader(node)
-            except Refusal:
+            except Declined:
                 continue
             if found is not None:
                 yield found
@@ -51,7 +50,7 @@ def find(graph: fx.Graph) -> Iterator[Mixture | Unread]:
 
 
 _SUMS = (selected, stacked, ensemble)
-_READERS: dict[str, tuple[Callable[[fx.Node], Mixture | Unread | None], ...]] = {
+_READERS: dict[str, tuple[Callable[[fx.Node], Mixture | Declined | None], ...]] = {
     **dict.fromkeys(("index", "index_select", "index_put", "index_copy", "scatter"), (partition,)),
     **dict.fromkeys(("add", "mul", "div", "mean", "sum", "einsum"), _SUMS),
     "index_add": (loop,),
@@ -71,7 +70,7 @@ def between(root: fx.Node, x: fx.Node) -> set[fx.Node]:
 
 
 def evaluate(
-    steps: Sequence[Step], operands: Sequence[torch.Tensor], x: torch.Tensor
+    steps: Sequence[ExpertStep], operands: Sequence[torch.Tensor], x: torch.Tensor
 ) -> torch.Tensor:
     """The value of an expert in float64."""
     values: list[Any] = []
@@ -95,7 +94,7 @@ def evaluate(
 
 def emit(
     graph: fx.Graph,
-    steps: Sequence[Step],
+    steps: Sequence[ExpertStep],
     operands: Sequence[fx.Node],
     x: fx.Node,
     *,
@@ -150,7 +149,7 @@ class Constant:
 class Network:
     """Steps over a common input, with their constants."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[ExpertStep, ...]
     constants: tuple[Constant, ...]
 
     @property
@@ -219,7 +218,7 @@ def scaled(network: Network, factor: float) -> Network | None:
     return Network(network.steps, tuple(made))
 
 
-def _leaves(step: Step) -> list[Any]:
+def _leaves(step: ExpertStep) -> list[Any]:
     found: list[Any] = []
     _mapped((step.args, step.kwargs), lambda a: found.append(a))
     return found
@@ -231,7 +230,7 @@ def side_by_side(mixture: Mixture) -> Network:
     ``W1 = [W1_1; W1_2; ...]``, ``W2 = [g_1 W2_1, g_2 W2_2, ...]``, ``b2 = sum of g_i b2_i``.
 
     Raises:
-        Refusal: an expert is no product, elementwise operations on its hidden units, product.
+        Declined: an expert is no product, elementwise operations on its hidden units, product.
     """
     return _SideBySide(mixture).network()
 
@@ -243,23 +242,23 @@ class _SideBySide:
         assert mixture.gates is not None
         self._mixture, self._gates = mixture, mixture.gates
         self._states: list[str] = []
-        self._steps: list[Step] = []
+        self._steps: list[ExpertStep] = []
         self._constants: list[Constant] = []
 
     def network(self) -> Network:
         for index, step in enumerate(self._mixture.steps):
             self._states.append(self._step(index, step))
         if self._states[-1] != "out":
-            raise Refusal("an expert does not end in a product with its hidden units")
+            raise Declined("an expert does not end in a product with its hidden units")
         return Network(tuple(self._steps), tuple(self._constants))
 
-    def _step(self, index: int, step: Step) -> str:
+    def _step(self, index: int, step: ExpertStep) -> str:
         leaves = _leaves(step)
         states = {
             "shared" if a == INPUT else self._states[a.step] for a in leaves if isinstance(a, Ref)
         }
         if len(states) != 1:
-            raise Refusal("an expert joins its hidden units with its input")
+            raise Declined("an expert joins its hidden units with its input")
         state = states.pop()
         slots = [a.index for a in leaves if isinstance(a, Slot)]
         if state == "shared" and all(map(self._alike, slots)):
@@ -277,7 +276,7 @@ class _SideBySide:
         if state == "wide" and name in SPLITS:
             sizes = [len(self._gates) * size for size in self._pieces(step)]
             self._steps.append(
-                Step(aten.split_with_sizes.default, (step.args[0], sizes, -1), {}, step.node)
+                ExpertStep(aten.split_with_sizes.default, (step.args[0], sizes, -1), {}, step.node)
             )
             return state
         pointwise = torch.Tag.pointwise in getattr(step.target, "tags", ())
@@ -288,11 +287,11 @@ class _SideBySide:
         if state == "out" and step.target is aten.add.Tensor and len(slots) == 1:
             made = {slots[0]: self._summed(slots[0])}
             return self._append(step, lambda a: made[a.index] if isinstance(a, Slot) else a, state)
-        raise Refusal(f"{step.node.name} of an expert does not work on each hidden unit alone")
+        raise Declined(f"{step.node.name} of an expert does not work on each hidden unit alone")
 
-    def _append(self, step: Step, function: Callable[[Any], Any], state: str) -> str:
+    def _append(self, step: ExpertStep, function: Callable[[Any], Any], state: str) -> str:
         args, kwargs = _mapped(step.args, function), _mapped(step.kwargs, function)
-        self._steps.append(Step(step.target, args, kwargs, step.node))
+        self._steps.append(ExpertStep(step.target, args, kwargs, step.node))
         return state
 
     def _add(self, constant: Constant) -> Slot:
@@ -309,7 +308,7 @@ class _SideBySide:
         first, *rest = self._values(slot)
         return all(torch.equal(first.get(), other.get()) for other in rest)
 
-    def _first(self, index: int, step: Step) -> str:
+    def _first(self, index: int, step: ExpertStep) -> str:
         pieces = self._split_sizes(index)
 
         def join(slot: int) -> Slot:
@@ -326,7 +325,7 @@ class _SideBySide:
 
         return self._append(step, lambda a: join(a.index) if isinstance(a, Slot) else a, "wide")
 
-    def _last(self, step: Step) -> str:
+    def _last(self, step: ExpertStep) -> str:
         weight, *bias = [a.index for a in step.args if isinstance(a, Slot)]
         values = self._values(weight)
         out, width = values[0].shape
@@ -347,7 +346,7 @@ class _SideBySide:
         """A constant with one number for all hidden units, or one for each."""
         values = self._values(slot)
         if values[0].numel() not in (1, width) or values[0].shape[-1:] not in ((), (1,), (width,)):
-            raise Refusal("a constant of an expert is not one number per hidden unit")
+            raise Declined("a constant of an expert is not one number per hidden unit")
 
         def compute() -> torch.Tensor:
             return torch.cat([v.get().reshape(-1).expand(width) for v in values])
@@ -355,13 +354,13 @@ class _SideBySide:
         joined = Lazy((width * len(values),), compute, parents=values)
         return self._add(Constant(joined, self._like(slot)))
 
-    def _width(self, step: Step) -> int:
+    def _width(self, step: ExpertStep) -> int:
         """Hidden units of one expert at an elementwise step, whose operands all have as many."""
         sizes = {self._mixture.steps[a.step].node for a in _leaves(step) if isinstance(a, Ref)}
         last = [n.meta["val"].shape[-1:] for n in sizes if is_tensor(n)]
         width = last[0][0] if last and len(last[0]) else None
         if not isinstance(width, int) or not all(same(size, (width,)) for size in last):
-            raise Refusal("an expert's hidden units are not known by number")
+            raise Declined("an expert's hidden units are not known by number")
         return width
 
     def _split_sizes(self, index: int) -> list[int] | None:
@@ -372,18 +371,18 @@ class _SideBySide:
         if not splits:
             return None
         if len(readers) > 1:
-            raise Refusal("an expert reads its hidden units split and whole")
+            raise Declined("an expert reads its hidden units split and whole")
         return self._pieces(splits[0])
 
-    def _pieces(self, step: Step) -> list[int]:
+    def _pieces(self, step: ExpertStep) -> list[int]:
         values = step.node.meta["val"]
         source = self._mixture.steps[_leaves(step)[0].step]
         whole = source.node.meta["val"].shape
         sizes = [v.shape[-1] if v.dim() else None for v in values]
         if any(not isinstance(s, int) for s in sizes) or not same(sum(sizes), whole[-1]):
-            raise Refusal("an expert splits something else than its hidden units")
+            raise Declined("an expert splits something else than its hidden units")
         if op_name(source.node) in SPLITS or source.target is not aten.linear.default:
-            raise Refusal("an expert splits its hidden units later than at its first product")
+            raise Declined("an expert splits its hidden units later than at its first product")
         return sizes  # type: ignore[return-value]
 
 
@@ -398,7 +397,7 @@ def state_expectation(gm: fx.GraphModule) -> list[str]:
     """
     if not any(op_name(n) == "randperm" for n in gm.graph.nodes if n.op == "call_function"):
         return []
-    snapshot = Snapshot(gm)
+    snapshot = GraphSnapshot(gm)
     try:
         return _stated(gm)
     except BaseException:

@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
+from refold.errors import Declined
 from refold.graph import constants, ops
 from refold.graph.nodes import (
     arguments,
@@ -69,7 +70,7 @@ INPUT = Ref(-1)
 
 
 @dataclass(frozen=True)
-class Step:
+class ExpertStep:
     """One call of an expert; its arguments are literals, :class:`Ref` and :class:`Slot`."""
 
     target: Any
@@ -124,7 +125,7 @@ class Mixture:
     root: fx.Node
     x: fx.Node
     form: str
-    steps: tuple[Step, ...]
+    steps: tuple[ExpertStep, ...]
     operands: tuple[tuple[Operand, ...], ...]
     gates: tuple[float, ...] | None
     routing: Routing | None = None
@@ -135,24 +136,12 @@ class Mixture:
         return self.form == "ensemble" and self.gates == (1.0,) * len(self.operands)
 
 
-@dataclass(frozen=True)
-class Unread:
-    """A random partition that cannot be read as a mixture, and why."""
-
-    root: fx.Node
-    reason: str
-
-
 def named(node: object) -> str:
     """The operator that a node calls, or ``""`` for a node that calls none."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return ""
     known = node.target is operator.getitem or isinstance(node.target, torch._ops.OpOverload)
     return op_name(node) if known else ""
-
-
-class Refusal(Exception):
-    """What is at hand is not a mixture of experts; the message says why."""
 
 
 # --- one expert -----------------------------------------------------------------------------------
@@ -164,7 +153,7 @@ class _Lockstep:
     def __init__(self, stop: Callable[[tuple[fx.Node, ...]], fx.Node | None]) -> None:
         self._stop = stop
         self.x: fx.Node | None = None
-        self.steps: list[Step] = []
+        self.steps: list[ExpertStep] = []
         self.slots: list[list[Operand]] = []
         self._known: dict[tuple[fx.Node, ...], Ref | Slot] = {}
         self._depth = 0
@@ -173,7 +162,7 @@ class _Lockstep:
         if values not in self._known:
             self._depth += 1
             if self._depth > DEEPEST:
-                raise Refusal("the experts are too deep")
+                raise Declined("the experts are too deep")
             self._known[values] = self._read(values)
             self._depth -= 1
         return self._known[values]
@@ -185,7 +174,7 @@ class _Lockstep:
         source = self._stop(values)
         if source is not None:
             if self.x is not None and self.x is not source:
-                raise Refusal("the experts read several tensors")
+                raise Declined("the experts read several tensors")
             self.x = source
             return INPUT
         exact = [constants.exact(v) for v in values]
@@ -193,22 +182,22 @@ class _Lockstep:
             return self._constant(values, [e for e in exact if e is not None])
         first = values[0]
         if any(v.op != "call_function" or v.target is not first.target for v in values):
-            raise Refusal("the experts compute different things")
+            raise Declined("the experts compute different things")
         if any(constants.impurity(v) is not None for v in values) or any(map(pinned, values)):
-            raise Refusal("a call of an expert must stay as it is")
+            raise Declined("a call of an expert must stay as it is")
         if len(self.steps) >= LARGEST:
-            raise Refusal("the experts are too large")
+            raise Declined("the experts are too large")
         args = self._arguments(tuple(v.args for v in values))
         kwargs = self._arguments(tuple(dict(v.kwargs) for v in values))
-        self.steps.append(Step(first.target, args, kwargs, first))
+        self.steps.append(ExpertStep(first.target, args, kwargs, first))
         return Ref(len(self.steps) - 1)
 
     def _constant(self, values: tuple[fx.Node, ...], exact: list[Lazy]) -> Slot:
         for value, lazy in zip(values, exact, strict=True):
             if not same(lazy.shape, shape(value)) or lazy.shape != exact[0].shape:
-                raise Refusal("the experts' constants have different shapes")
+                raise Declined("the experts' constants have different shapes")
             if dtype(value) != dtype(values[0]):
-                raise Refusal("the experts' constants have different dtypes")
+                raise Declined("the experts' constants have different dtypes")
         self.slots.append([Operand(e, v, True) for e, v in zip(exact, values, strict=True)])
         return Slot(len(self.slots) - 1)
 
@@ -216,18 +205,18 @@ class _Lockstep:
         first = each[0]
         if isinstance(first, fx.Node):
             if not all(isinstance(a, fx.Node) for a in each):
-                raise Refusal("the experts compute different things")
+                raise Declined("the experts compute different things")
             return self.read(each)
         if isinstance(first, (list, tuple)):
             if any(not isinstance(a, (list, tuple)) or len(a) != len(first) for a in each):
-                raise Refusal("the experts compute different things")
+                raise Declined("the experts compute different things")
             return tuple(self._arguments(part) for part in zip(*each, strict=True))
         if isinstance(first, dict):
             if any(not isinstance(a, dict) or a.keys() != first.keys() for a in each):
-                raise Refusal("the experts compute different things")
+                raise Declined("the experts compute different things")
             return {k: self._arguments(tuple(a[k] for a in each)) for k in first}
         if any(type(a) is not type(first) or a != first for a in each):
-            raise Refusal("the experts compute different things")
+            raise Declined("the experts compute different things")
         return first
 
 
@@ -235,13 +224,13 @@ def _experts(
     values: Sequence[fx.Node], stop: Callable[[tuple[fx.Node, ...]], fx.Node | None]
 ) -> _Lockstep:
     if len(values) < 2:
-        raise Refusal("one expert is no mixture")
+        raise Declined("one expert is no mixture")
     reader = _Lockstep(stop)
     last = reader.read(tuple(values))
     if reader.x is None or last != Ref(len(reader.steps) - 1) or not reader.slots:
-        raise Refusal("the experts read no common input, or hold no constants")
+        raise Declined("the experts read no common input, or hold no constants")
     if all(named(s.node) in AFFINE for s in reader.steps):
-        raise Refusal("the experts are affine: their sum is one layer, exactly")
+        raise Declined("the experts are affine: their sum is one layer, exactly")
     return reader
 
 
@@ -253,7 +242,7 @@ def _common(values: tuple[fx.Node, ...]) -> fx.Node | None:
     return first
 
 
-def _check_rows(steps: Sequence[Step]) -> None:
+def _check_rows(steps: Sequence[ExpertStep]) -> None:
     """Every step must treat the rows of a matrix on their own, however many there are."""
     for step in steps:
         node, name = step.node, named(step.node)
@@ -264,7 +253,7 @@ def _check_rows(steps: Sequence[Step]) -> None:
             node.meta["val"],
         )  # fmt: skip
         if any(not isinstance(r, torch.Tensor) or r.dim() != 2 for r in results):
-            raise Refusal(f"{node.name} of an expert does not keep one row a token")
+            raise Declined(f"{node.name} of an expert does not keep one row a token")
         if torch.Tag.pointwise in step.target.tags:
             fits = all(
                 s.dim() < 2 or s.shape[0] == 1
@@ -284,14 +273,14 @@ def _check_rows(steps: Sequence[Step]) -> None:
         else:
             fits = name in ("to", "_to_copy", "clone", "contiguous", "dropout")
         if not fits:
-            raise Refusal(f"{node.name} of an expert may mix the tokens of a part")
+            raise Declined(f"{node.name} of an expert may mix the tokens of a part")
 
 
 def _node_of(value: Any, user: fx.Node) -> fx.Node:
     return next(n for n in user.all_input_nodes if n.meta["val"] is value)
 
 
-def _row_product(step: Step) -> bool:
+def _row_product(step: ExpertStep) -> bool:
     operands = [a for a in step.args if isinstance(a, (Ref, Slot))]
     data = 1 if named(step.node) == "addmm" else 0
     return isinstance(operands[data], Ref) and all(
@@ -307,7 +296,8 @@ def dims(given: Mapping[str, Any]) -> list[Any]:
 # --- random partition -----------------------------------------------------------------------------
 
 
-def partition(root: fx.Node) -> Mixture | Unread | None:
+def partition(root: fx.Node) -> Mixture | Declined | None:
+    """A random partition, or why one cannot be read as a mixture."""
     undone = _undone(root)
     if undone is None:
         return None
@@ -319,14 +309,15 @@ def partition(root: fx.Node) -> Mixture | Unread | None:
         return None
     try:
         if len(shape(whole)) != 2:
-            raise Refusal("the tokens are not the rows of a matrix")
+            raise Declined("the tokens are not the rows of a matrix")
         reader = _experts(values, lambda nodes: _parts(nodes, order))
         _check_rows(reader.steps)
-    except Refusal as refusal:
-        return Unread(root, str(refusal))
+    except Declined as why:
+        return Declined(f"a random partition: {why}", root)
     assert reader.x is not None
     if len(shape(root)) != 2 or not same(shape(root)[0], shape(reader.x)[0]):
-        return Unread(root, "the result does not have as many tokens as the input")
+        reason = "a random partition: the result does not have as many tokens as the input"
+        return Declined(reason, root)
     count = len(values)
     return Mixture(
         root, reader.x, "random partition", tuple(reader.steps), reader.operands(),
@@ -475,7 +466,7 @@ class Gate:
 
 
 @dataclass(frozen=True)
-class _Term:
+class _Addend:
     value: fx.Node
     scale: float
     gate: Gate | None = None
@@ -507,35 +498,35 @@ def dense_routing(gates: Sequence[Gate], scales: Sequence[float]) -> Routing:
     return Routing(tuple({g.node: None for g in gates}), read)
 
 
-def _terms(node: fx.Node, depth: int = 0) -> list[_Term] | None:
+def _terms(node: fx.Node, depth: int = 0) -> list[_Addend] | None:
     """The terms of a sum, with their factors; a node that is no sum is one term."""
     if depth and (len(node.users) != 1 or depth > DEEPEST):
-        return [_Term(node, 1.0)]
+        return [_Addend(node, 1.0)]
     if is_call(node, aten.add.Tensor, aten.add.Scalar) and arguments(node)["alpha"] == 1:
         left, right = node.args[0], node.args[1]
         if not isinstance(right, fx.Node):
-            return _terms(left, depth + 1) if right == 0 else [_Term(node, 1.0)]  # type: ignore[arg-type]
+            return _terms(left, depth + 1) if right == 0 else [_Addend(node, 1.0)]  # type: ignore[arg-type]
         sides = [_terms(s, depth + 1) for s in (left, right) if isinstance(s, fx.Node)]
         return [t for side in sides if side is not None for t in side]
     if is_call(node, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
         return _scaled(node, depth)
     parts = joined(node)
     if parts is None:
-        return [_Term(node, 1.0)]
+        return [_Addend(node, 1.0)]
     value, axis, scales, gates = parts
     if named(value) != "stack" or arguments(value)["dim"] % len(shape(value)) != axis:
-        return [_Term(node, 1.0)]
+        return [_Addend(node, 1.0)]
     members = arguments(value)["tensors"]
     if scales is not None and len(scales) != len(members):
         return None
     return [
-        _Term(m, 1.0 if scales is None else scales[i],
+        _Addend(m, 1.0 if scales is None else scales[i],
               None if gates is None else Gate(gates[0], gates[1], i))
         for i, m in enumerate(members)
     ]  # fmt: skip
 
 
-def _scaled(node: fx.Node, depth: int) -> list[_Term] | None:
+def _scaled(node: fx.Node, depth: int) -> list[_Addend] | None:
     left, right = node.args[0], node.args[1]
     if not _is_number(right) and named(node) == "mul":
         left, right = right, left
@@ -544,14 +535,14 @@ def _scaled(node: fx.Node, depth: int) -> list[_Term] | None:
         if inner is None:
             return None
         if not depth and len(inner) == 1:
-            return [_Term(node, 1.0)]  # no sum: the value of the factor decides nothing
+            return [_Addend(node, 1.0)]  # no sum: the value of the factor decides nothing
         factor = _number(right)
         factor = 1.0 / factor if named(node) == "div" else factor
-        return [_Term(t.value, t.scale * factor, t.gate) for t in inner]
+        return [_Addend(t.value, t.scale * factor, t.gate) for t in inner]
     if named(node) != "mul" or not is_tensor(left) or not is_tensor(right):
-        return [_Term(node, 1.0)]
+        return [_Addend(node, 1.0)]
     pair = gated(node)
-    return [_Term(node, 1.0)] if pair is None else [_Term(pair[0], 1.0, Gate(pair[1]))]
+    return [_Addend(node, 1.0)] if pair is None else [_Addend(pair[0], 1.0, Gate(pair[1]))]
 
 
 def gated(node: Any) -> tuple[fx.Node, fx.Node] | None:

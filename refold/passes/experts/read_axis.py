@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
+from refold.errors import Declined
 from refold.graph import constants
 from refold.graph.nodes import arguments, aten, is_call, is_tensor, pinned, same, shape
 from refold.graph.records import products
@@ -24,14 +25,13 @@ from refold.passes.experts.read import (
     LARGEST,
     REDUCTIONS,
     SPLITS,
+    ExpertStep,
     Gate,
     Mixture,
     Operand,
     Ref,
-    Refusal,
     Routing,
     Slot,
-    Step,
     dense_routing,
     dims,
     gated,
@@ -60,7 +60,7 @@ class _Axis:
     chosen: list[fx.Node] = field(default_factory=list)
     offsets: list[fx.Node] = field(default_factory=list)
     x: fx.Node | None = None
-    steps: list[Step] = field(default_factory=list)
+    steps: list[ExpertStep] = field(default_factory=list)
     slots: list[list[Operand]] = field(default_factory=list)
     _known: dict[fx.Node, Ref] = field(default_factory=dict)
     _depth: int = 0
@@ -68,11 +68,11 @@ class _Axis:
     def read(self, node: Any, axis: int | None) -> Ref:
         """The value of ``node`` for one expert; ``axis`` is its expert axis."""
         if not isinstance(node, fx.Node) or node.op not in ("call_function", "placeholder"):
-            raise Refusal("the value is no call")
+            raise Declined("the value is no call")
         if node not in self._known:
             self._depth += 1
             if self._depth > DEEPEST:
-                raise Refusal("the experts are too deep")
+                raise Declined("the experts are too deep")
             self._known[node] = self._read(node, axis)
             self._depth -= 1
         return self._known[node]
@@ -81,11 +81,11 @@ class _Axis:
         self, root: fx.Node, form: str, gates: tuple[float, ...] | None, routing: Routing | None
     ) -> Mixture:
         if self.x is None or self.count is None or self.count < 2 or not self.steps:
-            raise Refusal("it holds no experts")
+            raise Declined("it holds no experts")
         if all(named(s.node) in AFFINE or s.target is aten.linear.default for s in self.steps):
-            raise Refusal("the experts are affine")
+            raise Declined("the experts are affine")
         if gates is not None and len(gates) != self.count:
-            raise Refusal("there are not as many gates as experts")
+            raise Declined("there are not as many gates as experts")
         return Mixture(root, self.x, form, tuple(self.steps),
                        tuple(zip(*self.slots, strict=True)), gates, routing)  # fmt: skip
 
@@ -93,14 +93,14 @@ class _Axis:
 
     def _input(self, node: fx.Node) -> Ref:
         if self.x is not None and self.x is not node:
-            raise Refusal("the experts read several tensors")
+            raise Declined("the experts read several tensors")
         self.x = node
         return INPUT
 
     def _step(self, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> Ref:
         if pinned(node) or len(self.steps) >= LARGEST:
-            raise Refusal("a call of an expert must stay as it is")
-        self.steps.append(Step(target, args, kwargs, node))
+            raise Declined("a call of an expert must stay as it is")
+        self.steps.append(ExpertStep(target, args, kwargs, node))
         return Ref(len(self.steps) - 1)
 
     def _read(self, node: fx.Node, axis: int | None) -> Ref:
@@ -119,25 +119,25 @@ class _Axis:
         if name == "getitem":
             return self._step(node, node.target, self.read(node.args[0], axis), node.args[1])
         if constants.impurity(node) is not None:
-            raise Refusal("a call of an expert must stay as it is")
+            raise Declined("a call of an expert must stay as it is")
         if torch.Tag.pointwise in getattr(node.target, "tags", ()) or name in ("to", "clone"):
             return self._pointwise(node, axis)
         given = arguments(node)
         if name in SPLITS or name in ("slice", *REDUCTIONS):
             return self._along_last(node, axis, given)
-        raise Refusal(f"{node.name} is not understood")
+        raise Declined(f"{node.name} is not understood")
 
     def _repeated(self, node: fx.Node, axis: int | None) -> Ref:
         source: Any = node.args[0]
         if axis != 0:
-            raise Refusal("the input is repeated along another axis")
+            raise Declined("the input is repeated along another axis")
         if named(node) == "expand" and named(source) == "unsqueeze":
             node, source = source, source.args[0]
         if named(node) == "unsqueeze" and node.args[1] != 0:
-            raise Refusal("the input is repeated along another axis")
+            raise Declined("the input is repeated along another axis")
         outer = shape(node)[1:]
         if not same(outer, shape(source)):
-            raise Refusal("the input is repeated along several axes")
+            raise Declined("the input is repeated along several axes")
         return self._input(source)
 
     def _pointwise(self, node: fx.Node, axis: int | None) -> Ref:
@@ -150,7 +150,7 @@ class _Axis:
             if constant is not None:
                 return constant
             if not is_tensor(value) or len(shape(value)) != rank:
-                raise Refusal(f"{node.name} reads something else")
+                raise Declined(f"{node.name} reads something else")
             return self.read(value, axis)
 
         args = tuple(operand(a) for a in node.args)
@@ -162,7 +162,7 @@ class _Axis:
         rank = len(source.meta["val"].shape)  # type: ignore[union-attr]
         along = [d % rank for d in dims(given) if isinstance(d, int)]
         if along != [rank - 1] or axis == rank - 1 or given.get("keepdim", True) is not True:
-            raise Refusal(f"{node.name} is not along the last axis")
+            raise Declined(f"{node.name} is not along the last axis")
         given = dict(given)
         positional = [a.name for a in node.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
         keyword = {k: v for k, v in given.items() if k not in positional}
@@ -186,7 +186,7 @@ class _Axis:
         if name == "baddbmm":
             given = arguments(node)
             if given["beta"] != 1 or given["alpha"] != 1 or axis != 0:
-                raise Refusal("the product is scaled")
+                raise Declined("the product is scaled")
             weight = self._slices(given["batch2"], 0)
             x = self.read(given["batch1"], 0)
             bias = self._constant_operand(given["self"], 3, 0)
@@ -195,7 +195,7 @@ class _Axis:
         if name in ("bmm", "matmul"):
             left, right = node.args[0], node.args[1]
             if axis != 0 or not is_tensor(right) or len(shape(right)) != 3:  # type: ignore[arg-type]
-                raise Refusal("the product has another expert axis")
+                raise Declined("the product has another expert axis")
             weight = self._slices(right, 0)
             alone = is_tensor(left) and len(shape(left)) == 2  # type: ignore[arg-type]
             return self._linear(node, self.read(left, None if alone else 0), weight)
@@ -214,23 +214,23 @@ class _Axis:
         inputs, arrow, result = equation.partition("->")
         terms = inputs.split(",")
         if not arrow or len(terms) != 2 or "." in equation or products.einsum_broadcasts(node):
-            raise Refusal("the einsum is not understood")
+            raise Declined("the einsum is not understood")
         if constants.compact(operands[0]) is not None:
             terms, operands = terms[::-1], operands[::-1]
         left, right = terms
         letter = result[axis]
         weight_letters = right.replace(letter, "")
         if letter not in right or len(weight_letters) != 2 or len(right) != 3:
-            raise Refusal("the einsum holds no experts")
+            raise Declined("the einsum holds no experts")
         weight = self._slices(operands[1], right.index(letter))
         plain, outer = left.replace(letter, ""), ""
         if len(set(left)) != len(left) or not plain or plain[-1] not in weight_letters:
-            raise Refusal("the einsum is no product over the last axis")
+            raise Declined("the einsum is no product over the last axis")
         outer = weight_letters.replace(plain[-1], "")
         if outer in left or result.replace(letter, "") != plain[:-1] + outer:
-            raise Refusal("the einsum is no product over the last axis")
+            raise Declined("the einsum is no product over the last axis")
         if letter in left and left.index(letter) == len(left) - 1:
-            raise Refusal("the einsum is no product over the last axis")
+            raise Declined("the einsum is no product over the last axis")
         x = self.read(operands[0], left.index(letter) if letter in left else None)
         if weight_letters[0] == plain[-1]:
             return self._linear(node, x, weight)
@@ -239,7 +239,7 @@ class _Axis:
     def _grouped(self, node: fx.Node) -> Ref:
         data, weight, offsets = node.args[:3]
         if not isinstance(offsets, fx.Node) or len(node.args) > 3:
-            raise Refusal("the grouped product is not understood")
+            raise Declined("the grouped product is not understood")
         self.offsets.append(offsets)
         return self._linear(node, self.read(data, None), self._slices(weight, 0))
 
@@ -247,7 +247,7 @@ class _Axis:
         """``squeeze(bmm(W[chosen], x[..., None]))`` and ``squeeze(bmm(x[:, None], W[chosen]))``."""
         product: Any = node.args[0]
         if named(product) != "bmm":
-            raise Refusal(f"{node.name} is not understood")
+            raise Declined(f"{node.name} is not understood")
         left, right = product.args
         sides = [
             (weight, column, at)
@@ -255,11 +255,11 @@ class _Axis:
             if named(column) == "unsqueeze" and _axis(column) == at == _axis(node, product)
         ]
         if not sides:
-            raise Refusal("the product is not understood")
+            raise Declined("the product is not understood")
         weight, column, at = sides[0]
         each = self._chosen(weight)
         if each is None:
-            raise Refusal("the product is not with the chosen experts' weights")
+            raise Declined("the product is not with the chosen experts' weights")
         x = self.read(column.args[0], None)
         if at == 1:
             return self._linear(node, x, each)
@@ -280,11 +280,11 @@ class _Axis:
     def _slices(self, node: Any, axis: int) -> list[Operand]:
         exact = constants.exact(node)
         if exact is None or not same(exact.shape, shape(node)):
-            raise Refusal("the experts' weights are not constant")
+            raise Declined("the experts' weights are not constant")
         if self.count is None:
             self.count = exact.shape[axis]
         if exact.shape[axis] != self.count:
-            raise Refusal("the experts' weights disagree on how many experts there are")
+            raise Declined("the experts' weights disagree on how many experts there are")
         rest = exact.shape[:axis] + exact.shape[axis + 1 :]
 
         view = _view(node)
@@ -306,16 +306,16 @@ class _Axis:
         if exact is None:
             return None
         if not same(exact.shape, shape(node)):
-            raise Refusal("a constant is repeated")
+            raise Declined("a constant is repeated")
         if axis is None:
             if self.count is None or len(exact.shape) > 1:
-                raise Refusal("a constant differs between tokens")
+                raise Declined("a constant differs between tokens")
             return self._slot([Operand(exact, node, True)] * self.count)
         at = axis - (rank - len(exact.shape))
         if at >= 0 and exact.shape[at] != 1:
             return self._slot(self._slices(node, at))
         if self.count is None:
-            raise Refusal("a constant stands before the experts")
+            raise Declined("a constant stands before the experts")
         if at < 0:
             return self._slot([Operand(exact, node, True)] * self.count)
         rest = exact.shape[:at] + exact.shape[at + 1 :]
@@ -354,7 +354,7 @@ def stacked(root: fx.Node) -> Mixture | None:
         count = reader.count or 0
         routing = dense_routing([Gate(*gates, i) for i in range(count)], [1.0] * count)
         return reader.mixture(root, "routed over all experts", None, routing)
-    except Refusal:
+    except Declined:
         return None
 
 

@@ -40,6 +40,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from refold.errors import Declined
 from refold.graph import aliasing, constants, ops, provenance
 from refold.graph.nodes import (
     arguments,
@@ -53,7 +54,7 @@ from refold.graph.nodes import (
 )
 from refold.graph.ops import op_name
 from refold.rewrite.context import Context
-from refold.rewrite.edit import Editor, Refused
+from refold.rewrite.edit import Editor
 from refold.rewrite.result import PassResult, applied
 
 _ANYWHERE = ops.ELEMENTWISE | ops.PERMUTE | ops.UNIT_AXES | ops.ALIAS | ops.COPY
@@ -273,10 +274,10 @@ class _Deferral:
         """Lets those that read a result read an expansion of its one copy.
 
         Raises:
-            Refused: the caller would get a view of the copy, or a reader would see its strides.
+            Declined: the caller would get a view of the copy, or a reader would see its strides.
         """
         if aliasing.reached_outputs(node):
-            raise Refused("the caller gets its result, in memory of its own")
+            raise Declined("the caller gets its result, in memory of its own")
         spread = self.found[node]
         sizes = [spread.extents.get(axis, size) for axis, size in enumerate(shape(spread.one))]
         with self.editor.edit() as edit:

@@ -43,6 +43,7 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
+from refold.errors import Declined
 from refold.graph import constants, nodes, ops
 from refold.graph.nodes import aten, is_call, is_tensor, same, shape
 from refold.graph.ops import op_name
@@ -57,14 +58,6 @@ _LAYERS = (aten.linear.default, *(
     overload for op in (aten.conv1d, aten.conv2d, aten.conv3d)
     for overload in (op.default, op.padding)
 ))  # fmt: skip
-
-
-class _Refused(Exception):
-    """A tensor's channels cannot be dropped."""
-
-    def __init__(self, node: fx.Node, reason: str) -> None:
-        super().__init__(reason)
-        self.node = node
 
 
 @dataclass(frozen=True)
@@ -157,7 +150,7 @@ class _Dropper:
 
     def _round(self, starts: list[fx.Node]) -> None:
         seen: set[fx.Node] = set()
-        refused: dict[fx.Node, _Refused] = {}
+        refused: dict[fx.Node, Declined] = {}
         for start in starts:
             for tensor, axis in _starts(start):
                 if tensor in seen:
@@ -167,16 +160,18 @@ class _Dropper:
                     try:
                         _explore(region, tensor, axis, refused)
                         self._shrink(region)
-                    except _Refused as refusal:
-                        self._decline(start, refusal)
+                    except Declined as refusal:
+                        if refusal.node is None:  # of the door: this one edit may not be
+                            raise
+                        self._decline(start, refusal.reason, refusal.node)
                         refused.update(dict.fromkeys(region.axes, refusal))
                 seen.update(region.axes)
 
-    def _decline(self, start: fx.Node, refusal: _Refused) -> None:
+    def _decline(self, start: fx.Node, reason: str, at: fx.Node) -> None:
         self.result.declined.append(
             declined(
                 self.rule, start,
-                f"it has channels of zeros, which stay: {refusal} (at {refusal.node.name})",
+                f"it has channels of zeros, which stay: {reason} (at {at.name})",
             )
         )  # fmt: skip
 
@@ -197,7 +192,7 @@ class _Dropper:
         if kept == count or not region.readers:
             return
         if nodes.dtype(first) == torch.float16:
-            raise _Refused(first, "a bias that takes constants in could overflow float16")
+            raise Declined("a bias that takes constants in could overflow float16", first)
         spare = free.nonzero().reshape(-1)[: kept - live]
         keep = ~free
         keep[spare] = True
@@ -334,17 +329,17 @@ def _in_own_dtype(layer: _Layer) -> torch.Tensor:
     return layer.weight.get() if pending else constants.tensor(node)
 
 
-def _explore(region: _Region, start: fx.Node, axis: int, refused: dict[fx.Node, _Refused]) -> None:
+def _explore(region: _Region, start: fx.Node, axis: int, refused: dict[fx.Node, Declined]) -> None:
     """Collects what is connected with a tensor's channels; ``refused`` holds what cannot change."""
     stack = [(start, axis)]
     while stack:
         node, axis = stack.pop()
         if node in region.axes:
             if region.axes[node] != axis:
-                raise _Refused(node, "its channels meet another axis")
+                raise Declined("its channels meet another axis", node)
             continue
         if not is_tensor(node) or not isinstance(shape(node)[axis], int) or nodes.pinned(node):
-            raise _Refused(node, "it is excluded, or of dynamic size")
+            raise Declined("it is excluded, or of dynamic size", node)
         if node in refused:
             raise refused[node]
         region.axes[node] = axis
@@ -358,7 +353,7 @@ def _explore(region: _Region, start: fx.Node, axis: int, refused: dict[fx.Node, 
             if reader is not None and not reader.depthwise:
                 reads = len(shape(node)) - 1 if user.target is aten.linear.default else 1
                 if reader.x is not node or reads != axis or nodes.pinned(user):
-                    raise _Refused(user, "it does not read the channels as channels")
+                    raise Declined("it does not read the channels as channels", user)
                 region.readers[user] = reader
             else:
                 stack.append((user, _below(user, node, axis)))
@@ -368,7 +363,7 @@ def _above(node: fx.Node, axis: int) -> list[tuple[fx.Node, int]]:
     """The tensors whose channels a node keeps, with their axes.
 
     Raises:
-        _Refused: it mixes them, or makes them in a way that is not known.
+        Declined: it mixes them, or makes them in a way that is not known.
     """
     sources = [(n, _input_axis(node, n, axis)) for n in _operands(node)]
     rank = len(shape(node))
@@ -377,22 +372,22 @@ def _above(node: fx.Node, axis: int) -> list[tuple[fx.Node, int]]:
         if at < 0 or (same(shape(source)[at], 1) and not same(shape(node)[axis], 1)):
             continue  # it broadcasts along the channels
         if not same(shape(source)[at], shape(node)[axis]):
-            raise _Refused(node, f"{op_name(node)} changes the number of channels")
+            raise Declined(f"{op_name(node)} changes the number of channels", node)
         out.append((source, at))
     if not out or rank < 2:
-        raise _Refused(node, f"nothing is known of the channels that {op_name(node)} makes")
+        raise Declined(f"nothing is known of the channels that {op_name(node)} makes", node)
     return out
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
     """The data operands of an operation that keeps channels apart."""
     if node.op != "call_function":
-        raise _Refused(node, "it is an input")
+        raise Declined("it is an input", node)
     name = op_name(node)
     layer = _layer(node)
     if layer is not None:
         if not layer.depthwise:
-            raise _Refused(node, "its channels are made along another axis")
+            raise Declined("its channels are made along another axis", node)
         return [layer.x]
     affine = scale_shifts.affine(node)
     if affine is not None and affine.reader is node and not _is_tuple(node):
@@ -405,7 +400,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     binary = is_call(node, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
     if binary and all(is_tensor(a) and constants.compact(a) is None for a in node.args):
         return list(node.args)  # type: ignore[arg-type]
-    raise _Refused(node, f"nothing is known of how {name} keeps channels apart")
+    raise Declined(f"nothing is known of how {name} keeps channels apart", node)
 
 
 def _is_function(node: fx.Node) -> bool:
@@ -430,29 +425,29 @@ def _input_axis(node: fx.Node, source: fx.Node, axis: int) -> int:
         reduced = {int(d) % len(before) for d in args["dim"] or ()}
         kept = [a for a in range(len(before)) if args["keepdim"] or a not in reduced]
         if not reduced or args["dtype"] is not None or kept[axis] in reduced:
-            raise _Refused(node, "it averages over the channels")
+            raise Declined("it averages over the channels", node)
         return kept[axis]
     if name in ("flatten", "view", "reshape"):
         if axis != len(after) - 1 or not same(before[: axis + 1], after):
-            raise _Refused(node, f"{name} moves the channels")
+            raise Declined(f"{name} moves the channels", node)
         return axis
     if ops.has(node, _KEEPING) or _pools(node):
         pooled = next((int(c) for c in name if c.isdigit()), 0)
         if (pad := windows.pad(node)) is not None:
             pooled = len(pad.low)
         if axis >= len(after) - pooled:
-            raise _Refused(node, f"{name} acts along the channels")
+            raise Declined(f"{name} acts along the channels", node)
     layer = _layer(node)
     if layer is not None and axis != 1:
-        raise _Refused(node, "it acts along another axis than the channels")
+        raise Declined("it acts along another axis than the channels", node)
     return axis - (len(after) - len(before))
 
 
 def _below(user: fx.Node, node: fx.Node, axis: int) -> int:
     """The axis of a reader's channels, if it keeps them apart."""
     if user.op != "call_function" or not is_tensor(user):
-        raise _Refused(
-            user, f"{op_name(user) if user.op == 'call_function' else 'an output'} reads it"
+        raise Declined(
+            f"{op_name(user) if user.op == 'call_function' else 'an output'} reads it", user
         )
     rank, mine = len(shape(user)), len(shape(node))
     candidates = [axis + rank - mine] if rank >= mine else [axis]
@@ -461,7 +456,7 @@ def _below(user: fx.Node, node: fx.Node, axis: int) -> int:
     for at in candidates:
         if 0 <= at < rank and node in _operands(user) and _input_axis(user, node, at) == axis:
             return at
-    raise _Refused(user, f"nothing is known of how {op_name(user)} keeps channels apart")
+    raise Declined(f"nothing is known of how {op_name(user)} keeps channels apart", user)
 
 
 def _propagate(region: _Region, count: int) -> dict[fx.Node, _Channels]:

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from refold.errors import first_line
+from refold.errors import Declined, first_line
 from refold.graph import constants, ops, provenance
 from refold.graph.aliasing import leaking
 from refold.graph.evaluate import evaluate_constants, in_own_dtype
@@ -42,8 +42,8 @@ from refold.graph.nodes import arguments, aten, is_call, is_tensor, pinned
 from refold.graph.ops import op_name
 from refold.passes.prepare.decided_sizes import decide_sizes
 from refold.rewrite.context import Context
-from refold.rewrite.edit import Editor, Refused
-from refold.rewrite.result import Applied, Declined, PassResult, applied, declined
+from refold.rewrite.edit import Editor
+from refold.rewrite.result import Applied, Decline, PassResult, applied, declined
 
 SMALL = 64 * 1024  # bytes; below it a constant is not worth an operator ...
 _MANY = 16  # ... unless all of them together are as much as so many of that size
@@ -400,7 +400,7 @@ def _evaluated(node: fx.Node, own: set[fx.Node]) -> torch.Tensor:
     try:
         return evaluate_constants([node], own=own)[node]
     except (RuntimeError, NotImplementedError) as error:
-        raise Refused(f"it cannot be evaluated: {first_line(error)}") from error
+        raise Declined(f"it cannot be evaluated: {first_line(error)}") from error
 
 
 def _fold(editor: Editor, node: fx.Node, value: torch.Tensor, *, leaks: bool) -> Applied:
@@ -452,9 +452,9 @@ def _origin(node: fx.Node) -> list[fx.Node]:
     return list(reversed(seen))
 
 
-def _impure(rule: str, graph: fx.Graph, constant: set[fx.Node]) -> list[Declined]:
+def _impure(rule: str, graph: fx.Graph, constant: set[fx.Node]) -> list[Decline]:
     """Calls that would be constant, were they deterministic."""
-    out: list[Declined] = []
+    out: list[Decline] = []
     state = constants.written(graph)
     unknown: set[fx.Node] = set()
     for node in graph.nodes:

@@ -39,11 +39,12 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
+from refold.errors import Declined
 from refold.graph import layout, nodes
 from refold.graph.nodes import aten, is_tensor, shape
 from refold.graph.ops import kind
 from refold.graph.records import convolutions, products
-from refold.graph.records.attention import Attention, Operand, attention
+from refold.graph.records.attention import Attention, KeyedOperand, attention
 from refold.passes.scale_shift.push.walk import constant_name, overflows, reads
 from refold.rewrite.context import Context
 from refold.rewrite.edit import Edit, Editor
@@ -54,10 +55,6 @@ _PROJECTIONS = (
 )  # fmt: skip
 
 
-class _Refused(Exception):
-    """A bias cannot leave its attention."""
-
-
 @dataclass(frozen=True)
 class FoldAttentionBiases:
     """Takes key and value biases out of attentions; see the module docstring."""
@@ -66,7 +63,7 @@ class FoldAttentionBiases:
     exactness: str = "reassociates"
 
     def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
-        return _Folder(gm, self.name).run()
+        return _BiasFolder(gm, self.name).run()
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class _Claim:
 
 
 @dataclass
-class _Folder:
+class _BiasFolder:
     gm: fx.GraphModule
     rule: str
     result: PassResult = field(default_factory=PassResult)
@@ -139,7 +136,7 @@ class _Folder:
         for make in (self._keys, self._values):
             try:
                 claim = make(found)
-            except (_Refused, layout.Unproven) as refusal:
+            except Declined as refusal:
                 self.result.declined.append(declined(self.rule, found.node, str(refusal)))
                 continue
             if claim is not None:
@@ -156,7 +153,7 @@ class _Folder:
     def _decline_fused(self, found: Attention) -> None:
         try:
             claim = self._keys(found)
-        except (_Refused, layout.Unproven) as refusal:
+        except Declined as refusal:
             self.result.declined.append(declined(self.rule, found.node, str(refusal)))
             return
         if claim is not None:
@@ -167,13 +164,13 @@ class _Folder:
 
     def _keys(self, found: Attention) -> _Claim | None:
         if isinstance(found.keys, str):
-            raise _Refused(f"the keys' bias stays: {found.keys}")
+            raise Declined(f"the keys' bias stays: {found.keys}")
         projection = _projection(found.keys, "keys")
         if projection is None:
             return None
         scores = found.scores[:-1]
         if any(nodes.pinned(n) for n in scores):
-            raise _Refused("the keys' bias stays: the scores are excluded")
+            raise Declined("the keys' bias stays: the scores are excluded")
         elements = self._elements(projection, found.keys, next(iter(scores), found.node), "keys")
         return _Claim(projection, elements, "keys", scores)
 
@@ -182,13 +179,13 @@ class _Folder:
         if projection is None:
             return None
         if found.hidden is not None:
-            raise _Refused(f"the values' bias stays: {found.hidden}")
+            raise Declined(f"the values' bias stays: {found.hidden}")
         shift = found.carried(self._arriving(projection))
         elements = self._elements(projection, found.values, found.node, "values")
         reader, vector, passed = self._reader(found.node, shift)
         added = reader.weight.get() @ vector
         if nodes.dtype(reader.node) == torch.float16 and overflows(Lazy.of(added)):
-            raise _Refused("the values' bias stays: the reader's bias would overflow float16")
+            raise Declined("the values' bias stays: the reader's bias would overflow float16")
         return _Claim(projection, elements, "values", passed, reader, added)
 
     def _arriving(self, projection: _Projection) -> torch.Tensor:
@@ -199,26 +196,26 @@ class _Folder:
         return shift
 
     def _elements(
-        self, projection: _Projection, operand: Operand, product: fx.Node, role: str
+        self, projection: _Projection, operand: KeyedOperand, product: fx.Node, role: str
     ) -> torch.Tensor:
         """Which elements of the bias the operand reads; nothing else may read them."""
         if len(operand.node.users) > 1 or reads(product, operand.node) > 1:
-            raise _Refused(f"{operand.node.name} is read more than once")
+            raise Declined(f"{operand.node.name} is read more than once")
         masks = []
         for symbols in layout.assignments(self.gm.graph):
             places = layout.along(projection.layer, _channels(projection.layer), symbols)
             own = places.pop(operand.node)
             if not torch.equal(own, own.narrow(operand.axis, 0, 1).expand_as(own)):
-                raise _Refused(f"the {role}' bias stays: it differs from key to key")
+                raise Declined(f"the {role}' bias stays: it differs from key to key")
             mask = torch.zeros(projection.bias.shape, dtype=torch.bool)
             mask[own.long().reshape(-1)] = True
             for node, other in places.items():
                 reader = next((u for u in node.users if not layout.is_layout(u)), None)
                 if reader is not None and bool(mask[other.long().reshape(-1)].any()):
-                    raise _Refused(f"{reader.name} reads what the bias is added to")
+                    raise Declined(f"{reader.name} reads what the bias is added to")
             masks.append(mask)
         if not torch.equal(masks[0], masks[-1]):
-            raise _Refused(f"the {role}' bias stays: what is read of it depends on a dynamic size")
+            raise Declined(f"the {role}' bias stays: what is read of it depends on a dynamic size")
         return masks[0]
 
     def _reader(
@@ -229,18 +226,18 @@ class _Folder:
         while True:
             users = list(passed[-1].users)
             if len(users) != 1 or not is_tensor(users[0]):
-                raise _Refused(f"the values' bias stays: not one layer alone reads {passed[-1]}")
+                raise Declined(f"the values' bias stays: not one layer alone reads {passed[-1]}")
             reader = products.linear(users[0])
             if reader is not None and reader.x is passed[-1]:
                 break
             if not layout.is_layout(users[0]) or nodes.pinned(users[0]):
-                raise _Refused(f"the values' bias stays: {users[0].name} is not linear")
+                raise Declined(f"the values' bias stays: {users[0].name} is not linear")
             shift = layout.push(users[0], passed[-1], _pair(shift), self.gm.graph)[1]
             passed.append(users[0])
         if reader.node.target is not aten.linear.default or nodes.pinned(reader.node):
-            raise _Refused(f"the values' bias stays: {reader.node.name} is not to be changed")
+            raise Declined(f"the values' bias stays: {reader.node.name} is not to be changed")
         if any(size != 1 for size in shift.shape[:-1]):
-            raise _Refused("the values' bias stays: it varies along another axis than the features")
+            raise Declined("the values' bias stays: it varies along another axis than the features")
         return reader, shift.reshape(-1).expand(reader.weight.shape[1]), tuple(passed)
 
     def _settle(self, layer: fx.Node, claims: list[_Claim]) -> bool:
@@ -302,7 +299,7 @@ def _record(rule: str, projection: _Projection, claims: list[_Claim]) -> Applied
     return applied(rule, [], [c.reader.node for c in claims if c.reader is not None], detail)
 
 
-def _projection(operand: Operand, role: str) -> _Projection | None:
+def _projection(operand: KeyedOperand, role: str) -> _Projection | None:
     """Walks up from an operand through layouts; ``None`` where no bias is to be had."""
     path: list[tuple[fx.Node, fx.Node]] = []
     node = operand.node
@@ -315,7 +312,7 @@ def _projection(operand: Operand, role: str) -> _Projection | None:
         if between and any(
             products.linear(n) or convolutions.conv(n) for n in node.all_input_nodes
         ):
-            raise _Refused(f"the {role}' bias stays: {node.name} stands between it and the product")
+            raise Declined(f"the {role}' bias stays: {node.name} stands between it and the product")
         return None
     if layer.bias is None:
         return None

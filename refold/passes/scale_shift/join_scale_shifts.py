@@ -62,10 +62,10 @@ class JoinScaleShifts:
     exactness: str = "reassociates"
 
     def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
-        return apply_rules(gm, (Join(),))
+        return apply_rules(gm, (JoinAdded(),))
 
 
-class Join(RewriteRule):
+class JoinAdded(RewriteRule):
     """The sum of two scale-shifts of one tensor is one scale-shift of it."""
 
     name = "join-scale-shifts"

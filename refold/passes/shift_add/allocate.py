@@ -11,14 +11,14 @@ from refold.errors import MissingDependencyError, UsageError
 
 
 @dataclass(frozen=True)
-class Choice:
+class WidthCost:
     """What one width of one layer costs."""
 
     loss: float
     bytes: int
 
 
-def allocate_bits(layers: Sequence[Mapping[int, Choice]], budget: int) -> list[int]:
+def allocate_bits(layers: Sequence[Mapping[int, WidthCost]], budget: int) -> list[int]:
     """The widths with the smallest sum of losses whose bytes are within the budget.
 
     An integer program: one binary variable for each layer and width, exactly one of each layer's

@@ -12,7 +12,12 @@ import torch
 from torch import fx
 
 from refold.algebra.binary_coding import BinaryCode, Family, encode
-from refold.algebra.compensation import Factor, encode_compensated, inverse_factor, output_error
+from refold.algebra.compensation import (
+    InverseFactor,
+    encode_compensated,
+    inverse_factor,
+    output_error,
+)
 from refold.calibrate.layers import Layer, hessian_of
 from refold.calibrate.lockstep import Compute, Lockstep
 from refold.errors import MissingDependencyError
@@ -127,7 +132,7 @@ class Coder:
             yield Code.of(layer, width, planes, alpha, self.group_size, hessian)
 
     def _jobs_of(
-        self, wanted: Sequence[tuple[Layer, int]], factor: Factor | None
+        self, wanted: Sequence[tuple[Layer, int]], factor: InverseFactor | None
     ) -> Iterator[_Job]:
         for layer, width in wanted:
             weight = layer.weight.evaluate()
@@ -179,7 +184,7 @@ class _Job:
     """Rows of a weight to quantise, alone or for their inputs."""
 
     rows: torch.Tensor
-    factor: Factor | None
+    factor: InverseFactor | None
     bits: int
     group_size: int
     family: Family

@@ -41,8 +41,8 @@ from torch import fx
 from refold.algebra.binary_coding import Family
 from refold.calibrate import approximate, inputs
 from refold.calibrate import layers as dense_layers
-from refold.calibrate.layers import Layer, Refusal
-from refold.errors import UsageError
+from refold.calibrate.layers import Layer
+from refold.errors import Declined, UsageError
 from refold.graph import constants
 from refold.graph.copies import copy_sharing_tensors
 from refold.graph.ops import op_name
@@ -149,40 +149,39 @@ class SubstituteShiftAdd:
             if op_name(node) == "embedding":
                 reason = "an embedding is looked up, not multiplied"
                 result.declined.append(declined(self.name, node, reason))
-            layer = dense_layers.linear(node) or self._convolution(node)
-            refusal = layer if isinstance(layer, Refusal) else layer and self._refuse(layer)
-            if isinstance(layer, Layer) and refusal is None:
-                found.append(layer)
-            elif isinstance(refusal, Refusal):
-                result.declined.append(declined(self.name, node, refusal.reason, refusal.hint))
+            try:
+                layer = dense_layers.linear(node) or self._convolution(node)
+                if layer is not None:
+                    self._check(layer)
+                    found.append(layer)
+            except Declined as reason:
+                result.declined.append(declined(self.name, node, reason))
         return found
 
-    def _convolution(self, node: fx.Node) -> Layer | Refusal | None:
+    def _convolution(self, node: fx.Node) -> Layer | None:
         if self.convolutions:
             return dense_layers.convolution(node)
         if self.include and convolutions.conv(node) is not None:
-            return Refusal("a convolution stays unless asked for", "set convolutions=True")
+            raise Declined("a convolution stays unless asked for", hint="set convolutions=True")
         return None
 
-    def _refuse(self, layer: Layer) -> Refusal | None:
+    def _check(self, layer: Layer) -> None:
+        """Raises why a layer stays, if it does."""
         features = layer.weight.shape[1]
-        shared = approximate.shared(layer)
-        if shared is not None:
-            return shared
+        approximate.check_unshared(layer)
         if not self.include and features < self.min_features:
-            return Refusal(
+            raise Declined(
                 f"{features} inputs are fewer than min_features={self.min_features}",
-                "lower min_features, or name the layer in include",
+                hint="lower min_features, or name the layer in include",
             )
         if not self.include and dense_layers.returned(layer.node):
-            return Refusal(
+            raise Declined(
                 "its output is the model's own: no later layer makes up for its error",
-                "name the layer in include",
+                hint="name the layer in include",
             )
         smallest = self._coder.bytes(layer, WIDTHS[0] if self.bits == "auto" else int(self.bits))
         if smallest >= layer.bytes:
-            return Refusal(f"its code would take {smallest} bytes, its weight {layer.bytes}")
-        return None
+            raise Declined(f"its code would take {smallest} bytes, its weight {layer.bytes}")
 
     # --- codes ----------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from torch import fx
 from refold.calibrate.layers import Layer
 from refold.calibrate.lockstep import Compute, Lockstep, divergence, logits
 from refold.graph.program import Call
-from refold.passes.shift_add.allocate import Choice, allocate_bits, require_budget
+from refold.passes.shift_add.allocate import WidthCost, allocate_bits, require_budget
 from refold.passes.shift_add.codes import WIDTHS, Code, Coded, Coder, in_order
 
 _ROUNDS = 2  # allocations that are looked for, each around the one before
@@ -62,7 +62,7 @@ def budget_of(layers: Sequence[Layer], average_bits: float) -> int:
     return int(average_bits * sum(layer.weight.numel() for layer in layers) / 8)
 
 
-_Table = dict[Layer, dict[int, Choice]]
+_Table = dict[Layer, dict[int, WidthCost]]
 _Measured = tuple[Layer, Mapping[int, Code], Callable[[Code], float]]
 
 
@@ -172,7 +172,7 @@ class _Search:
         table: _Table = {}
         for layer, found, loss in measured:
             choices = {
-                width: Choice(loss(code), code.bytes)
+                width: WidthCost(loss(code), code.bytes)
                 for width, code in sorted(found.items())
                 if code.error <= self._coder.limit
             }

@@ -422,7 +422,7 @@ def record(**changed):
         "engine": "x.engine", "sha256": "0" * 64, "content": "", "library": "tensorrt",
         "version": "1", "device": "gpu", "seconds": 1.0, "layers": None,
     }  # fmt: skip
-    return build.Record(**{**given, **changed})
+    return build.EngineRecord(**{**given, **changed})
 
 
 def test_corrupt_engine_never_reaches_the_library(tmp_path):

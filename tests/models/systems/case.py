@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import refold
-from refold.rewrite.result import Declined
+from refold.rewrite.result import Decline
 from tests.compare import EXACT, SINGLE, call, double, relative_error
 from tests.models.case import CONV_LIKE, ModelCase
 from tests.randomise import randomise
@@ -110,7 +110,7 @@ class Outcome:
     left: dict[str, int]
     error: float
     passes: tuple[str, ...]
-    declined: tuple[Declined, ...]
+    declined: tuple[Decline, ...]
     report: refold.Report
 
 

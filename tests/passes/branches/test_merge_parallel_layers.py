@@ -355,7 +355,7 @@ def test_torch_compile_merges_for_what_runs_the_graph() -> None:
     from refold.torch_compile import backend as torch_compile
 
     def costs(**options) -> str:
-        return torch_compile._Settings(**options).costs.name
+        return torch_compile._BackendSettings(**options).costs.name
 
     assert costs() == "inductor"
     assert costs(inner="eager") == "torch"

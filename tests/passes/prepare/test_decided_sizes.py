@@ -16,7 +16,7 @@ from refold.frontends.export import trace
 from refold.graph.ops import census
 from refold.passes.prepare.decided_sizes import decide_sizes
 from refold.rewrite.edit import Edit, Editor
-from refold.rewrite.result import Declined, PassResult
+from refold.rewrite.result import Decline, PassResult
 from tests.compare import EXACT, call, relative_error
 from tests.tracing import find
 
@@ -137,7 +137,7 @@ def test_an_excluded_reader_still_reads_the_call() -> None:
 
 @pytest.mark.parametrize("name", ["a sum", "columns of the data", "a number computed from it"])
 def test_a_failure_decides_nothing(
-    name: str, monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+    name: str, monkeypatch: pytest.MonkeyPatch, failures: list[Decline]
 ) -> None:
     learn = Edit.learn
 

@@ -21,7 +21,7 @@ from refold.graph.printer import render
 from refold.passes.prepare import fold_constants
 from refold.passes.prepare.fold_constants import FoldConstants
 from refold.rewrite.context import Context
-from refold.rewrite.result import Declined, PassResult
+from refold.rewrite.result import Decline, PassResult
 from tests import golden
 
 F64 = 1e-12  # float64 fold against the float64 oracle, relative
@@ -546,7 +546,7 @@ def test_strides_of_an_output_are_not_written_out() -> None:
 
 
 def test_a_failure_costs_the_one_constant(
-    monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+    monkeypatch: pytest.MonkeyPatch, failures: list[Decline]
 ) -> None:
     evaluate = fold_constants.evaluate_constants
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 from refold.frontends.export import trace
 from refold.graph.ops import op_name
 from refold.passes import PIPELINES
-from refold.rewrite.result import Declined
+from refold.rewrite.result import Decline
 from tests.compare import EXACT, relative_error
 from tests.folding import Net, image, left, run
 
@@ -30,7 +30,7 @@ def pixels(*shape: int) -> torch.Tensor:
 
 def folded(
     net: nn.Module, x: torch.Tensor, *, dynamic: Any = None
-) -> tuple[fx.GraphModule, list[Declined]]:
+) -> tuple[fx.GraphModule, list[Decline]]:
     """Folds with the default pipeline and compares at three batch sizes, in float64."""
     with torch.no_grad():
         gm = trace(
@@ -54,7 +54,7 @@ def stem(forward: Callable[..., Any], out: int = 6, kernel: int = 3, **options: 
     )  # fmt: skip
 
 
-def reasons(declined: list[Declined]) -> str:
+def reasons(declined: list[Decline]) -> str:
     return "\n".join(d.reason for d in declined)
 
 

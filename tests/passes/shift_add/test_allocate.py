@@ -8,20 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refold.errors import MissingDependencyError, UsageError
-from refold.passes.shift_add.allocate import Choice, allocate_bits
+from refold.passes.shift_add.allocate import WidthCost, allocate_bits
 
 WIDTHS = (2, 3, 4)
 
 
-def layers(losses: list[float], sizes: list[int]) -> list[dict[int, Choice]]:
+def layers(losses: list[float], sizes: list[int]) -> list[dict[int, WidthCost]]:
     """Layers whose loss falls fourfold with each bit."""
     return [
-        {w: Choice(loss / 4**w, size * w + size // 8) for w in WIDTHS}
+        {w: WidthCost(loss / 4**w, size * w + size // 8) for w in WIDTHS}
         for loss, size in zip(losses, sizes, strict=True)
     ]
 
 
-def total(table: list[dict[int, Choice]], widths: tuple[int, ...], what: str) -> float:
+def total(table: list[dict[int, WidthCost]], widths: tuple[int, ...], what: str) -> float:
     return sum(getattr(layer[w], what) for layer, w in zip(table, widths, strict=True))
 
 
@@ -56,7 +56,7 @@ def test_more_budget_never_costs_more() -> None:
 
 def test_widths_that_are_missing_are_not_chosen() -> None:
     pytest.importorskip("scipy")
-    table = [{3: Choice(1.0, 30)}, {2: Choice(1.0, 20), 4: Choice(0.1, 40)}]
+    table = [{3: WidthCost(1.0, 30)}, {2: WidthCost(1.0, 20), 4: WidthCost(0.1, 40)}]
     assert allocate_bits(table, 70) == [3, 4]
     assert allocate_bits(table, 69) == [3, 2]
     assert allocate_bits([], 0) == []
@@ -64,13 +64,16 @@ def test_widths_that_are_missing_are_not_chosen() -> None:
 
 def test_layers_without_any_loss() -> None:
     pytest.importorskip("scipy")
-    table = [{w: Choice(0.0, w) for w in WIDTHS}]
+    table = [{w: WidthCost(0.0, w) for w in WIDTHS}]
     assert allocate_bits(table, 4)[0] in WIDTHS
 
 
 def test_losses_may_be_changes_for_the_better() -> None:
     pytest.importorskip("scipy")
-    table = [{2: Choice(0.0, 20), 3: Choice(-low, 30), 4: Choice(-2 * low, 40)} for low in (1, 5)]
+    table = [
+        {2: WidthCost(0.0, 20), 3: WidthCost(-low, 30), 4: WidthCost(-2 * low, 40)}
+        for low in (1, 5)
+    ]
     assert allocate_bits(table, 60) == [2, 4]
     assert allocate_bits(table, 70) == [3, 4]
 

@@ -28,7 +28,7 @@ from refold.passes.shift_add.substitute_shift_add import SubstituteShiftAdd
 from refold.rewrite.context import Context
 from refold.rewrite.edit import Edit
 from refold.rewrite.pipeline import Pipeline
-from refold.rewrite.result import Declined, PassResult
+from refold.rewrite.result import Decline, PassResult
 from tests import golden
 from tests import tracing as tracer
 from tests.compare import EXACT, relative_error
@@ -566,7 +566,7 @@ def test_strides_that_nobody_sees_are_not_restored() -> None:
 
 
 def test_a_failure_costs_the_one_layer(
-    monkeypatch: pytest.MonkeyPatch, failures: list[Declined]
+    monkeypatch: pytest.MonkeyPatch, failures: list[Decline]
 ) -> None:
     replace = Edit.replace
 

@@ -25,7 +25,7 @@ from refold.backends.onnx import export
 from refold.backends.onnx import session as onnx_runtime
 from refold.backends.onnx.export import OnnxContent
 from refold.backends.onnx.shift_add.choice import REQUANTISED
-from refold.backends.onnx.shift_add.rewrite import Layer, Written, effective_weight
+from refold.backends.onnx.shift_add.rewrite import LoweredLayer, Written, effective_weight
 from refold.errors import VerificationError
 from refold.graph.copies import copy_sharing_tensors
 from refold.graph.evaluate import Oracle, flat_inputs
@@ -94,11 +94,11 @@ def check(
     return Checked(tuple(told), by)
 
 
-def _rounded(layer: Layer) -> bool:
+def _rounded(layer: LoweredLayer) -> bool:
     return layer.choice.exactness == REQUANTISED
 
 
-def _rounding(layer: Layer) -> float:
+def _rounding(layer: LoweredLayer) -> float:
     """What requantising moved the weights by, relative L2."""
     exact = dequantise(layer.planes, layer.alpha, layer.features, layer.group_size, torch.float64)
     return float((effective_weight(layer) - exact).norm() / exact.norm().clamp_min(_TINY))
@@ -121,7 +121,7 @@ def _copied(call: Call) -> Call:
     return copied
 
 
-def as_written(gm: fx.GraphModule, layers: list[Layer]) -> fx.GraphModule:
+def as_written(gm: fx.GraphModule, layers: list[LoweredLayer]) -> fx.GraphModule:
     """The graph with the weights that a file has: its own, but for layers that were rounded."""
     if not any(map(_rounded, layers)):
         return gm
@@ -147,7 +147,7 @@ def as_written(gm: fx.GraphModule, layers: list[Layer]) -> fx.GraphModule:
     return copy
 
 
-def _with_int8(gm: fx.GraphModule, layers: list[Layer], call: Call) -> Any:
+def _with_int8(gm: fx.GraphModule, layers: list[LoweredLayer], call: Call) -> Any:
     """What a graph returns whose fused layers round each block of activations to 255 steps."""
     target = torch.ops.refold.bcq_linear.default
     found = [n for n in gm.graph.nodes if n.op == "call_function" and n.target is target]

@@ -46,7 +46,7 @@ class Kernels:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Encoding:
     """How one layer is written.
 
     Attributes:
@@ -92,22 +92,22 @@ def choose(
     group_size: int,
     dtype: torch.dtype,
     kernels: Kernels,
-) -> Choice:
+) -> Encoding:
     """The smallest exact encoding that is fast, else what was asked for instead."""
     unfit = DENSE if kernels.dense else FUNCTION
     widths = tuple(kernels.blocks)
     if not widths:
-        return Choice(0, exactness=unfit, reason=f"{kernels.name} has no kernel for it")
+        return Encoding(0, exactness=unfit, reason=f"{kernels.name} has no kernel for it")
     if dtype not in (torch.float32, torch.float16):
-        return Choice(0, exactness=unfit, reason=f"the activations are {dtype}")
+        return Encoding(0, exactness=unfit, reason=f"the activations are {dtype}")
     blocks = {bits: _block(features, group_size, kernels.blocks[bits]) for bits in widths}
     fitting = tuple(bits for bits in widths if blocks[bits])
     grid = integer_grid.find(alpha, planes.shape[0])
     bits = integer_grid.bits_needed(grid, fitting) if grid is not None else None
     if grid is not None and bits is not None and _holds(grid.unit, dtype):
-        return Choice(bits, blocks[bits], grid, kernels.exactness)
+        return Encoding(bits, blocks[bits], grid, kernels.exactness)
     if kernels.requantise in fitting:
-        return Choice(kernels.requantise, blocks[kernels.requantise], None, REQUANTISED)
+        return Encoding(kernels.requantise, blocks[kernels.requantise], None, REQUANTISED)
     if not fitting:
         reason = f"no block size of {kernels.name} divides groups of {group_size}"
     elif grid is None:
@@ -117,7 +117,7 @@ def choose(
         reason = f"its integers go to {int(grid.sums.max())}, past {held} bits"
     else:
         reason = f"its scales leave the range of {dtype}"
-    return Choice(0, exactness=unfit, reason=reason)
+    return Encoding(0, exactness=unfit, reason=reason)
 
 
 def _block(features: int, group_size: int, sizes: tuple[int, ...]) -> int:

@@ -22,7 +22,7 @@ from refold.backends.onnx.shift_add.choice import (
     DENSE,
     FUNCTION,
     REQUANTISED,
-    Choice,
+    Encoding,
     Kernels,
     choose,
 )
@@ -68,7 +68,7 @@ BCQLinear <group_size>(x, planes, alpha) => (y) {
 
 
 @dataclass(frozen=True)
-class Layer:
+class LoweredLayer:
     """One layer as it is lowered.
 
     Attributes:
@@ -85,19 +85,19 @@ class Layer:
     alpha: torch.Tensor
     features: int
     group_size: int
-    choice: Choice
+    choice: Encoding
 
 
 @dataclass(frozen=True)
 class Written:
     """A layer in the ONNX model: the values that it reads and returns (its bias comes later)."""
 
-    layer: Layer
+    layer: LoweredLayer
     read: str
     returned: str
 
 
-def prepare(module: fx.GraphModule, kernels: Kernels) -> list[Layer]:
+def prepare(module: fx.GraphModule, kernels: Kernels) -> list[LoweredLayer]:
     """Replaces the layers of a graph by stubs that the exporter carries through.
 
     Returns:
@@ -106,7 +106,7 @@ def prepare(module: fx.GraphModule, kernels: Kernels) -> list[Layer]:
     Raises:
         BackendError: planes, scales or width are not constants.
     """
-    layers: list[Layer] = []
+    layers: list[LoweredLayer] = []
     for node in list(module.graph.nodes):
         if node.op != "call_function" or node.target is not torch.ops.refold.bcq_linear.default:
             continue
@@ -132,7 +132,7 @@ def prepare(module: fx.GraphModule, kernels: Kernels) -> list[Layer]:
     return layers
 
 
-def _layer(node: fx.Node, given: dict[str, Any], kernels: Kernels) -> Layer:
+def _layer(node: fx.Node, given: dict[str, Any], kernels: Kernels) -> LoweredLayer:
     x, planes, alpha = given["x"], given["planes"], given["alpha"]
     features = nodes.shape(x)[-1]
     name = provenance.module_path(node) or node.name
@@ -146,7 +146,7 @@ def _layer(node: fx.Node, given: dict[str, Any], kernels: Kernels) -> Layer:
     bits, scales = constants.tensor(planes).detach(), constants.tensor(alpha).detach()
     size = int(given["group_size"])
     choice = choose(bits, scales, features, size, nodes.dtype(x), kernels)
-    return Layer(name, bits, scales, features, size, choice)
+    return LoweredLayer(name, bits, scales, features, size, choice)
 
 
 def _stub(x: torch.Tensor, *, index: int, features: int) -> torch.Tensor:
@@ -162,7 +162,7 @@ def _stub(x: torch.Tensor, *, index: int, features: int) -> torch.Tensor:
     return made
 
 
-def rewrite(model: Any, layers: list[Layer]) -> tuple[Written, ...]:
+def rewrite(model: Any, layers: list[LoweredLayer]) -> tuple[Written, ...]:
     """Puts the layers in the place of their stubs, in an ``onnx_ir.Model``."""
     written = []
     builder = _Builder(model)
@@ -188,7 +188,7 @@ class _Builder:
         self._names = {v.name for v in self._graph.inputs} | set(self._graph.initializers)
         self._names |= {o.name for n in self._graph for o in n.outputs}
 
-    def write(self, stub: Any, layer: Layer) -> Written:
+    def write(self, stub: Any, layer: LoweredLayer) -> Written:
         x, old = stub.inputs[0], stub.outputs[0]
         choice = layer.choice
         prefix = f"{layer.name}.shift_add"
@@ -215,7 +215,7 @@ class _Builder:
         return Written(layer, x.name, name)
 
     def _integers(
-        self, stub: Any, x: Any, layer: Layer, prefix: str, properties: dict[str, str]
+        self, stub: Any, x: Any, layer: LoweredLayer, prefix: str, properties: dict[str, str]
     ) -> Any:
         choice, old = layer.choice, stub.outputs[0]
         codes = _codes(layer)
@@ -237,7 +237,7 @@ class _Builder:
         rest = self._node(stub, "MatMul", [sums, offset], old, properties)
         return self._node(stub, "Add", [product, rest], old, properties)
 
-    def _group_sums(self, stub: Any, x: Any, layer: Layer) -> Any:
+    def _group_sums(self, stub: Any, x: Any, layer: LoweredLayer) -> Any:
         """The sums of a tensor over groups of its last axis."""
         key = (x, layer.group_size)
         if key in self._sums:
@@ -327,7 +327,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def _codes(layer: Layer) -> integer_grid.Codes:
+def _codes(layer: LoweredLayer) -> integer_grid.Codes:
     choice, size = layer.choice, layer.group_size
     if choice.grid is None:
         weight = dequantise(layer.planes, layer.alpha, layer.features, size, torch.float64)
@@ -336,7 +336,7 @@ def _codes(layer: Layer) -> integer_grid.Codes:
     return integer_grid.encode(signs, choice.grid, size, choice.bits)
 
 
-def effective_weight(layer: Layer) -> torch.Tensor:
+def effective_weight(layer: LoweredLayer) -> torch.Tensor:
     """The weight ``[N, K]`` in float64 that the file has for a layer."""
     size = layer.group_size
     if layer.choice.exactness != REQUANTISED:
@@ -352,7 +352,7 @@ def _blocks(scale: torch.Tensor, group_size: int, block: int, features: int) -> 
     return scale[:, starts]
 
 
-def _every_alpha(layer: Layer) -> torch.Tensor:
+def _every_alpha(layer: LoweredLayer) -> torch.Tensor:
     """The scales of each plane, also where one stands for all."""
     planes, alpha = layer.planes.shape[0], layer.alpha
     if alpha.shape[0] == planes:
@@ -376,7 +376,7 @@ def _add_function(model: Any) -> None:
     model.opset_imports[DOMAIN] = 1
 
 
-def notes(layers: list[Layer], asked: int, opset: int) -> list[str]:
+def notes(layers: list[LoweredLayer], asked: int, opset: int) -> list[str]:
     """What was written how, by class, as sentences for the report."""
     if not layers:
         return []

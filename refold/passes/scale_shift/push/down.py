@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
+from refold.errors import Declined
 from refold.graph import aliasing, layout, nodes
 from refold.graph.nodes import aten, is_call, is_tensor
 from refold.graph.records import (
@@ -20,7 +21,7 @@ from refold.graph.records import (
     windows,
 )
 from refold.passes.scale_shift.push import thresholds
-from refold.passes.scale_shift.push.factor import Factor, Plan, Refused, preimage
+from refold.passes.scale_shift.push.factor import Factor, Plan, preimage
 from refold.passes.scale_shift.push.walk import (
     SMALL,
     Walk,
@@ -41,9 +42,9 @@ class Downward(Walk):
             return
         for user in list(n.users):
             if nodes.pinned(user):
-                raise Refused(f"{user.name} is excluded")
+                raise Declined(f"{user.name} is excluded")
             if user.op != "call_function" or reads(user, n) != 1:
-                raise Refused(f"{user.name} reads it")
+                raise Declined(f"{user.name} reads it")
             if is_tensor(user) and nodes.is_empty(user):
                 continue  # it takes nothing of what it reads
             if not self._down_terminal(user, n, factor, plan):
@@ -156,9 +157,9 @@ class Downward(Walk):
         assert self.record is not None
         sizes, results = nodes.shape(conv.x)[1:], nodes.shape(c)[1:]
         if not self.border_maps or 0 in factor.varies() or widens(self.record):
-            raise Refused(reason)
+            raise Declined(reason)
         if any(not isinstance(s, int) for s in (*sizes, *results)):
-            raise Refused(f"{reason}; a map of what it adds needs a fixed height and width")
+            raise Declined(f"{reason}; a map of what it adds needs a fixed height and width")
         shape = (1, *map(int, results))
         rest = list(nodes.arguments(c).values())[3:]
 
@@ -173,11 +174,11 @@ class Downward(Walk):
         plan.price += costs.elementwise(nodes.hints(c), 1, width, added.numel())
         now = costs.of(self.record.node)
         if now.over(plan.price) <= 0:
-            raise Refused(f"{reason}; a map of what it adds {costs.dearer(now, plan.price)}")
+            raise Declined(f"{reason}; a map of what it adds {costs.dearer(now, plan.price)}")
         size = added.numel() * width
         if size > SMALL:
             if size > self.budget:
-                raise Refused(f"{reason}; a map of what it adds would grow the constants too far")
+                raise Declined(f"{reason}; a map of what it adds would grow the constants too far")
             self.budget -= size
         self._check_range(c, added)
 
@@ -193,18 +194,14 @@ class Downward(Walk):
     def _down_passing(self, c: fx.Node, n: fx.Node, factor: Factor, plan: Plan) -> None:
         plan.touch(c)
         if c.args and c.args[0] is n and layout.is_layout(c):
-            try:
-                if not is_tensor(c):
-                    for part in list(c.users):
-                        if part.target is not operator.getitem:
-                            raise Refused(f"{part.name} reads it")
-                        if nodes.is_empty(part):
-                            continue  # it takes nothing of what is split
-                        self._down(part, self._gathered(part, n, factor), plan)
-                    return
+            if is_tensor(c):
                 return self._down(c, self._gathered(c, n, factor), plan)
-            except layout.Unproven as unproven:
-                raise Refused(str(unproven)) from unproven
+            for part in list(c.users):
+                if part.target is not operator.getitem:
+                    raise Declined(f"{part.name} reads it")
+                if not nodes.is_empty(part):  # that takes nothing of what is split
+                    self._down(part, self._gathered(part, n, factor), plan)
+            return None
         if (cat := concatenations.cat(c)) is not None:
             return self._down_cat(cat, n, factor, plan)
         if (record := scale_shifts.affine(c)) is not None and record.x is n:
@@ -226,19 +223,19 @@ class Downward(Walk):
                 return self._down(c, factor, plan)
             part = next(iter(c.users))
             if self._first_result(part) is not c:
-                raise Refused(f"where the values of {c.name} lay is read, too")
+                raise Declined(f"where the values of {c.name} lay is read, too")
             plan.touch(part)
             return self._down(part, factor, plan)
         if is_call(c, aten.sign, aten.sgn):
             return self._down_sign(c, n, factor, plan)
         if (comparison := comparisons.comparison(c)) is not None and comparison.x is n:
             return self._down_comparison(comparison, factor, plan)
-        raise Refused(not_linear(c))
+        raise Declined(not_linear(c))
 
     def _down_sign(self, c: fx.Node, n: fx.Node, factor: Factor, plan: Plan) -> None:
         """Moves the threshold, by one addition; the readers take the signs of the scale."""
         if bool((factor.scale == 1).all()):
-            raise Refused(f"{c.name} has no threshold of its own that could take the shift")
+            raise Declined(f"{c.name} has no threshold of its own that could take the shift")
         added, after = thresholds.of_sign(factor, nodes.dtype(n))
         if after.is_identity:
             plan.kept.add(c)
@@ -284,18 +281,18 @@ class Downward(Walk):
         both = Factor(inner.scale * factor.scale, inner.scale * factor.shift + inner.shift)
         if record.is_norm:
             if both.varies() - {1}:
-                raise Refused(f"the constant varies along another axis than {c.name}'s channels")
+                raise Declined(f"the constant varies along another axis than {c.name}'s channels")
             plan.kept.add(c)
             plan.edits.append(lambda: self._emit_norm(c, n, both))
             return
         if not factor.shifts and not inner.shifts:
             return self._down(c, factor, plan)
         if bool((factor.scale == 1).all()):
-            raise Refused(f"{c.name} scales or shifts, too, and is pushed by itself")
+            raise Declined(f"{c.name} scales or shifts, too, and is pushed by itself")
         if bool((both.scale == 0).any()):
-            raise Refused(f"a zero scale does not pass {c.name}, which shifts")
+            raise Declined(f"a zero scale does not pass {c.name}, which shifts")
         if nodes.dtype(c) == torch.float16:
-            raise Refused(f"{c.name} could overflow float16 before the scale")
+            raise Declined(f"{c.name} could overflow float16 before the scale")
         moved = Factor(both.scale, torch.zeros_like(both.scale))
         self._down(c, moved, plan)
         ones, shift = torch.ones_like(both.scale), both.shift / both.scale
@@ -304,11 +301,11 @@ class Downward(Walk):
     def _down_product(self, c: fx.Node, n: fx.Node, factor: Factor, plan: Plan) -> None:
         """``(s * x) * y = s * (x * y)``, and ``(s * x) / y``; ``y`` may broadcast ``x``."""
         if is_call(c, aten.div.Tensor) and c.args[0] is not n:
-            raise Refused(f"{c.name} divides by it")
+            raise Declined(f"{c.name} divides by it")
         if nodes.dtype(c) != nodes.dtype(n):
-            raise Refused(f"{c.name} promotes its dtype")
+            raise Declined(f"{c.name} promotes its dtype")
         if nodes.dtype(c) == torch.float16 and bool((factor.scale.abs() < 1).any()):
-            raise Refused(f"{c.name} could overflow float16 before the scale")
+            raise Declined(f"{c.name} could overflow float16 before the scale")
         lead = (1,) * (len(nodes.shape(c)) - factor.scale.dim())
         wide = [t.reshape(*lead, *t.shape) for t in (factor.scale, factor.shift)]
         self._down(c, Factor(*wide), plan)
@@ -325,7 +322,7 @@ class Downward(Walk):
         written = any(max(p) > 0 for a, p in amounts.items() if a not in along)
         if written and (factor.shifts or pad.value != 0):
             if along:
-                raise Refused("the constant varies along a padded axis")
+                raise Declined("the constant varies along a padded axis")
             self._pad_preimage(pad, factor, plan)
         return factor.padded({a: amounts[a] for a in along})
 
@@ -333,9 +330,9 @@ class Downward(Walk):
         """Pads with the value that the scale and shift take to the pad's own."""
         value = preimage(factor, pad.value)
         if value is None:
-            raise Refused(f"{pad.node.name} would have to pad each channel with another value")
+            raise Declined(f"{pad.node.name} would have to pad each channel with another value")
         if abs(value) > torch.finfo(nodes.dtype(pad.node)).max:
-            raise Refused(f"the value that {pad.node.name} would pad with overflows its dtype")
+            raise Declined(f"the value that {pad.node.name} would pad with overflows its dtype")
         index = 2 if is_call(pad.node, aten.constant_pad_nd.default) else 3
         plan.edits.append(lambda: self.door.set_arguments(pad.node, {index: value}))
 
@@ -346,7 +343,7 @@ class Downward(Walk):
         axis = cat.axis
         sizes = [nodes.shape(p)[axis] for p in cat.parts]
         if any(not isinstance(s, int) for s in sizes):
-            raise Refused("the concatenated axis is dynamic")
+            raise Declined("the concatenated axis is dynamic")
 
         def spread(value: torch.Tensor, fill: float) -> torch.Tensor:
             parts = []

@@ -8,14 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from refold.errors import Declined
 from refold.graph import nodes
 from refold.rewrite.cost import FREE, Price
 
 Edit = Callable[[], None]
-
-
-class Refused(Exception):
-    """One step of a path cannot take the scale and shift."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +64,10 @@ class Factor:
     def vectors(self, axis: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and shift as ``[size]`` vectors along the one axis they may vary on."""
         if self.varies() - {axis % self.scale.dim()}:
-            raise Refused("the constant varies along another axis than the channels")
+            raise Declined("the constant varies along another axis than the channels")
         scale, shift = self.scale.reshape(-1), self.shift.reshape(-1)
         if {scale.numel(), shift.numel()} - {1, size}:
-            raise Refused("the constant has another length than the channels")
+            raise Declined("the constant has another length than the channels")
         return scale.expand(size), shift.expand(size)
 
 
@@ -103,7 +100,7 @@ class Plan:
 
     def touch(self, node: fx.Node) -> None:
         if node in self.touched:
-            raise Refused(f"the path reaches {node.name} twice")
+            raise Declined(f"the path reaches {node.name} twice")
         self.touched.append(node)
 
     def mark(self) -> Mark:
@@ -126,7 +123,7 @@ def aligned(factor: Factor, operand: fx.Node) -> Factor:
     lead = rank - len(sizes)
     for axis in factor.varies():
         if axis < lead or nodes.same(sizes[axis - lead], 1):
-            raise Refused("the constant varies along an axis that this factor broadcasts")
+            raise Declined("the constant varies along an axis that this factor broadcasts")
     shape = (lambda t: t.reshape(t.shape[lead:])) if lead else (lambda t: t)
     return Factor(shape(factor.scale), shape(factor.shift))
 

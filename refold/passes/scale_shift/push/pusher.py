@@ -15,18 +15,18 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from refold.errors import Declined
 from refold.graph import constants, layout, nodes
 from refold.graph.nodes import aten
 from refold.graph.ops import kind
 from refold.graph.records import scale_shifts
 from refold.passes.scale_shift.push.down import Downward
-from refold.passes.scale_shift.push.factor import Factor, Plan, Refused
+from refold.passes.scale_shift.push.factor import Factor, Plan
 from refold.passes.scale_shift.push.up import Upward
 from refold.passes.scale_shift.push.walk import (
     operand,
     widens,
 )
-from refold.rewrite import edit
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
 
@@ -99,20 +99,20 @@ class Pusher(Upward, Downward):
             try:
                 self._plan_up(record, factor, plan)
                 return self._commit(record, plan)
-            except (Refused, edit.Refused) as refusal:
+            except Declined as refusal:
                 upward = str(refusal)
         plan = Plan()
         try:
             self._down(record.node, factor, plan)
             return self._commit(record, plan)
-        except (Refused, edit.Refused) as refusal:
+        except Declined as refusal:
             downward = str(refusal)
         self.refusals[record.node] = (f"into its input: {upward}; into its users: {downward}", "")
         return None
 
     def _plan_up(self, record: scale_shifts.Affine, factor: Factor, plan: Plan) -> None:
         if widens(record):
-            raise Refused("its input is an integer tensor")
+            raise Declined("its input is an integer tensor")
         self._up(record.x, record.reader, factor, plan)
         while plan.parts or plan.shared:
             # the last in the graph first: its path may lead to an earlier one

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import torch
 
+from refold.errors import Declined
 from refold.graph.records.comparisons import MIRRORED
-from refold.passes.scale_shift.push.factor import Factor, Refused
+from refold.passes.scale_shift.push.factor import Factor
 
 
 def of_sign(factor: Factor, dtype: torch.dtype) -> tuple[torch.Tensor, Factor]:
@@ -27,9 +28,9 @@ def of_sign(factor: Factor, dtype: torch.dtype) -> tuple[torch.Tensor, Factor]:
     _check_range(added, stored, dtype)
     inexact = stored != added
     if dtype in (torch.float16, torch.bfloat16) and bool(inexact.any()):
-        raise Refused(f"{dtype} is too coarse for its threshold: many values would meet it")
+        raise Declined(f"{dtype} is too coarse for its threshold: many values would meet it")
     if bool((inexact & (stored == stored.round())).any()):
-        raise Refused("its threshold would round to an integer, which the tensor may hold")
+        raise Declined("its threshold would round to an integer, which the tensor may hold")
     shift = torch.where(zero, factor.shift.sign(), 0.0)
     return added, Factor(factor.scale.sign(), shift)
 
@@ -39,7 +40,7 @@ def of_comparison(
 ) -> tuple[str, torch.Tensor]:
     """The comparison of ``x`` itself that is true where ``operation`` of ``s * x + h`` is."""
     if not factor.is_positive and not bool((factor.scale < 0).all()):
-        raise Refused("the scale has other signs in other channels, or is zero")
+        raise Declined("the scale has other signs in other channels, or is zero")
     if not factor.is_positive:
         operation = MIRRORED[operation]
     exact = _snapped((value - factor.shift) / factor.scale)
@@ -62,4 +63,4 @@ def _snapped(value: torch.Tensor) -> torch.Tensor:
 def _check_range(exact: torch.Tensor, stored: torch.Tensor, dtype: torch.dtype) -> None:
     limits = torch.finfo(dtype)
     if bool((~stored.isfinite() | ((exact != 0) & (stored.abs() < limits.tiny))).any()):
-        raise Refused(f"its threshold is beyond the range of {dtype}")
+        raise Declined(f"its threshold is beyond the range of {dtype}")

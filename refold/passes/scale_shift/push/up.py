@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
+from refold.errors import Declined
 from refold.graph import constants, layout, nodes
 from refold.graph.nodes import aten, is_call, is_tensor
 from refold.graph.ops import kind, op_name
@@ -20,7 +21,7 @@ from refold.graph.records import (
     scale_shifts,
     sums,
 )
-from refold.passes.scale_shift.push.factor import Factor, Plan, Refused, aligned, narrow
+from refold.passes.scale_shift.push.factor import Factor, Plan, aligned, narrow
 from refold.passes.scale_shift.push.walk import (
     Walk,
     constant_name,
@@ -45,14 +46,14 @@ class Upward(Walk):
         if u.op == "get_attr":
             return self._into_constant(u, consumer, factor, plan)
         if u.op == "placeholder":
-            raise Refused("its input is the network's input")
+            raise Declined("its input is the network's input")
         if nodes.pinned(u):
-            raise Refused(f"{u.name} is excluded")
+            raise Declined(f"{u.name} is excluded")
         if reads(consumer, u) != 1:
-            raise Refused(f"{consumer.name} reads {u.name} twice")
+            raise Declined(f"{consumer.name} reads {u.name} twice")
         if not nodes.only_user(u, consumer):
             if not self._is_inside(u):
-                raise Refused(f"{u.name} has other users")
+                raise Declined(f"{u.name} has other users")
             self.joined = True
             plan.shared[u, consumer] = factor
             return None
@@ -64,7 +65,7 @@ class Upward(Walk):
                 if step(u, factor, plan):
                     return
         several = u.target is operator.getitem and isinstance(u.args[0], fx.Node)
-        raise Refused(not_linear(u.args[0] if several else u))  # type: ignore[arg-type]
+        raise Declined(not_linear(u.args[0] if several else u))  # type: ignore[arg-type]
 
     def _is_inside(self, u: fx.Node) -> bool:
         """True if all that is computed from ``u`` ends in the scale-shift that is pushed."""
@@ -87,18 +88,18 @@ class Upward(Walk):
         wanted = {c: plan.shared.pop((u, c)) for (v, c) in list(plan.shared) if v is u}
         first, *others = wanted.values()
         if set(wanted) != set(u.users) or any(not first.equals(other) for other in others):
-            raise Refused(f"{u.name} has other users")
+            raise Declined(f"{u.name} has other users")
         self._into(u, first, plan)
 
     def _into_constant(self, u: fx.Node, consumer: fx.Node, factor: Factor, plan: Plan) -> None:
         base = constants.exact(u)
         if base is None:
-            raise Refused(f"{u.name} is not a constant")
+            raise Declined(f"{u.name} is not a constant")
         if reads(consumer, u) != 1:
-            raise Refused(f"{consumer.name} reads {u.name} twice")
+            raise Declined(f"{consumer.name} reads {u.name} twice")
         shape = torch.broadcast_shapes(base.shape, factor.scale.shape, factor.shift.shape)
         if tuple(shape) != base.shape:
-            raise Refused("the constant would grow")
+            raise Declined("the constant would grow")
 
         def edit() -> None:
             new = base.map(base.shape, lambda b: b * factor.scale + factor.shift)
@@ -149,13 +150,13 @@ class Upward(Walk):
     def _up_norm(self, norm: scale_shifts.NormAffine, factor: Factor, plan: Plan) -> None:
         u = norm.node
         if factor.varies() - set(norm.axes):
-            raise Refused(f"the constant varies along another axis than {kind(u)}'s weight")
+            raise Declined(f"the constant varies along another axis than {kind(u)}'s weight")
         if factor.shifts and not norm.shifts:
-            raise Refused(f"{kind(u)} has no bias to take the shift")
+            raise Declined(f"{kind(u)} has no bias to take the shift")
         sizes = nodes.shape(u)
         full = tuple(sizes[a] if a in norm.axes else 1 for a in range(len(sizes)))
         if any(not isinstance(s, int) for s in full):
-            raise Refused("the normalised axes are dynamic")
+            raise Declined("the normalised axes are dynamic")
         target = tuple(int(sizes[a]) for a in norm.axes)
         scale = factor.scale.expand(full).reshape(target)
         shift = factor.shift.expand(full).reshape(target)
@@ -179,7 +180,7 @@ class Upward(Walk):
         u = layer.node
         if layer.dtype.is_floating_point:
             # PyTorch has no kernel for a float8 tensor with a scale for each channel.
-            raise Refused(f"{u.name} has a float8 weight, which has one scale for all channels")
+            raise Declined(f"{u.name} has a float8 weight, which has one scale for all channels")
         scale, shift = factor.vectors(layer.axis, layer.out_channels)
         new_scales = layer.scales.map(
             layer.scales.shape, lambda d: torch.where(scale == 0, d, d * scale.abs())
@@ -196,7 +197,7 @@ class Upward(Walk):
             turned = origin + scale.sign().long().reshape(rows) * (stored.cpu().long() - origin)
             low, high = layer.limits
             if bool(((turned < low) | (turned > high)).any()):
-                raise Refused(f"{u.name} has a quantised weight that a negative scale would clip")
+                raise Declined(f"{u.name} has a quantised weight that a negative scale would clip")
             integers = turned.to(dtype=stored.dtype, device=stored.device)
 
         def edit() -> None:
@@ -233,7 +234,7 @@ class Upward(Walk):
             plan.edits.append(lambda: self.door.replace(u, current()))
             plan.removed.append(u)
             return True
-        except Refused:
+        except Declined:
             plan.rewind(mark)
         if record.is_norm and not (both.varies() - {1}):
             plan.edits.append(lambda: self._emit_norm(u, current(), both))
@@ -255,7 +256,7 @@ class Upward(Walk):
             plan.edits.append(lambda: self._emit_affine(u, current(), both.scale, both.shift))
             plan.touch(u)
             return True
-        raise Refused(f"{u.name} is a lone scale or shift")
+        raise Declined(f"{u.name} is a lone scale or shift")
 
     def _up_layout(self, u: fx.Node, factor: Factor, plan: Plan) -> bool:
         if not layout.is_layout(u):
@@ -272,20 +273,15 @@ class Upward(Walk):
             if inner is None:
                 return False
             source = inner
-        try:
-            others = [r for r in source.users if r is not consumer]
-            disjoint = disjoint or bool(others)
-            siblings = [*others, *(r for r in consumer.users if consumer is not u and r is not u)]
-            if self.escapes and any(layout.escapes(sibling) for sibling in siblings):
-                raise Refused("two outputs would share storage")
-            scale, shift = layout.pull(
-                u, source, (factor.scale, factor.shift), disjoint, self.graph
-            )
-            affected = (scale != 1) | (shift != 0)
-            if any(layout.overlaps(o, source, affected, self.graph) for o in others):
-                raise Refused(f"{source.name} has other users")
-        except layout.Unproven as unproven:
-            raise Refused(str(unproven)) from unproven
+        others = [r for r in source.users if r is not consumer]
+        disjoint = disjoint or bool(others)
+        siblings = [*others, *(r for r in consumer.users if consumer is not u and r is not u)]
+        if self.escapes and any(layout.escapes(sibling) for sibling in siblings):
+            raise Declined("two outputs would share storage")
+        scale, shift = layout.pull(u, source, (factor.scale, factor.shift), disjoint, self.graph)
+        affected = (scale != 1) | (shift != 0)
+        if any(layout.overlaps(o, source, affected, self.graph) for o in others):
+            raise Declined(f"{source.name} has other users")
         pulled = Factor(scale, shift)
         if not disjoint:
             self._up(source, consumer, pulled, plan)
@@ -303,9 +299,9 @@ class Upward(Walk):
         if list(u.users) == [consumer]:
             return self._up(u, consumer, factor, plan)
         if u.op != "call_function" or nodes.pinned(u):
-            raise Refused(f"{u.name} has other users")
+            raise Declined(f"{u.name} has other users")
         if not self._up_terminal(u, factor, plan) and not self._up_layout(u, factor, plan):
-            raise Refused(f"{u.name} has other users")
+            raise Declined(f"{u.name} has other users")
 
     def _up_passing(self, u: fx.Node, factor: Factor, plan: Plan) -> bool:
         name = op_name(u)
@@ -335,11 +331,11 @@ class Upward(Walk):
     def _up_cat(self, cat: concatenations.Cat, factor: Factor, plan: Plan) -> None:
         u, parts, axis = cat.node, cat.parts, cat.axis
         if any(nodes.dtype(p) != nodes.dtype(u) for p in parts):
-            raise Refused("the concatenation promotes a dtype")
+            raise Declined("the concatenation promotes a dtype")
         sizes = [nodes.shape(p)[axis] for p in parts]
         varies = axis in factor.varies()
         if varies and any(not isinstance(s, int) for s in sizes):
-            raise Refused("the concatenated axis is dynamic")
+            raise Declined("the concatenated axis is dynamic")
         start = 0
         for part, size in zip(parts, sizes, strict=True):
             piece = factor
@@ -351,13 +347,13 @@ class Upward(Walk):
                 start += int(size)
             self._up(part, u, piece, plan)
 
-    def _up_sum(self, total: sums.Sum, factor: Factor, plan: Plan) -> None:
+    def _up_sum(self, total: sums.Addition, factor: Factor, plan: Plan) -> None:
         zero = torch.zeros_like(factor.shift)
         mark = plan.mark()
         try:
             self._up(total.left, total.node, factor, plan)
             self._up(total.right, total.node, Factor(factor.scale, zero), plan)
-        except Refused:
+        except Declined:
             if total.alpha == 0 or not factor.shifts:
                 raise
             plan.rewind(mark)
@@ -367,7 +363,7 @@ class Upward(Walk):
 
     def _up_product(self, u: fx.Node, factor: Factor, plan: Plan) -> None:
         if op_name(u) == "div" and nodes.arguments(u).get("rounding_mode") is not None:
-            raise Refused("the division rounds")
+            raise Declined("the division rounds")
         left, right = u.args[0], u.args[1]
         operands = [left] if op_name(u) == "div" else [left, right]
         reason = "neither factor can take the scale"
@@ -378,29 +374,29 @@ class Upward(Walk):
             try:
                 self._up(side, u, aligned(factor, side), plan)  # type: ignore[arg-type]
                 return
-            except Refused as refusal:
+            except Declined as refusal:
                 reason = str(refusal)
                 plan.rewind(mark)
-        raise Refused(reason)
+        raise Declined(reason)
 
     def _up_matmul(self, u: fx.Node, factor: Factor, plan: Plan) -> None:
         rank = factor.scale.dim()
         if op_name(u) == "scaled_dot_product_attention":
             value = u.args[2]
             if rank - 2 in factor.varies() or not is_tensor(value):
-                raise Refused("the constant varies along the queries")
+                raise Declined("the constant varies along the queries")
             if not nodes.same(nodes.shape(value)[:-2], nodes.shape(u)[:-2]):  # type: ignore[arg-type]
-                raise Refused("attention broadcasts its value")
+                raise Declined("attention broadcasts its value")
             return self._up(value, u, factor, plan)  # type: ignore[arg-type]
         left, right = u.args[0], u.args[1]
         if not (is_tensor(left) and is_tensor(right)):
-            raise Refused("not a product of two tensors")
+            raise Declined("not a product of two tensors")
         if min(len(nodes.shape(left)), len(nodes.shape(right))) < 2:  # type: ignore[arg-type]
             return self._up_vector_product(u, factor, plan)
         side = right if rank - 2 not in factor.varies() else left
         free = rank - 2 if side is right else rank - 1
         if free in factor.varies() or len(nodes.shape(side)) != rank:  # type: ignore[arg-type]
-            raise Refused("the constant varies along both axes of a product")
+            raise Declined("the constant varies along both axes of a product")
         if (
             any(a < rank - 2 for a in factor.varies())
             and not nodes.same(
@@ -408,7 +404,7 @@ class Upward(Walk):
                 nodes.shape(u)[:-2],
             )
         ):
-            raise Refused("the product broadcasts this operand")
+            raise Declined("the product broadcasts this operand")
         return self._up(side, u, factor, plan)  # type: ignore[arg-type]
 
     def _up_vector_product(self, u: fx.Node, factor: Factor, plan: Plan) -> None:
@@ -435,10 +431,10 @@ class Upward(Walk):
             mark = plan.mark()
             try:
                 return self._up(side, u, moved, plan)
-            except Refused as refusal:
+            except Declined as refusal:
                 reason = str(refusal)
                 plan.rewind(mark)
-        raise Refused(reason)
+        raise Declined(reason)
 
     def _up_einsum(self, u: fx.Node, factor: Factor, plan: Plan) -> None:
         """Into one operand: a sum of products is linear in each.
@@ -449,7 +445,7 @@ class Upward(Walk):
         inputs, _, result = equation.partition("->")
         terms = inputs.split(",")
         if not result or "." in equation or any(len(set(t)) != len(t) for t in (*terms, result)):
-            raise Refused("the einsum does not name its axes")
+            raise Declined("the einsum does not name its axes")
         wide = {result[axis]: nodes.shape(u)[axis] for axis in factor.varies()}
         reason = "no operand of the einsum has the axes of the scale"
         for term, side in zip(terms, operands, strict=True):
@@ -463,10 +459,10 @@ class Upward(Walk):
             try:
                 scale = _for_term(factor.scale, result, term)
                 return self._up(side, u, Factor(scale, torch.zeros_like(scale)), plan)
-            except Refused as refusal:
+            except Declined as refusal:
                 reason = str(refusal)
                 plan.rewind(mark)
-        raise Refused(reason)
+        raise Declined(reason)
 
 
 def _reshaped_to(factor: Factor, sizes: tuple[int, ...]) -> Factor:

@@ -12,12 +12,13 @@ from torch import fx
 
 from refold.algebra import affine_map as am
 from refold.algebra.lazy import Lazy
+from refold.errors import Declined
 from refold.graph import constants, nodes, ops
 from refold.graph.evaluate import discontinuous
 from refold.graph.nodes import aten, is_call
 from refold.graph.ops import op_name
 from refold.graph.records import convolutions, products, scale_shifts, windows
-from refold.passes.scale_shift.push.factor import Factor, Refused
+from refold.passes.scale_shift.push.factor import Factor
 from refold.rewrite.cost import CostModel
 from refold.rewrite.edit import Edit, Editor
 
@@ -58,17 +59,17 @@ class Walk:
         spatial = {a for a in factor.varies() if a >= rank - pooled}
         if ops.has(u, ops.HOMOGENEOUS | ops.ORDER):
             if not factor.is_positive:
-                raise Refused(f"a negative or zero scale does not pass {name}")
+                raise Declined(f"a negative or zero scale does not pass {name}")
             if ops.has(u, ops.ORDER):
                 return not spatial
             if factor.shifts:
-                raise Refused(f"a shift does not pass {name}")
+                raise Declined(f"a shift does not pass {name}")
             return True
         if (pool := windows.avg_pool(u)) is not None:
             if factor.shifts and not pool.keeps_constants:
                 if any(pool.padding):
-                    raise Refused(f"{name} averages zero padding in, which the shift would change")
-                raise Refused(f"{name} divides by another number than it adds up")
+                    raise Declined(f"{name} averages zero padding in, which the shift would change")
+                raise Declined(f"{name} divides by another number than it adds up")
             return not spatial
         if ops.has(u, ops.MEAN) or (ops.has(u, ops.RESIZE) and not ops.has(u, ops.NEAREST)):
             return not spatial
@@ -79,9 +80,9 @@ class Walk:
         if (pad := windows.pad(u)) is not None and pad.mode == "constant":
             axes = range(rank - len(pad.low), rank)
             if pad.value != 0:
-                raise Refused(f"{u.name} pads with {pad.value:g}, which would change with it")
+                raise Declined(f"{u.name} pads with {pad.value:g}, which would change with it")
             if factor.shifts:
-                raise Refused("a shift does not pass zero padding")
+                raise Declined("a shift does not pass zero padding")
             return not (factor.varies() & set(axes))
         return False
 
@@ -120,7 +121,7 @@ class Walk:
     def _step(self, node: fx.Node) -> Iterator[None]:
         """One call further on a path, which is planned by recursion."""
         if self.steps == _LONGEST:
-            raise Refused(f"{node.name} is more than {_LONGEST} calls away")
+            raise Declined(f"{node.name} is more than {_LONGEST} calls away")
         self.steps += 1
         try:
             yield
@@ -196,7 +197,7 @@ class Walk:
     def _check_range(self, node: fx.Node, value: Lazy | None) -> None:
         """fp16 overflows where its parts did not; wider dtypes do not come near their limits."""
         if value is not None and nodes.dtype(node) == torch.float16 and overflows(value):
-            raise Refused(f"the folded weights of {node.name} would overflow float16")
+            raise Declined(f"the folded weights of {node.name} would overflow float16")
 
     def _check_sharing(self, weight: fx.Node) -> None:
         readers = len(weight.users)
@@ -209,7 +210,7 @@ class Walk:
             why = f"is shared by {readers} layers, and storing it once more"
             if readers < 2:
                 why = "repeats what it stores, and storing it in full"
-            raise Refused(f"{weight.name} {why} would grow the constants past max_growth")
+            raise Declined(f"{weight.name} {why} would grow the constants past max_growth")
         self.budget -= size
 
 

@@ -13,12 +13,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from refold.errors import Declined
 from refold.graph import constants, printer
 from refold.passes import PIPELINES
 from refold.passes.batch_norm.fold_batch_norm import FoldBatchNorm
 from refold.passes.scale_shift.absorb_scale_shift import AbsorbScaleShift
 from refold.passes.scale_shift.push import thresholds
-from refold.passes.scale_shift.push.factor import Factor, Refused
+from refold.passes.scale_shift.push.factor import Factor
 from refold.rewrite.context import Context
 from tests import golden
 from tests.folding import Net, image, left, run
@@ -198,7 +199,7 @@ def test_on_the_threshold_and_beyond_all_numbers(function, expected) -> None:
 )
 def test_a_threshold_that_its_dtype_does_not_hold(scale, shift, dtype, reason) -> None:
     factor = Factor(*(torch.tensor(v, dtype=torch.float64) for v in ([2, scale], [0, shift])))
-    with pytest.raises(Refused, match=reason):
+    with pytest.raises(Declined, match=reason):
         thresholds.of_sign(factor, dtype)
 
 
