@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -260,3 +261,16 @@ def test_pass_pages_are_what_the_docstrings_say() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"run tools/pass_pages.py: {done.stdout}{done.stderr}"
+
+
+def test_the_page_on_architecture_lists_the_floors() -> None:
+    """In their order, each with all of its packages."""
+    page = (ROOT / "docs/architecture.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `refold")]
+    assert [tuple(re.findall(r"`([\w.]+)`", row)) for row in rows] == list(FLOORS)
+
+
+def test_nothing_points_to_texts_that_strangers_do_not_have() -> None:
+    private = re.compile(r"mechanism [AB]\b|\bthe design\b|design\.md|house\.md", re.IGNORECASE)
+    for path in [*MODULES, *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]:
+        assert not private.search(path.read_text()), path

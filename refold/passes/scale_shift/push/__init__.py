@@ -1,1 +1,1 @@
-"""Mechanism A: one room a direction. ``pusher`` decides, ``up`` and ``down`` plan."""
+"""Pushing a scale and shift: ``up`` and ``down`` plan a direction each, ``pusher`` decides."""
