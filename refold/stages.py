@@ -231,13 +231,16 @@ class Judge:
         if not verify:
             return
         with clock("reference"):
-            stated = copy_sharing_tensors(program.graph_module)
-            self._stated = _analysed(
-                "expectation", lambda: state_expectation(stated), self.failures
-            )
-            if self._stated:
-                self.original = self._whole = stated
+            if draws(program.graph_module):
+                self._state_expectation()
             self.known = references(self.original, program, module=program.module)
+
+    def _state_expectation(self) -> None:
+        """Compares with the mean of what the program draws, where that is known."""
+        stated = copy_sharing_tensors(self._program.graph_module)
+        self._stated = _analysed("expectation", lambda: state_expectation(stated), self.failures)
+        if self._stated:
+            self.original = self._whole = stated
 
     def judge_folded(self, folded: Folded, report: Report, *, consumed: bool) -> None:
         """Judges a folded graph.
