@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from refold.graph import ops
 from refold.passes import PASSES, PIPELINES
 from refold.rewrite.result import Pass
 
@@ -274,3 +275,28 @@ def test_nothing_points_to_texts_that_strangers_do_not_have() -> None:
     private = re.compile(r"mechanism [AB]\b|\bthe design\b|design\.md|house\.md", re.IGNORECASE)
     for path in [*MODULES, *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]:
         assert not private.search(path.read_text()), path
+
+
+def _listed_operators(value: ast.expr) -> int:
+    """How many operators a collection lists, by name or as attributes of ``aten``."""
+    names = [n.value for n in ast.walk(value) if isinstance(n, ast.Constant)]
+    written = {n for n in names if isinstance(n, str) and n in ops.ROWS}
+    attributes = {
+        ast.unparse(n) for n in ast.walk(value) if isinstance(n, ast.Attribute)
+        and isinstance(n.value, ast.Name) and n.value.id == "aten"
+    }  # fmt: skip
+    return len(written | attributes)
+
+
+@pytest.mark.parametrize(
+    "path", [m for m in MODULES if within(name(m), "refold.passes", "refold.rewrite")], ids=name
+)
+def test_a_list_of_operators_in_a_pass_says_why_it_is_no_trait(path: Path) -> None:
+    """What operators are is said in ``graph/ops.py``; what one pass can do with some, beside it."""
+    lines = path.read_text().splitlines()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            if _listed_operators(node.value) >= 3:
+                first = lines[node.lineno - 1]
+                said = "  # " in first and "fmt:" not in first
+                assert said or lines[node.lineno - 2].startswith("# "), f"{path}:{node.lineno}"

@@ -56,6 +56,7 @@ from refold.rewrite.pattern import Attr, Call, Match, Var
 from refold.rewrite.result import PassResult
 from refold.rewrite.rule import RewriteRule
 
+# The layers of the pattern: what follows asks that they are pointwise.
 _CONVS = (aten.conv1d, aten.conv2d, aten.conv3d)
 _WORTH = 0.1  # below this share of what the product costs, a gain is within the table's error
 

@@ -22,6 +22,7 @@ from refold.graph.nodes import aten, hint, hints, same, shape
 from refold.passes.branches.maps import Key
 from refold.rewrite.cost import CostModel, Price
 
+# The overloads that are written, by the number of axes of a kernel.
 _CONVS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 _TRANSPOSED = {
     1: aten.conv_transpose1d.default,

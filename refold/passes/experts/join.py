@@ -50,6 +50,7 @@ def find(graph: fx.Graph) -> Iterator[Mixture | Declined]:
 
 
 _SUMS = (selected, stacked, ensemble)
+# Which readers of mixtures to try at a call: each begins at another end of one.
 _READERS: dict[str, tuple[Callable[[fx.Node], Mixture | Declined | None], ...]] = {
     **dict.fromkeys(("index", "index_select", "index_put", "index_copy", "scatter"), (partition,)),
     **dict.fromkeys(("add", "mul", "div", "mean", "sum", "einsum"), _SUMS),

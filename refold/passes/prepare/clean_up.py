@@ -61,6 +61,7 @@ aten = torch.ops.aten
 x = Var("x")
 
 _RESHAPES = tuple(p.default if p is aten.view else p for p in ops.packets(ops.VIEW))
+# Reshapes whose second argument is the new shape.
 _SIZED = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 _EXPANDS = ops.packets(ops.EXPAND)
 # Arithmetic that expands its operands by itself.

@@ -36,11 +36,13 @@ from refold.graph.nodes import aten, is_call, is_tensor, pinned
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import Applied, applied
 
+# What asks whether a size that depends on data is one that the trace allows.
 _CHECKS = (
     aten._assert_scalar.default,
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
 )
+# What gives a size, or an element, as a number.
 _ASK = (aten.sym_size.int, aten.item.default, aten._local_scalar_dense.default)
 _UNBACKED = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
 _NUMBERS = (bool, int, float)

@@ -54,6 +54,7 @@ from refold.rewrite.result import PassResult, applied, declined
 
 _BLOCK = 4  # channels that kernels compute together
 _KEEPING = ops.ORDER | ops.MEAN | ops.RESIZE | ops.NEAREST  # each channel by itself
+# The layers whose weights are cut; others only carry channels.
 _LAYERS = (aten.linear.default, *(
     overload for op in (aten.conv1d, aten.conv2d, aten.conv3d)
     for overload in (op.default, op.padding)

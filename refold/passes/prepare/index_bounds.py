@@ -113,6 +113,7 @@ def _negated(a: Interval) -> Interval:
     return 1.0 - a[1], 1.0 - a[0]
 
 
+# What an operator makes of bounds on its operands.
 _COMPARED = {
     "lt": _less,
     "gt": lambda a, b: _less(b, a),
@@ -121,6 +122,7 @@ _COMPARED = {
     "eq": _equal,
     "ne": lambda a, b: _negated(_equal(a, b)),
 }
+# The same for booleans.
 _JOINED = {
     "logical_and": min, "bitwise_and": min, "__and__": min,
     "logical_or": max, "bitwise_or": max, "__or__": max,

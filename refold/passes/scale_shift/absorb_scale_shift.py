@@ -52,6 +52,7 @@ from refold.passes.scale_shift.push.pusher import Pusher
 from refold.rewrite.context import Context
 from refold.rewrite.result import PassResult, declined
 
+# The forms in which a scale-shift of integers is written, to say why it stays.
 _ARITHMETIC = (aten.add, aten.sub, aten.rsub, aten.mul, aten.neg)
 _NARROW = (torch.uint8, torch.int8, torch.int16)
 

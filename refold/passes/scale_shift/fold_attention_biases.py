@@ -50,6 +50,7 @@ from refold.rewrite.context import Context
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
+# Layers that have a bias to take out.
 _PROJECTIONS = (
     aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default
 )  # fmt: skip
