@@ -295,8 +295,8 @@ def test_a_list_of_operators_in_a_pass_says_why_it_is_no_trait(path: Path) -> No
     """What operators are is said in ``graph/ops.py``; what one pass can do with some, beside it."""
     lines = path.read_text().splitlines()
     for node in ast.parse(path.read_text()).body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
-            if _listed_operators(node.value) >= 3:
-                first = lines[node.lineno - 1]
-                said = "  # " in first and "fmt:" not in first
-                assert said or lines[node.lineno - 2].startswith("# "), f"{path}:{node.lineno}"
+        value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+        if value is not None and _listed_operators(value) >= 3:
+            first = lines[node.lineno - 1]
+            said = "  # " in first and "fmt:" not in first
+            assert said or lines[node.lineno - 2].startswith("# "), f"{path}:{node.lineno}"

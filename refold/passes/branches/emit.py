@@ -24,6 +24,7 @@ from refold.rewrite.cost import CostModel, Price
 
 # The overloads that are written, by the number of axes of a kernel.
 _CONVS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+# The same for transposed layers.
 _TRANSPOSED = {
     1: aten.conv_transpose1d.default,
     2: aten.conv_transpose2d.input,
