@@ -28,6 +28,7 @@ from refold.errors import VerificationError
 from refold.graph.copies import copy_sharing_tensors
 from refold.passes import PASSES, PIPELINES
 from refold.passes.branches.fold_branches import FoldBranches
+from refold.passes.prepare.clean_up import CleanUp
 from refold.passes.scale_shift.absorb_scale_shift import AbsorbScaleShift
 from refold.passes.shift_add import codes as layer_codes
 from refold.passes.shift_add.substitute_shift_add import SubstituteShiftAdd
@@ -143,6 +144,10 @@ def _weight() -> Tensor:
     return torch.randn(6, 4, 3, 3) / 6
 
 
+def _upsampling() -> nn.Module:
+    return nn.ConvTranspose2d(4, 4, 2, 2)
+
+
 def _norm() -> nn.Module:
     return nn.BatchNorm2d(4)
 
@@ -185,6 +190,10 @@ CASES: dict[str, tuple[Case, ...]] = {
     "clean-up/expand (broadcast_to, expand)": (_idle(lambda s, x: x.expand(x.shape)),),
     "clean-up/expand (add, div)": (
         _idle(lambda s, x: x * s.g.expand(x.shape[0], 4, 8, 8), g=_scale),
+    ),
+    "clean-up/one-sample": (
+        _on_image(lambda s, x: s.c(x[0]), instead=CleanUp(last=True), c=_conv),
+        _on_image(lambda s, x: s.c(x[0]), instead=CleanUp(last=True), c=_upsampling),
     ),
     "clean-up/pad": (_idle(lambda s, x: F.pad(x, (0, 0, 0, 0))),),
     "clean-up/cat": (_idle(lambda s, x: torch.cat([x], 1)),),

@@ -399,7 +399,8 @@ def targets(arguments: argparse.Namespace, progress: Progress) -> int:
     for line in plugins.namesakes(GROUP, BUILT_IN):
         print(f"note: {line}")
     print(f"refold verify reads {', '.join([_PROGRAM, *file_targets()])}")
-    print(f"native kernel of binary planes, for torch: {kernel}")
+    last = f"native kernel of binary planes, for torch: {kernel}"
+    print("\n    ".join(textwrap.wrap(last, width - 4)))
     return OK
 
 
