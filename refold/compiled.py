@@ -104,11 +104,8 @@ class CompiledModel:
     def _write(self, folder: Path, name: str) -> None:
         done = self._done
         done.target.save(done.artifact, folder, name)
-        related = getattr(done.artifact.content, "initializers", None)
-        if done.kept is not None and related is not None:
-            from refold.backends.onnx import recipe_file
-
-            recipe_file.write(folder / f"{name}{recipe_file.SUFFIX}", done.kept.recipe, related)
+        if done.kept is not None:
+            done.target.save_recipe(done.artifact, done.kept.recipe, folder, name)
 
     def refit(
         self,

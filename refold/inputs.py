@@ -11,8 +11,8 @@ import torch
 from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
-from refold.bind import free_signature
 from refold.errors import UsageError
+from refold.frontends.bind import free_signature
 from refold.frontends.variadic import flat_arguments
 from refold.graph.guards import Guards
 from refold.graph.program import Call, InputSpec, Program

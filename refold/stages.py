@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from refold import bind as binding
 from refold.backends.base import (
     Artifact,
     Runner,
@@ -35,9 +34,10 @@ from refold.errors import (
     RefoldError,
     VerificationError,
 )
+from refold.frontends import bind as binding
 from refold.graph import ops, subgraphs
 from refold.graph.copies import copy_sharing_tensors
-from refold.graph.program import Program, fresh
+from refold.graph.program import BoundInput, Program, fresh
 from refold.passes.experts.join import state_expectation
 from refold.refit.recipe import Recipe, record
 from refold.report.record import GraphRecord, InputRecord, PassRecord, counts, standing
@@ -86,7 +86,7 @@ class Folded:
     passes: tuple[PassRecord, ...]
     notes: tuple[str, ...]
     allowed: float
-    bound: tuple[binding.BoundInput, ...]
+    bound: tuple[BoundInput, ...]
     dead: tuple[DeadParameter, ...]
     warnings: tuple[str, ...]
     approximations: tuple[Approximation, ...]

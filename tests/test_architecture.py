@@ -57,7 +57,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("refold.algebra",),
     ("refold.ops",),
     ("refold.graph",),
-    ("refold.native", "refold.bind", "refold.diagnose", "refold.refit"),
+    ("refold.native", "refold.diagnose", "refold.refit"),
     ("refold.weights",),
     ("refold.frontends",),
     ("refold.rewrite",),

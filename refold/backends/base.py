@@ -20,6 +20,7 @@ from refold.rewrite.cost import CostModel
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
+    from refold.refit.recipe import Recipe
     from refold.verify.references import References
 
 Runner = Callable[..., Any]
@@ -192,6 +193,16 @@ class Target(abc.ABC):
             RefitError: lowering anew would leave another program.
         """
         raise RefitError(f"target {self.name!r} cannot take new weights: compile again")
+
+    def save_recipe(self, artifact: Artifact, recipe: Recipe, folder: Path, name: str) -> bool:
+        """Writes, beside a saved artifact, how its constants follow from the model's weights.
+
+        Without this method the recipe lives as long as the compiled model.
+
+        Returns:
+            Whether it wrote one.
+        """
+        return False
 
     def load_file(self, path: Path, program: Program) -> Runner:
         """Makes a file, of this target or another tool, callable as the traced model is.

@@ -18,9 +18,9 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from refold import bind as binding
 from refold.errors import FrontendError
 from refold.frontends import archive, unusual
+from refold.frontends import bind as binding
 from refold.frontends import guards as size_guards
 from refold.frontends.canonical import check_dialect
 from refold.frontends.dynamic_shapes import (

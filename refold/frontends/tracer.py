@@ -17,8 +17,8 @@ from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from refold import bind as binding
 from refold.errors import FrontendError, UsageError
+from refold.frontends import bind as binding
 from refold.frontends import lengths, state, unusual, variadic
 from refold.frontends.eval_copy import eval_copy
 from refold.frontends.functionalise import functional_module

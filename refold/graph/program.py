@@ -38,6 +38,23 @@ class InputSpec:
 
 
 @dataclass(frozen=True)
+class BoundInput:
+    """A tensor that was an input and is a constant now.
+
+    Attributes:
+        name: the parameter of the model's ``forward``; a dotted path inside of a container.
+        shape: of the value.
+        dtype: of the value.
+        bytes: of the value.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Program:
     """A traced, functional program, and what the trace promised: a value that nobody changes.
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from refold.bind import BoundInput
 from refold.diagnose.dead_parameters import DeadParameter
 from refold.errors import UsageError
+from refold.graph.program import BoundInput
 from refold.rewrite.result import Applied, Decline
 
 if TYPE_CHECKING:

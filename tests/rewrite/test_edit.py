@@ -396,8 +396,8 @@ def linears(*names: str) -> dict[str, nn.Module]:
 @pytest.mark.parametrize(
     ("function", "rule"),
     [
-        ("refold.bind.records", "bound-inputs"),
-        ("refold.bind.generator", "bound-inputs"),
+        ("refold.frontends.bind.records", "bound-inputs"),
+        ("refold.frontends.bind.generator", "bound-inputs"),
         ("refold.stages.axis_collisions", "axis-collisions"),
     ],
 )

@@ -68,6 +68,15 @@ def write(path: Path, recipe: Recipe, related: initializers.Initializers) -> Non
     )
 
 
+def write_beside(
+    related: initializers.Initializers | None, recipe: Recipe, folder: Path, name: str
+) -> bool:
+    """Writes the recipe of a file, if its weights follow from the graph's constants."""
+    if related is not None:
+        write(folder / f"{name}{SUFFIX}", recipe, related)
+    return related is not None
+
+
 def read(path: Path) -> tuple[Recipe, initializers.Initializers]:
     """Reads what :func:`write` wrote.
 

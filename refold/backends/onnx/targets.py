@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from refold.backends.base import Artifact, Capabilities, Checked, Runner, Target
-from refold.backends.onnx import export, session
+from refold.backends.onnx import export, recipe_file, session
 from refold.backends.onnx.shift_add import check
 from refold.backends.onnx.shift_add import choice as shift_add
 from refold.errors import UsageError
@@ -19,6 +19,7 @@ from refold.rewrite import cost
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
+    from refold.refit.recipe import Recipe
     from refold.verify.references import References
 
 # The exporter turns a request below 18 into 18 without a word.
@@ -86,6 +87,9 @@ class OnnxTarget(Target):
 
     def save(self, artifact: Artifact, folder: Path, name: str) -> None:
         export.save(artifact.content.model, folder, name)
+
+    def save_recipe(self, artifact: Artifact, recipe: Recipe, folder: Path, name: str) -> bool:
+        return recipe_file.write_beside(artifact.content.initializers, recipe, folder, name)
 
     def refit(
         self, artifact: Artifact, gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]
@@ -170,6 +174,9 @@ class OnnxRuntimeTarget(Target):
 
     def save(self, artifact: Artifact, folder: Path, name: str) -> None:
         export.save(artifact.content.model, folder, name)
+
+    def save_recipe(self, artifact: Artifact, recipe: Recipe, folder: Path, name: str) -> bool:
+        return recipe_file.write_beside(artifact.content.initializers, recipe, folder, name)
 
     def refit(
         self, artifact: Artifact, gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]

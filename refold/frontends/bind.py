@@ -17,25 +17,9 @@ from torch.utils import _pytree as pytree
 
 from refold.errors import UsageError, did_you_mean
 from refold.graph import constants
+from refold.graph.program import BoundInput
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-
-@dataclass(frozen=True)
-class BoundInput:
-    """A tensor that was an input and is a constant now.
-
-    Attributes:
-        name: the parameter of the model's ``forward``; a dotted path inside of a container.
-        shape: of the value.
-        dtype: of the value.
-        bytes: of the value.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
 
 
 def install(model: nn.Module, bind: Mapping[str, Any]) -> dict[str, str]:
