@@ -51,19 +51,14 @@ class OnnxOptions:
             )
 
 
-class OnnxTarget(Target):
-    """Writes ONNX; calls of the compiled model run in ONNX Runtime where that is installed."""
+class _WritesOnnx(Target):
+    """What the targets that write ``.onnx`` files have in common."""
 
-    name = "onnx"
     suffix = ".onnx"
-    options = OnnxOptions
-    capabilities = Capabilities(
-        packages=("onnx", "onnxscript"),
-        extra="onnx",
-        costs=cost.on_cpu("onnx", _ANY_RUNTIME),
-        shares_weights=("files",),
-        complex_calls=False,
-    )
+
+    def accuracy_level(self, options: Any) -> int:
+        """How the runtime behind the file multiplies by 2, 4 and 8-bit weights."""
+        return _ACCURACY_LEVEL
 
     def lower(self, program: Program, gm: fx.GraphModule, options: Any) -> Artifact:
         return self._lower(program, gm, options)
@@ -74,13 +69,13 @@ class OnnxTarget(Target):
     def _lower(
         self, program: Program, gm: fx.GraphModule, options: Any, *, refits: bool = False
     ) -> Artifact:
-        kernels = shift_add.onnx_runtime(_ACCURACY_LEVEL, options.requantise)
+        kernels = shift_add.onnx_runtime(self.accuracy_level(options), options.requantise)
         return export.lower(program, gm, options.opset, kernels, refits=refits)
 
     def check(
-        self, artifact: Artifact, gm: fx.GraphModule, known: References, options: OnnxOptions
+        self, artifact: Artifact, gm: fx.GraphModule, known: References, options: Any
     ) -> Checked:
-        return check.check(artifact.content, gm, known, _ACCURACY_LEVEL)
+        return check.check(artifact.content, gm, known, self.accuracy_level(options))
 
     def load(self, artifact: Artifact, options: Any) -> Runner:
         return session.load(artifact.content)
@@ -98,6 +93,20 @@ class OnnxTarget(Target):
 
     def stats(self, artifact: Artifact) -> dict[str, int]:
         return export.stats(artifact.content.model)
+
+
+class OnnxTarget(_WritesOnnx):
+    """Writes ONNX; calls of the compiled model run in ONNX Runtime where that is installed."""
+
+    name = "onnx"
+    options = OnnxOptions
+    capabilities = Capabilities(
+        packages=("onnx", "onnxscript"),
+        extra="onnx",
+        costs=cost.on_cpu("onnx", _ANY_RUNTIME),
+        shares_weights=("files",),
+        complex_calls=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -128,11 +137,10 @@ class OnnxRuntimeOptions(OnnxOptions):
             )
 
 
-class OnnxRuntimeTarget(Target):
+class OnnxRuntimeTarget(_WritesOnnx):
     """Lowers through ONNX and runs the model in ONNX Runtime."""
 
     name = "ort"
-    suffix = ".onnx"
     options = OnnxRuntimeOptions
     capabilities = Capabilities(
         packages=("onnx", "onnxscript", "onnxruntime"),
@@ -143,48 +151,12 @@ class OnnxRuntimeTarget(Target):
         dtypes=("float32", "float16"),
     )
 
-    def lower(self, program: Program, gm: fx.GraphModule, options: OnnxRuntimeOptions) -> Artifact:
-        return self._lower(program, gm, options)
-
-    def lower_to_refit(
-        self, program: Program, gm: fx.GraphModule, options: OnnxRuntimeOptions
-    ) -> Artifact:
-        return self._lower(program, gm, options, refits=True)
-
-    def _lower(
-        self,
-        program: Program,
-        gm: fx.GraphModule,
-        options: OnnxRuntimeOptions,
-        *,
-        refits: bool = False,
-    ) -> Artifact:
-        kernels = shift_add.onnx_runtime(options.accuracy_level, options.requantise)
-        return export.lower(program, gm, options.opset, kernels, refits=refits)
-
-    def check(
-        self, artifact: Artifact, gm: fx.GraphModule, known: References, options: OnnxRuntimeOptions
-    ) -> Checked:
-        return check.check(artifact.content, gm, known, options.accuracy_level)
+    def accuracy_level(self, options: OnnxRuntimeOptions) -> int:
+        return options.accuracy_level
 
     def load(self, artifact: Artifact, options: OnnxRuntimeOptions) -> Runner:
-        return session.load(
-            artifact.content, threads=options.threads, accuracy_level=options.accuracy_level
-        )
-
-    def save(self, artifact: Artifact, folder: Path, name: str) -> None:
-        export.save(artifact.content.model, folder, name)
-
-    def save_recipe(self, artifact: Artifact, recipe: Recipe, folder: Path, name: str) -> bool:
-        return recipe_file.write_beside(artifact.content.initializers, recipe, folder, name)
-
-    def refit(
-        self, artifact: Artifact, gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]
-    ) -> Artifact:
-        return export.refit(artifact, tensors)
-
-    def stats(self, artifact: Artifact) -> dict[str, int]:
-        return export.stats(artifact.content.model)
+        level = self.accuracy_level(options)
+        return session.load(artifact.content, threads=options.threads, accuracy_level=level)
 
     def load_file(self, path: Path, program: Program) -> Runner:
         return session.load_file(path, program)
