@@ -12,6 +12,7 @@ from refold.report.record import InputRecord, Record
 from refold.rewrite.result import Applied, Decline, in_bytes
 
 _SHOWN_DECLINES = 10
+_SHOWN_CROSSED = 4
 _SHOWN_LAYERS = 16
 _SHOWN_DEAD = 10
 _SHOWN_UNKNOWN = 6
@@ -30,6 +31,7 @@ class Renderer:
     def text(self) -> str:
         self._head()
         self._passes()
+        self._crossed()
         self._declined()
         self._unknown()
         self._layers()
@@ -102,6 +104,22 @@ class Renderer:
             text = f" {'  '.join(row)}"
             self.lines.append(self._paint(text, "2") if cells is table[0] else text)
         self.lines.append("")
+
+    def _crossed(self) -> None:
+        """What was pushed across other calls, those told alike together."""
+        groups: dict[tuple[str, str], list[Applied]] = {}
+        for record in self.report.applied:
+            if record.crossed:
+                groups.setdefault((record.rule, record.detail), []).append(record)
+        for (rule, detail), (first, *others) in list(groups.items())[:_SHOWN_CROSSED]:
+            where = f"module {first.modules[0]}" if first.modules else first.path[0]
+            count = f" (and {len(others)} like it)" if others else ""
+            self._row("crossed", f"{where}{count}  {rule}: {detail}")
+        if len(groups) > _SHOWN_CROSSED:
+            rest = sum(len(members) for members in list(groups.values())[_SHOWN_CROSSED:])
+            self._row("", f"... and {rest} more, see --json")
+        if groups:
+            self.lines.append("")
 
     def _declined(self) -> None:
         r = self.report

@@ -31,6 +31,9 @@ class Applied:
         figures: what the rewrite was judged by, as numbers (parameters, errors, ...).
         labels: what it is, in the field's words (family of scales, class of exactness, ...).
         columns: what the report's table shows of it, by heading; a row for each layer.
+        path: names of what was pushed, of what it crossed and of what took it, in that order.
+        path_kinds: the kinds of those, in parallel.
+        crossed: names of those on the path that it crossed.
     """
 
     rule: str
@@ -42,6 +45,9 @@ class Applied:
     figures: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
+    path: tuple[str, ...] = ()
+    path_kinds: tuple[str, ...] = ()
+    crossed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

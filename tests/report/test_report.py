@@ -90,6 +90,28 @@ def test_many_declined_are_grouped_and_cut(report):
     assert "... and 3 more, see --json" in text
 
 
+def test_what_a_push_crossed_is_said(report):
+    def pushed(i: int, *crossed: str) -> Applied:
+        return Applied(
+            "fold-batch-norm", (f"bn_{i}",), ("batch-norm",), (f"conv_{i}",), (f"m{i}",),
+            f"batch-norm into conv{', across 1 call: view' if crossed else ''}",
+            path=(f"bn_{i}", *crossed, f"conv_{i}"),
+            path_kinds=("batch-norm", *("view" for _ in crossed), "conv"), crossed=crossed,
+        )  # fmt: skip
+
+    crowded = Report.from_json(report.to_json())
+    first = crowded.passes[0]
+    records = (pushed(0), pushed(1, "view_1"), pushed(2, "view_2"))
+    crowded.passes = (dataclasses.replace(first, applied=records), *crowded.passes[1:])
+    read = Report.from_json(crowded.to_json())
+    assert read.passes[0].applied == records
+    (line,) = [line for line in read.render().splitlines() if line.startswith(" crossed")]
+    assert line.split(maxsplit=1)[1] == (
+        "module m1 (and 1 like it)  fold-batch-norm: batch-norm into conv, across 1 call: view"
+    )
+    assert "crossed" not in report.render()
+
+
 def test_unverified_is_said(report):
     unverified = Report.from_json(report.to_json())
     unverified.numerics = None

@@ -44,6 +44,7 @@ from refold.graph import nodes
 from refold.graph.nodes import aten, is_call
 from refold.graph.ops import kind
 from refold.graph.records import scale_shifts
+from refold.graph.records.scale_shifts import Affine
 from refold.passes.scale_shift.push.pusher import Pusher
 from refold.rewrite.context import Context
 from refold.rewrite.result import PassResult, declined
@@ -63,22 +64,34 @@ class FoldBatchNorm:
 
     def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
         growth = context.growth_or(self.max_growth)
-        pusher = Pusher(gm, self.name, lambda record: record.is_norm, growth, context.costs)
-        result = pusher.run()
+        # Each norm s * x + h goes up, into what makes x, or else down, into all that reads it; one
+        # that neither takes stays, with the reasons of both.
+        result = Pusher(gm, self.name, scale_and_shift, growth, context.costs).run()
         reported = {d.node for d in result.declined}
         for node in gm.graph.nodes:
-            if node.name in reported or kind(node) != "batch-norm" or nodes.pinned(node):
-                continue
-            if scale_shifts.batch_norm(node) is None and not is_call(
-                node, aten._native_batch_norm_legit_no_training.default
-            ):
-                result.declined.append(
-                    declined(
-                        self.name,
-                        node,
-                        "it normalises with the statistics of the batch (training mode, or no "
-                        "running statistics), so it is not a constant scale and shift",
-                        "export with running statistics: track_running_stats=True and .eval()",
-                    )
-                )
+            if node.name not in reported and not nodes.pinned(node) and _of_the_batch(node):
+                result.declined.append(declined(self.name, node, *_OF_THE_BATCH))
         return result
+
+
+def scale_and_shift(node: fx.Node) -> Affine | None:
+    """A norm with running statistics as ``s * x + h``, along axis 1; the module docstring has s.
+
+    The tuple form is read at the value of it: ``h = beta - mean * s``, and nothing reads the rest.
+    """
+    record = scale_shifts.affine(node)
+    return record if record is not None and record.is_norm else None
+
+
+_OF_THE_BATCH = (
+    "it normalises with the statistics of the batch (training mode, or no running statistics), so "
+    "it is not a constant scale and shift",
+    "export with running statistics: track_running_stats=True and .eval()",
+)
+
+
+def _of_the_batch(node: fx.Node) -> bool:
+    """A norm that is no constant scale and shift: what it does depends on its input."""
+    if kind(node) != "batch-norm" or scale_shifts.batch_norm(node) is not None:
+        return False
+    return not is_call(node, aten._native_batch_norm_legit_no_training.default)

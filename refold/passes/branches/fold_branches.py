@@ -62,7 +62,7 @@ from refold.graph.records import sums
 from refold.passes.branches import maps
 from refold.passes.branches.emit import Emission, Emitter
 from refold.passes.branches.maps import Key, MapReader
-from refold.passes.scale_shift.push.walk import overflows
+from refold.passes.scale_shift.push.weights import overflows
 from refold.rewrite.context import Context
 from refold.rewrite.cost import FREE, CostModel, Price
 from refold.rewrite.edit import Editor

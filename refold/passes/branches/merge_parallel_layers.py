@@ -45,7 +45,7 @@ from refold.algebra.lazy import Lazy
 from refold.graph import aliasing, nodes, provenance
 from refold.graph.nodes import aten, hints
 from refold.graph.records import products
-from refold.passes.scale_shift.push.walk import constant_name
+from refold.passes.scale_shift.push.weights import constant_name
 from refold.rewrite.context import Context
 from refold.rewrite.cost import CostModel, LayerCosts
 from refold.rewrite.edit import Edit, Editor

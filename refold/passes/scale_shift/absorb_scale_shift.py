@@ -45,9 +45,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from refold.errors import Declined
 from refold.graph import nodes
 from refold.graph.nodes import aten, is_call
 from refold.graph.ops import op_name
+from refold.graph.records import scale_shifts
+from refold.graph.records.scale_shifts import Affine
 from refold.passes.scale_shift.push.pusher import Pusher
 from refold.rewrite.context import Context
 from refold.rewrite.result import PassResult, declined
@@ -74,18 +77,35 @@ class AbsorbScaleShift:
     border_maps: bool = False
 
     def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
+        growth = context.growth_or(self.max_growth)
+        # Each s * x + h goes up, into what makes x, or else down, into all that reads it; one that
+        # neither takes stays, with the reasons of both.
         result = Pusher(
-            gm, self.name, lambda record: not record.is_norm,
-            context.growth_or(self.max_growth), context.costs, border_maps=self.border_maps,
-        ).run()  # fmt: skip
+            gm, self.name, scale_and_shift, growth, context.costs, border_maps=self.border_maps
+        ).run()
         for node in gm.graph.nodes:
-            if is_call(node, *_ARITHMETIC) and nodes.dtype(node) in _NARROW:
-                reason = f"{op_name(node)} computes in {nodes.dtype(node)}, where it wraps around"
-                hint = "cast to a floating dtype first"
-                result.declined.append(declined(self.name, node, reason, hint))
-            if is_call(node, aten.div.Tensor_mode, aten.div.Scalar_mode) and not nodes.pinned(node):
-                mode = nodes.arguments(node)["rounding_mode"]
-                if mode is not None:
-                    reason = f"the division rounds ({mode}), so it is not a scale"
-                    result.declined.append(declined(self.name, node, reason))
+            reason = _no_scale(node)
+            if reason is not None:
+                result.declined.append(declined(self.name, node, reason))
         return result
+
+
+def scale_and_shift(node: fx.Node) -> Affine | None:
+    """Arithmetic with constants as ``s * x + h``; where ``x`` holds integers, a cast comes first.
+
+    Batch norms are read by ``fold-batch-norm``, which goes before.
+    """
+    record = scale_shifts.affine(node) or scale_shifts.widening_affine(node)
+    return None if record is None or record.is_norm else record
+
+
+def _no_scale(node: fx.Node) -> Declined | None:
+    """Why arithmetic that looks like a scale or shift is none, where that is worth saying."""
+    if is_call(node, *_ARITHMETIC) and nodes.dtype(node) in _NARROW:
+        reason = f"{op_name(node)} computes in {nodes.dtype(node)}, where it wraps around"
+        return Declined(reason, hint="cast to a floating dtype first")
+    if is_call(node, aten.div.Tensor_mode, aten.div.Scalar_mode) and not nodes.pinned(node):
+        mode = nodes.arguments(node)["rounding_mode"]
+        if mode is not None:
+            return Declined(f"the division rounds ({mode}), so it is not a scale")
+    return None

@@ -45,7 +45,8 @@ from refold.graph.nodes import aten, is_tensor, shape
 from refold.graph.ops import kind
 from refold.graph.records import convolutions, products
 from refold.graph.records.attention import Attention, KeyedOperand, attention
-from refold.passes.scale_shift.push.walk import constant_name, overflows, reads
+from refold.passes.scale_shift.push.carry import reads
+from refold.passes.scale_shift.push.weights import constant_name, overflows
 from refold.rewrite.context import Context
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import Applied, PassResult, applied, declined

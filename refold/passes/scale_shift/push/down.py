@@ -20,48 +20,72 @@ from refold.graph.records import (
     sums,
     windows,
 )
-from refold.passes.scale_shift.push import thresholds
-from refold.passes.scale_shift.push.factor import Factor, Plan, preimage
-from refold.passes.scale_shift.push.walk import (
-    SMALL,
-    Walk,
-    not_linear,
-    operand,
-    reads,
-    uneven,
-    widens,
-)
+from refold.passes.scale_shift.push import carry, thresholds, weights
+from refold.passes.scale_shift.push.factor import Factor, preimage
+from refold.passes.scale_shift.push.plan import Draft, Plan, came_to
+from refold.passes.scale_shift.push.region import SMALL, Region
+from refold.rewrite.edit import Edit
 
 
-class Downward(Walk):
-    """Plans readers."""
+class Downward:
+    """Plans the way into all that reads a scale-shift.
 
-    def _down(self, n: fx.Node, factor: Factor, plan: Plan) -> None:
+    Args:
+        region: the scale-shift, and where it stands.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self._region = region
+        self._draft = Draft()
+
+    def plan(self) -> Plan:
+        """The ways to the readers that take the scale and shift.
+
+        Raises:
+            Declined: one of them cannot; its ``node`` is how far they came.
+        """
+        self._readers(self._region.record.node, self._region.factor)
+        return self._draft.done()
+
+    def _readers(self, n: fx.Node, factor: Factor) -> None:
         """Plans every reader of ``n`` to read a value to which the factor was not applied."""
         if factor.is_identity:
             return
-        for user in list(n.users):
-            if nodes.pinned(user):
-                raise Declined(f"{user.name} is excluded")
-            if user.op != "call_function" or reads(user, n) != 1:
-                raise Declined(f"{user.name} reads it")
-            if is_tensor(user) and nodes.is_empty(user):
-                continue  # it takes nothing of what it reads
-            if not self._down_terminal(user, n, factor, plan):
-                with self._step(user):
-                    self._down_passing(user, n, factor, plan)
+        with came_to(n):
+            for user in list(n.users):
+                self._reader(user, n, factor)
 
-    def _down_terminal(self, c: fx.Node, n: fx.Node, factor: Factor, plan: Plan) -> bool:
+    def _reader(self, c: fx.Node, n: fx.Node, factor: Factor) -> None:
+        if nodes.pinned(c):
+            raise Declined(f"{c.name} is excluded")
+        if c.op != "call_function" or carry.reads(c, n) != 1:
+            raise Declined(f"{c.name} reads it")
+        if is_tensor(c) and nodes.is_empty(c):
+            return  # it takes nothing of what it reads
+        if self._terminal(c, n, factor):
+            self._draft.take(c, keeps=True)
+            return
+        self._draft.enter(c)
+        try:
+            self._draft.check_new(c)
+            self._passing(c, n, factor)
+        finally:
+            self._draft.leave()
+
+    def _unshare(self, weight: fx.Node) -> None:
+        self._draft.spent += self._region.growth(weight, self._draft.spent)
+
+    def _terminal(self, c: fx.Node, n: fx.Node, factor: Factor) -> bool:
         if (conv := convolutions.conv(c)) is not None and conv.x is n:
             channels = (
                 conv.weight.shape[0] if conv.transposed else (conv.weight.shape[1] * conv.groups)
             )
-            reason = uneven(conv, factor) if factor.shifts else None
-            if reason is not None and not self._pad_before_cast(conv, factor, plan):
-                self._down_map(conv, factor, reason, plan)
+            reason = carry.uneven(conv, factor) if factor.shifts else None
+            if reason is not None and not self._pad_before_cast(conv, factor):
+                self._map(conv, factor, reason)
                 factor = Factor(factor.scale, torch.zeros_like(factor.scale))
             scale, shift = factor.vectors(1, channels)
-            self._check_sharing(conv.weight_node)
+            self._unshare(conv.weight_node)
 
             def scaled(w: torch.Tensor) -> torch.Tensor:
                 ones = (1,) * (w.dim() - 2)
@@ -81,14 +105,12 @@ class Downward(Walk):
             bias = conv.bias
             if factor.shifts:
                 bias = Lazy((conv.out_channels,), moved, parents=parents)
-            self._check_range(c, weight)
-            self._check_range(c, bias)
-            plan.edits.append(
-                lambda: self._set_weights(c, 1, conv.weight_node, weight, 2, conv.bias_node, bias)
-            )
+            weights.check_range(c, weight)
+            weights.check_range(c, bias)
+            self._draft.later(lambda edit: weights.set_conv(edit, conv, weight, bias))
         elif (linear := products.linear(c)) is not None and linear.x is n:
             scale, shift = factor.vectors(-1, linear.weight.shape[1])
-            self._check_sharing(linear.weight_node)
+            self._unshare(linear.weight_node)
             weight = linear.weight.times(scale)
 
             def total() -> torch.Tensor:
@@ -99,25 +121,23 @@ class Downward(Walk):
             bias = linear.bias
             if factor.shifts:
                 bias = Lazy((weight.shape[0],), total, parents=parents)
-            self._check_range(c, weight)
-            self._check_range(c, bias)
-            plan.edits.append(lambda: self._set_linear(linear, weight, bias))
+            weights.check_range(c, weight)
+            weights.check_range(c, bias)
+            self._draft.later(lambda edit: weights.set_linear(edit, linear, weight, bias))
         else:
             return False
-        plan.kept.add(c)
-        plan.touch(c)
         return True
 
-    def _pad_before_cast(self, conv: convolutions.Conv, factor: Factor, plan: Plan) -> bool:
+    def _pad_before_cast(self, conv: convolutions.Conv, factor: Factor) -> bool:
         """Pads integers with the one value that the scale and shift take to zero.
 
         Only where the cast to floats follows, so that narrow elements move instead of wide ones.
         """
-        assert self.record is not None
-        cast, c = self.record.x, conv.node
-        if conv.x is not self.record.node or not nodes.only_user(conv.x, c):
+        record, c = self._region.record, conv.node
+        cast = record.x
+        if conv.x is not record.node or not nodes.only_user(conv.x, c):
             return False
-        if not is_call(cast, aten.to.dtype) or not nodes.only_user(cast, self.record.reader):
+        if not is_call(cast, aten.to.dtype) or not nodes.only_user(cast, record.reader):
             return False
         source = cast.args[0]
         assert isinstance(source, fx.Node)
@@ -132,31 +152,30 @@ class Downward(Walk):
         value, limits = preimage(factor, 0.0), torch.iinfo(nodes.dtype(source))
         if value is None or value != round(value) or not limits.min <= value <= limits.max:
             return False
-        costs = self.costs.at(self.record.node)
+        costs = self._region.costs.at(self._region.record.node)
         padded = costs.elementwise(nodes.hints(source), 1, 1)
-        if costs.of(self.record.node).over(padded) <= 0:
+        if costs.of(self._region.record.node).over(padded) <= 0:
             return False
 
-        def edit() -> None:
+        def write(edit: Edit) -> None:
             amounts = [p for p in reversed(conv.padding) for _ in (0, 1)]
-            with self.door.before(cast):
+            with edit.before(cast):
                 args = (source, amounts, "constant", value)
-                padded = self.door.call(aten.pad.default, args, sources=[conv.x])
+                padded = edit.call(aten.pad.default, args, sources=[conv.x])
             for node in (padded, cast):  # neither has the value of a node of the original
-                self.door.stamp(node, [node], value=None)
+                edit.stamp(node, [node], value=None)
             wider = aliasing.run_fake(cast, {source: padded.meta["val"]})
-            self.door.set(cast, args=(padded, *cast.args[1:]), value=wider)
-            self.door.set_arguments(c, {4: [0] * conv.spatial})
+            edit.set(cast, args=(padded, *cast.args[1:]), value=wider)
+            edit.set_arguments(c, {4: [0] * conv.spatial})
 
-        plan.edits.append(edit)
+        self._draft.later(write)
         return True
 
-    def _down_map(self, conv: convolutions.Conv, factor: Factor, reason: str, plan: Plan) -> None:
+    def _map(self, conv: convolutions.Conv, factor: Factor, reason: str) -> None:
         """Adds to the output what the layer makes of the shift, computed once."""
         c = conv.node
-        assert self.record is not None
         sizes, results = nodes.shape(conv.x)[1:], nodes.shape(c)[1:]
-        if not self.border_maps or 0 in factor.varies() or widens(self.record):
+        if not self._region.border_maps or 0 in factor.varies() or self._region.widens:
             raise Declined(reason)
         if any(not isinstance(s, int) for s in (*sizes, *results)):
             raise Declined(f"{reason}; a map of what it adds needs a fixed height and width")
@@ -170,111 +189,118 @@ class Downward(Walk):
 
         added = Lazy(shape, compute, parents=(conv.weight,))
         width = c.meta["val"].element_size()
-        costs = self.costs.at(c)
-        plan.price += costs.elementwise(nodes.hints(c), 1, width, added.numel())
-        now = costs.of(self.record.node)
-        if now.over(plan.price) <= 0:
-            raise Declined(f"{reason}; a map of what it adds {costs.dearer(now, plan.price)}")
+        costs = self._region.costs.at(c)
+        self._draft.price += costs.elementwise(nodes.hints(c), 1, width, added.numel())
+        now, then = costs.of(self._region.record.node), self._draft.price
+        if now.over(then) <= 0:
+            raise Declined(f"{reason}; a map of what it adds {costs.dearer(now, then)}")
         size = added.numel() * width
         if size > SMALL:
-            if size > self.budget:
+            if size > self._region.budget - self._draft.spent:
                 raise Declined(f"{reason}; a map of what it adds would grow the constants too far")
-            self.budget -= size
-        self._check_range(c, added)
+            self._draft.spent += size
+        weights.check_range(c, added)
 
-        def edit() -> None:
-            with self.door.before(c.next):
-                data = self.door.constant(f"{c.name}.map", added, c.meta["val"])
-                total = self.door.call(aten.add.Tensor, (c, data), sources=[c], like=c)
-            self.door.stamp(c, [c], value=None)
-            self.door.replace(c, total)
+        def write(edit: Edit) -> None:
+            with edit.before(c.next):
+                data = edit.constant(f"{c.name}.map", added, c.meta["val"])
+                total = edit.call(aten.add.Tensor, (c, data), sources=[c], like=c)
+            edit.stamp(c, [c], value=None)
+            edit.replace(c, total)
 
-        plan.edits.append(edit)
+        self._draft.later(write)
 
-    def _down_passing(self, c: fx.Node, n: fx.Node, factor: Factor, plan: Plan) -> None:
-        plan.touch(c)
+    def _passing(self, c: fx.Node, n: fx.Node, factor: Factor) -> None:
+        """Plans a reader that lets the scale and shift through, or moves its threshold."""
         if c.args and c.args[0] is n and layout.is_layout(c):
-            if is_tensor(c):
-                return self._down(c, self._gathered(c, n, factor), plan)
-            for part in list(c.users):
-                if part.target is not operator.getitem:
-                    raise Declined(f"{part.name} reads it")
-                if not nodes.is_empty(part):  # that takes nothing of what is split
-                    self._down(part, self._gathered(part, n, factor), plan)
-            return None
+            return self._layout(c, n, factor)
         if (cat := concatenations.cat(c)) is not None:
-            return self._down_cat(cat, n, factor, plan)
+            return self._behind(c, self._joined(cat, n, factor))
         if (record := scale_shifts.affine(c)) is not None and record.x is n:
-            return self._down_affine(record, factor, plan)
+            return self._affine(record, factor)
         if (total := sums.add(c)) is not None and bool((factor.scale == 1).all()):
             alpha = 1.0 if total.left is n else total.alpha
-            return self._down(c, Factor(factor.scale, alpha * factor.shift), plan)
+            return self._behind(c, Factor(factor.scale, alpha * factor.shift))
         if is_call(c, aten.mul.Tensor, aten.div.Tensor) and not factor.shifts:
-            return self._down_product(c, n, factor, plan)
+            return self._product(c, n, factor)
         if (pad := windows.pad(c)) is not None and pad.x is n and pad.mode == "constant":
-            return self._down(c, self._padded(pad, factor, plan), plan)
-        if c.args and c.args[0] is n and self._commutes(c, factor):
-            if is_call(c, aten.mean.dim) and not nodes.arguments(c)["keepdim"]:
-                reduced = self._reduced(c) or set()
-                sizes = [s for a, s in enumerate(factor.scale.shape) if a not in reduced]
-                shifts = [s for a, s in enumerate(factor.shift.shape) if a not in reduced]
-                factor = Factor(factor.scale.reshape(sizes), factor.shift.reshape(shifts))
-            if is_tensor(c):
-                return self._down(c, factor, plan)
-            part = next(iter(c.users))
-            if self._first_result(part) is not c:
-                raise Declined(f"where the values of {c.name} lay is read, too")
-            plan.touch(part)
-            return self._down(part, factor, plan)
+            return self._behind(c, self._padded(pad, factor))
+        if c.args and c.args[0] is n and carry.commutes(c, factor):
+            factor = carry.at_output(factor, c)
+            return self._behind(c, factor) if is_tensor(c) else self._pool(c, factor)
         if is_call(c, aten.sign, aten.sgn):
-            return self._down_sign(c, n, factor, plan)
+            return self._sign(c, n, factor)
         if (comparison := comparisons.comparison(c)) is not None and comparison.x is n:
-            return self._down_comparison(comparison, factor, plan)
-        raise Declined(not_linear(c))
+            return self._comparison(comparison, factor)
+        raise Declined(carry.not_linear(c))
 
-    def _down_sign(self, c: fx.Node, n: fx.Node, factor: Factor, plan: Plan) -> None:
+    def _behind(self, c: fx.Node, factor: Factor) -> None:
+        """On into what reads a call."""
+        self._draft.cross(c)
+        self._readers(c, factor)
+
+    def _layout(self, c: fx.Node, n: fx.Node, factor: Factor) -> None:
+        if is_tensor(c):
+            return self._behind(c, self._gathered(c, n, factor))
+        self._draft.cross(c)
+        for part in list(c.users):
+            if part.target is not operator.getitem:
+                raise Declined(f"{part.name} reads it")
+            if not nodes.is_empty(part):  # that takes nothing of what is split
+                self._behind(part, self._gathered(part, n, factor))
+        return None
+
+    def _pool(self, c: fx.Node, factor: Factor) -> None:
+        """A max pool that says where its values lay, which nothing reads."""
+        part = next(iter(c.users))
+        if carry.first_result(part) is not c:
+            raise Declined(f"where the values of {c.name} lay is read, too")
+        self._draft.cross(c)
+        self._behind(part, factor)
+
+    def _sign(self, c: fx.Node, n: fx.Node, factor: Factor) -> None:
         """Moves the threshold, by one addition; the readers take the signs of the scale."""
         if bool((factor.scale == 1).all()):
             raise Declined(f"{c.name} has no threshold of its own that could take the shift")
         added, after = thresholds.of_sign(factor, nodes.dtype(n))
         if after.is_identity:
-            plan.kept.add(c)
-        self._down(c, after, plan)
+            self._draft.take(c, keeps=True)
+        else:
+            self._behind(c, after)
         if not bool(added.any()):
             return
-        current = operand(c, n)
+        current = carry.operand(c, n)
 
-        def edit() -> None:
-            assert self.record is not None
+        def write(edit: Edit) -> None:
             x = current()
-            with self.door.before(c):
-                data = self.door.constant(f"{c.name}.threshold", Lazy.of(added), n.meta["val"])
-                moved = self.door.call(
-                    aten.add.Tensor, (x, data), sources=[self.record.node], like=n
+            with edit.before(c):
+                data = edit.constant(f"{c.name}.threshold", Lazy.of(added), n.meta["val"])
+                moved = edit.call(
+                    aten.add.Tensor, (x, data), sources=[self._region.record.node], like=n
                 )
-            self.door.stamp(moved, [self.record.node], value=None)
-            self.door.set_operand(c, x, moved)
+            edit.stamp(moved, [self._region.record.node], value=None)
+            edit.set_operand(c, x, moved)
 
-        plan.edits.append(edit)
+        self._draft.later(write)
 
-    def _down_comparison(self, record: comparisons.Comparison, factor: Factor, plan: Plan) -> None:
+    def _comparison(self, record: comparisons.Comparison, factor: Factor) -> None:
         """Compares with another threshold; what comes out is the same."""
         c, n = record.node, record.x
         operation, value = thresholds.of_comparison(
             factor, record.operation, record.value.get(), nodes.dtype(n)
         )
-        current = operand(c, n)
+        current = carry.operand(c, n)
 
-        def edit() -> None:
-            with self.door.before(c):
-                data = self.door.constant(f"{c.name}.threshold", Lazy.of(value), n.meta["val"])
+        def write(edit: Edit) -> None:
+            with edit.before(c):
+                data = edit.constant(f"{c.name}.threshold", Lazy.of(value), n.meta["val"])
             target = getattr(aten, operation).Tensor
-            self.door.set(c, target=target, args=(current(), data), kwargs={})
+            edit.set(c, target=target, args=(current(), data), kwargs={})
 
-        plan.kept.add(c)
-        plan.edits.append(edit)
+        self._draft.take(c, keeps=True)
+        self._draft.later(write)
 
-    def _down_affine(self, record: scale_shifts.Affine, factor: Factor, plan: Plan) -> None:
+    def _affine(self, record: scale_shifts.Affine, factor: Factor) -> None:
         """Into a norm; the scale alone passes a shift: ``s * x + h = s * (x + h / s)``."""
         c, n = record.node, record.x
         inner = Factor(record.scale.get(), record.shift.get())
@@ -282,23 +308,22 @@ class Downward(Walk):
         if record.is_norm:
             if both.varies() - {1}:
                 raise Declined(f"the constant varies along another axis than {c.name}'s channels")
-            plan.kept.add(c)
-            plan.edits.append(lambda: self._emit_norm(c, n, both))
+            self._draft.take(c, keeps=True)
+            self._draft.later(lambda edit: weights.emit_norm(edit, c, n, both))
             return
         if not factor.shifts and not inner.shifts:
-            return self._down(c, factor, plan)
+            return self._behind(c, factor)
         if bool((factor.scale == 1).all()):
             raise Declined(f"{c.name} scales or shifts, too, and is pushed by itself")
         if bool((both.scale == 0).any()):
             raise Declined(f"a zero scale does not pass {c.name}, which shifts")
         if nodes.dtype(c) == torch.float16:
             raise Declined(f"{c.name} could overflow float16 before the scale")
-        moved = Factor(both.scale, torch.zeros_like(both.scale))
-        self._down(c, moved, plan)
+        self._behind(c, Factor(both.scale, torch.zeros_like(both.scale)))
         ones, shift = torch.ones_like(both.scale), both.shift / both.scale
-        plan.edits.append(lambda: self._emit_affine(c, n, ones, shift))
+        self._draft.later(lambda edit: weights.emit_affine(edit, c, n, ones, shift))
 
-    def _down_product(self, c: fx.Node, n: fx.Node, factor: Factor, plan: Plan) -> None:
+    def _product(self, c: fx.Node, n: fx.Node, factor: Factor) -> None:
         """``(s * x) * y = s * (x * y)``, and ``(s * x) / y``; ``y`` may broadcast ``x``."""
         if is_call(c, aten.div.Tensor) and c.args[0] is not n:
             raise Declined(f"{c.name} divides by it")
@@ -308,9 +333,9 @@ class Downward(Walk):
             raise Declined(f"{c.name} could overflow float16 before the scale")
         lead = (1,) * (len(nodes.shape(c)) - factor.scale.dim())
         wide = [t.reshape(*lead, *t.shape) for t in (factor.scale, factor.shift)]
-        self._down(c, Factor(*wide), plan)
+        self._behind(c, Factor(*wide))
 
-    def _padded(self, pad: windows.Pad, factor: Factor, plan: Plan) -> Factor:
+    def _padded(self, pad: windows.Pad, factor: Factor) -> Factor:
         """The factor behind a pad with a constant: one, and no shift, where the pad has written.
 
         An axis on which the factor is one value stays such an axis: the pad takes the constant
@@ -323,10 +348,10 @@ class Downward(Walk):
         if written and (factor.shifts or pad.value != 0):
             if along:
                 raise Declined("the constant varies along a padded axis")
-            self._pad_preimage(pad, factor, plan)
+            self._pad_preimage(pad, factor)
         return factor.padded({a: amounts[a] for a in along})
 
-    def _pad_preimage(self, pad: windows.Pad, factor: Factor, plan: Plan) -> None:
+    def _pad_preimage(self, pad: windows.Pad, factor: Factor) -> None:
         """Pads with the value that the scale and shift take to the pad's own."""
         value = preimage(factor, pad.value)
         if value is None:
@@ -334,12 +359,13 @@ class Downward(Walk):
         if abs(value) > torch.finfo(nodes.dtype(pad.node)).max:
             raise Declined(f"the value that {pad.node.name} would pad with overflows its dtype")
         index = 2 if is_call(pad.node, aten.constant_pad_nd.default) else 3
-        plan.edits.append(lambda: self.door.set_arguments(pad.node, {index: value}))
+        self._draft.later(lambda edit: edit.set_arguments(pad.node, {index: value}))
 
     def _gathered(self, c: fx.Node, n: fx.Node, factor: Factor) -> Factor:
-        return Factor(*layout.push(c, n, (factor.scale, factor.shift), self.graph))
+        return Factor(*layout.push(c, n, (factor.scale, factor.shift), self._region.graph))
 
-    def _down_cat(self, cat: concatenations.Cat, n: fx.Node, factor: Factor, plan: Plan) -> None:
+    def _joined(self, cat: concatenations.Cat, n: fx.Node, factor: Factor) -> Factor:
+        """The factor behind a concatenation: one, and no shift, in the other parts."""
         axis = cat.axis
         sizes = [nodes.shape(p)[axis] for p in cat.parts]
         if any(not isinstance(s, int) for s in sizes):
@@ -353,4 +379,4 @@ class Downward(Walk):
                 parts.append(value.expand(sizes_) if part is n else value.new_full(sizes_, fill))
             return torch.cat(parts, axis)
 
-        self._down(cat.node, Factor(spread(factor.scale, 1.0), spread(factor.shift, 0.0)), plan)
+        return Factor(spread(factor.scale, 1.0), spread(factor.shift, 0.0))

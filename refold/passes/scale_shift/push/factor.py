@@ -1,18 +1,14 @@
-"""What is pushed, ``scale * x + shift``, and the plan of one path."""
+"""What is pushed: ``scale * x + shift``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from refold.errors import Declined
 from refold.graph import nodes
-from refold.rewrite.cost import FREE, Price
-
-Edit = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -69,47 +65,6 @@ class Factor:
         if {scale.numel(), shift.numel()} - {1, size}:
             raise Declined("the constant has another length than the channels")
         return scale.expand(size), shift.expand(size)
-
-
-Mark = tuple[
-    int, int, int, dict[fx.Node, tuple[fx.Node, Factor]], dict[tuple[fx.Node, fx.Node], Factor]
-]
-
-
-@dataclass
-class Plan:
-    """Edits to make, nodes whose value changes or that go, and parts of a tensor still to push.
-
-    ``parts`` holds, per tensor that several paths reach through disjoint slices, its reader on the
-    path and the joint factor; it is pushed once, when every path has arrived. ``shared`` holds
-    what each reader of a tensor wants of the whole of it, where all readers are on the path.
-    """
-
-    edits: list[Edit] = field(default_factory=list)
-    touched: list[fx.Node] = field(default_factory=list)
-    removed: list[fx.Node] = field(default_factory=list)
-    parts: dict[fx.Node, tuple[fx.Node, Factor]] = field(default_factory=dict)
-    shared: dict[tuple[fx.Node, fx.Node], Factor] = field(default_factory=dict)
-
-    kept: set[fx.Node] = field(default_factory=set)
-    price: Price = FREE  # of what the plan adds
-
-    def keeps_value(self, node: fx.Node) -> bool:
-        """True for a consumer that takes the factor in: what it computes stays the same."""
-        return node in self.kept
-
-    def touch(self, node: fx.Node) -> None:
-        if node in self.touched:
-            raise Declined(f"the path reaches {node.name} twice")
-        self.touched.append(node)
-
-    def mark(self) -> Mark:
-        lengths = (len(self.edits), len(self.touched), len(self.removed))
-        return *lengths, dict(self.parts), dict(self.shared)
-
-    def rewind(self, mark: Mark) -> None:
-        del self.edits[mark[0] :], self.touched[mark[1] :], self.removed[mark[2] :]
-        self.parts, self.shared = mark[3], mark[4]
 
 
 def narrow(t: torch.Tensor, axis: int, start: int, size: int) -> torch.Tensor:

@@ -7,146 +7,191 @@ On its way it passes operations that commute with it: layouts, concatenation, su
 averages, resizing, and, for a positive scale without shift, ReLU-like activations. A whole path is
 planned before anything changes: one node that cannot take its part, and nothing happens.
 
-``fold-batch-norm`` and ``absorb-scale-shift`` are this mechanism, seen by kind of node.
+``fold-batch-norm`` and ``absorb-scale-shift`` say what they read as a scale and shift; this is
+where it goes.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
 
 import torch
 from torch import fx
 
 from refold.errors import Declined
-from refold.graph import constants, layout, nodes
+from refold.graph import constants, nodes
 from refold.graph.nodes import aten
-from refold.graph.ops import kind
-from refold.graph.records import scale_shifts
+from refold.graph.ops import kind, op_name
+from refold.graph.records.scale_shifts import Affine
+from refold.passes.scale_shift.push import carry
 from refold.passes.scale_shift.push.down import Downward
-from refold.passes.scale_shift.push.factor import Factor, Plan
+from refold.passes.scale_shift.push.factor import Factor
+from refold.passes.scale_shift.push.plan import Plan
+from refold.passes.scale_shift.push.region import Region
 from refold.passes.scale_shift.push.up import Upward
-from refold.passes.scale_shift.push.walk import (
-    operand,
-    widens,
-)
+from refold.rewrite.cost import CostModel
+from refold.rewrite.edit import Editor
 from refold.rewrite.result import Applied, PassResult, applied, declined
 
+_SHOWN = 4  # kinds of calls that a record's line names
 
-class Pusher(Upward, Downward):
+
+class Pusher:
     """Pushes every affine operation of one family in a graph; see the module docstring.
 
     Args:
         gm: the graph module.
         rule: id for the records.
-        wants: which affine records to push.
+        read: a node as the affine operation that is to be pushed, if it is one.
         max_growth: how much larger the stored constants may become by un-sharing weights.
         costs: what calls cost where the graph will run.
         border_maps: let a shift that a convolution cannot take as a bias become a map of its
             values, one for each position of the output, where that is cheaper.
     """
 
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        rule: str,
+        read: Callable[[fx.Node], Affine | None],
+        max_growth: float,
+        costs: CostModel,
+        *,
+        border_maps: bool = False,
+    ) -> None:
+        self._graph, self._rule, self._read = gm.graph, rule, read
+        self._costs, self._border_maps = costs, border_maps
+        self._editor = Editor(gm, rule)
+        self._budget = (max_growth - 1.0) * constants.stored_bytes(gm)
+        self._refusals: dict[fx.Node, Declined] = {}
+
     def run(self) -> PassResult:
-        result = self.editor.result
+        result = self._editor.result
         changed = True
         while changed:
             changed = False
-            for node in list(self.graph.nodes):
+            for node in list(self._graph.nodes):
                 if node.op != "call_function" or not node.users or nodes.pinned(node):
                     continue  # erased nodes have no users
-                if node in self.editor.failed:
+                if node in self._editor.failed:
                     continue
-                with self.editor.candidate(node):
-                    changed |= self.push_at(node)
+                with self._editor.candidate(node):
+                    changed |= self._push_at(node)
             if changed:
-                constants.drop_dead_code(self.graph)
+                constants.drop_dead_code(self._graph)
         result.modified = bool(result.applied)
-        alive = set(self.graph.nodes)
+        alive = set(self._graph.nodes)
         result.declined += [
-            declined(self.rule, node, reason, hint)
-            for node, (reason, hint) in self.refusals.items()
+            declined(self._rule, node, reason.reason, reason.hint)
+            for node, reason in self._refusals.items()
             if node in alive
         ]
         return result
 
-    def push_at(self, node: fx.Node) -> bool:
+    def _push_at(self, node: fx.Node) -> bool:
         """Pushes the affine operation at a node, if it is one that is wanted."""
-        record = scale_shifts.affine(node) or scale_shifts.widening_affine(node)
-        if record is None or not self.wants(record):
+        record = self._read(node)
+        if record is None:
             return False
-        done = self.push(record)
-        if done is None:
-            return False
-        self.editor.result.applied.append(done)
-        self.refusals.pop(node, None)
-        return True
-
-    def push(self, record: scale_shifts.Affine) -> Applied | None:
-        """Tries up, then down; records why when neither works."""
         factor = Factor(record.scale.get(), record.shift.get())
         if factor.is_identity:
-            return None  # clean-up removes it, where no output would come to share storage
-        self.escapes, self.record = layout.escapes(record.node), record
-        if not bool(torch.isfinite(factor.scale).all() & torch.isfinite(factor.shift).all()):
-            self.refusals[record.node] = (
-                "its constant is not finite (a mask, zero variance without eps, NaN weights)",
-                "if that is not meant, check the weights and statistics of this layer",
-            )
-            return None
-        upward = ""
-        for self.joins in (True, False):
-            if not self.joins and not self.joined:
-                break  # the same plan as before
-            self.joined = False
-            plan = Plan()
-            try:
-                self._plan_up(record, factor, plan)
-                return self._commit(record, plan)
-            except Declined as refusal:
-                upward = str(refusal)
-        plan = Plan()
+            return False  # clean-up removes it, where no output would come to share storage
         try:
-            self._down(record.node, factor, plan)
-            return self._commit(record, plan)
-        except Declined as refusal:
-            downward = str(refusal)
-        self.refusals[record.node] = (f"into its input: {upward}; into its users: {downward}", "")
-        return None
+            done = self._push(record, factor)
+        except Declined as reason:
+            self._refusals[node] = reason
+            return False
+        self._editor.result.applied.append(done)
+        self._refusals.pop(node, None)
+        return True
 
-    def _plan_up(self, record: scale_shifts.Affine, factor: Factor, plan: Plan) -> None:
-        if widens(record):
-            raise Declined("its input is an integer tensor")
-        self._up(record.x, record.reader, factor, plan)
-        while plan.parts or plan.shared:
-            # the last in the graph first: its path may lead to an earlier one
-            source = max([*plan.parts, *(u for u, _ in plan.shared)])
-            if source in plan.parts:
-                self._up_shared(source, *plan.parts.pop(source), plan)
-            else:
-                self._up_joint(source, plan)
+    def _push(self, record: Affine, factor: Factor) -> Applied:
+        """Tries up, then down.
 
-    def _commit(self, record: scale_shifts.Affine, plan: Plan) -> Applied:
-        """Carries a plan out, as one step."""
-        done = applied(
-            self.rule,
-            [record.node, *plan.removed],
-            plan.touched,
-            f"{kind(record.node)} into {', '.join(sorted({kind(t) for t in plan.touched}))}",
+        Raises:
+            Declined: neither works.
+        """
+        if not bool(torch.isfinite(factor.scale).all() & torch.isfinite(factor.shift).all()):
+            raise Declined(
+                "its constant is not finite (a mask, zero variance without eps, NaN weights)",
+                hint="if that is not meant, check the weights and statistics of this layer",
+            )
+        region = Region.of(
+            self._graph, record, factor, self._budget, self._costs, border_maps=self._border_maps
         )
-        with self.editor.edit() as self.edit:
-            for node in plan.touched:
+        try:
+            return self._push_up(region)
+        except Declined as reason:
+            upward = _as_far_as(region, reason)
+        try:
+            return self._commit(record, Downward(region).plan())
+        except Declined as reason:
+            downward = _as_far_as(region, reason)
+        raise Declined(f"into its input: {upward}; into its users: {downward}")
+
+    def _push_up(self, region: Region) -> Applied:
+        way = Upward(region)
+        try:
+            return self._commit(region.record, way.plan())
+        except Declined:
+            if not way.joined:
+                raise
+        return self._commit(region.record, Upward(region, joins=False).plan())
+
+    def _commit(self, record: Affine, plan: Plan) -> Applied:
+        """Carries a plan out, as one step."""
+        done = applied(self._rule, [record.node, *plan.removed], plan.touched, _told(record, plan))
+        path = [record.node, *(step.node for step in plan.steps)]
+        done = dataclasses.replace(
+            done,
+            path=tuple(n.name for n in path),
+            path_kinds=tuple(map(kind, path)),
+            crossed=tuple(n.name for n in plan.crossed),
+        )
+        with self._editor.edit() as edit:
+            for step in plan.steps:
+                if not step.stays:
+                    continue
                 value: fx.Node | None = None  # upward, what lies between has a value of its own
-                if node is record.x:
+                if step.node is record.x:
                     value = record.node
-                elif plan.keeps_value(node):
-                    value = node
-                self.edit.stamp(node, [record.node, node], value=value)
-            current = operand(record.reader, record.x)
-            for make in plan.edits:
-                make()
+                elif step.keeps:
+                    value = step.node
+                edit.stamp(step.node, [record.node, step.node], value=value)
+            current = carry.operand(record.reader, record.x)
+            for write in plan.writes:
+                write(edit)
             new = current()
-            if widens(record):
-                with self.edit.before(record.node):
+            if nodes.dtype(record.x) != nodes.dtype(record.node):
+                with edit.before(record.node):
                     args = (new, nodes.dtype(record.node))
-                    new = self.edit.call(aten.to.dtype, args, sources=[record.node])
-                self.edit.stamp(new, [record.node], value=None)
-            self.edit.replace(record.node, new)
-            self.edit.remove((record.node, record.reader))
+                    new = edit.call(aten.to.dtype, args, sources=[record.node])
+                edit.stamp(new, [record.node], value=None)
+            edit.replace(record.node, new)
+            edit.remove((record.node, record.reader))
+        self._budget -= plan.spent
         return done
+
+
+def _told(record: Affine, plan: Plan) -> str:
+    """A plan in one line: ``batch-norm into conv, across 2 calls: view, permute``."""
+    line = f"{kind(record.node)} into {', '.join(sorted({_kind(t) for t in plan.takers}))}"
+    crossed = [n for n in plan.crossed if n.target is not operator.getitem]
+    if not crossed:
+        return line
+    names = list(dict.fromkeys(op_name(n) for n in crossed))
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return f"{line}, across {len(crossed)} call{'s' if len(crossed) > 1 else ''}: {shown}"
+
+
+def _kind(taker: fx.Node) -> str:
+    return kind(taker) if taker.op == "call_function" else "a constant"
+
+
+def _as_far_as(region: Region, reason: Declined) -> str:
+    """Why a way ends, and where, if the scale and shift would have crossed calls on it."""
+    if reason.node is None or reason.node in region.ends:
+        return reason.reason
+    return f"came as far as %{reason.node.name}: {reason.reason}"

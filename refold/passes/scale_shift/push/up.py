@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,133 +23,176 @@ from refold.graph.records import (
     scale_shifts,
     sums,
 )
-from refold.passes.scale_shift.push.factor import Factor, Plan, aligned, narrow
-from refold.passes.scale_shift.push.walk import (
-    Walk,
-    constant_name,
-    embedding_table,
-    not_linear,
-    operand,
-    reads,
-    scale_outputs,
-    shifted,
-)
+from refold.passes.scale_shift.push import carry, weights
+from refold.passes.scale_shift.push.factor import Factor, aligned, narrow
+from refold.passes.scale_shift.push.plan import Draft, Plan, came_to
+from refold.passes.scale_shift.push.region import Region
+from refold.rewrite.edit import Edit
 
-_REGION = 32  # calls between a producer and what is pushed into it along several paths
+_LARGEST = 32  # calls between a producer and what is pushed into it along several paths
 
 
-class Upward(Walk):
-    """Plans producers."""
+class Upward:
+    """Plans the way into what makes the tensor that a scale-shift reads.
 
-    def _up(self, u: fx.Node, consumer: fx.Node, factor: Factor, plan: Plan) -> None:
+    Args:
+        region: the scale-shift, and where it stands.
+        joins: whether a tensor may take what all of its readers want.
+
+    Attributes:
+        joined: whether that made a difference to the plan.
+    """
+
+    def __init__(self, region: Region, *, joins: bool = True) -> None:
+        self.joined = False
+        self._region, self._joins = region, joins
+        self._draft = Draft()
+
+    def plan(self) -> Plan:
+        """The way to the layers that take the scale and shift.
+
+        Raises:
+            Declined: one of them cannot; its ``node`` is how far they came.
+        """
+        if self._region.widens:
+            raise Declined("its input is an integer tensor")
+        draft, record = self._draft, self._region.record
+        self._produce(record.x, record.reader, self._region.factor)
+        while draft.parts or draft.shared:
+            # the last in the graph first: its path may lead to an earlier one
+            source = max([*draft.parts, *(u for u, _ in draft.shared)])
+            if source in draft.parts:
+                reader, factor = draft.parts.pop(source)
+                with came_to(reader):
+                    self._part(source, reader, factor)
+            else:
+                self._joint(source)
+        return draft.done()
+
+    def _produce(self, u: fx.Node, consumer: fx.Node, factor: Factor) -> None:
         """Plans ``u`` to produce ``scale * u + shift``; ``consumer`` is its one reader."""
         if factor.is_identity:
             return
-        if u.op == "get_attr":
-            return self._into_constant(u, consumer, factor, plan)
+        with came_to(consumer):
+            if u.op == "get_attr":
+                self._into_constant(u, consumer, factor)
+            elif self._takes_alone(u, consumer):
+                self._into(u, factor)
+            else:
+                self._draft.shared[u, consumer] = factor
+
+    def _takes_alone(self, u: fx.Node, consumer: fx.Node) -> bool:
+        """True if one call alone reads ``u``, false if all of its readers are on the path."""
         if u.op == "placeholder":
             raise Declined("its input is the network's input")
         if nodes.pinned(u):
             raise Declined(f"{u.name} is excluded")
-        if reads(consumer, u) != 1:
+        if carry.reads(consumer, u) != 1:
             raise Declined(f"{consumer.name} reads {u.name} twice")
-        if not nodes.only_user(u, consumer):
-            if not self._is_inside(u):
-                raise Declined(f"{u.name} has other users")
-            self.joined = True
-            plan.shared[u, consumer] = factor
-            return None
-        return self._into(u, factor, plan)
+        if nodes.only_user(u, consumer):
+            return True
+        if not self._is_inside(u):
+            raise Declined(f"{u.name} has other users")
+        self.joined = True
+        return False
 
-    def _into(self, u: fx.Node, factor: Factor, plan: Plan) -> None:
-        with self._step(u):
-            for step in (self._up_terminal, self._up_affine, self._up_layout, self._up_passing):
-                if step(u, factor, plan):
+    def _into(self, u: fx.Node, factor: Factor) -> None:
+        self._draft.enter(u)
+        try:
+            for way in (self._terminal, self._affine, self._layout, self._passing):
+                if way(u, factor):
                     return
+        finally:
+            self._draft.leave()
         several = u.target is operator.getitem and isinstance(u.args[0], fx.Node)
-        raise Declined(not_linear(u.args[0] if several else u))  # type: ignore[arg-type]
+        raise Declined(carry.not_linear(u.args[0] if several else u))  # type: ignore[arg-type]
 
     def _is_inside(self, u: fx.Node) -> bool:
         """True if all that is computed from ``u`` ends in the scale-shift that is pushed."""
-        if not self.joins or self.record is None:
+        if not self._joins:
             return False
-        ends = {self.record.node, self.record.reader}
+        ends = self._region.ends
         seen, stack = {u}, [u]
         while stack:
             for user in stack.pop().users:
                 if user in ends or user in seen:
                     continue
-                if user.op != "call_function" or len(seen) == _REGION:
+                if user.op != "call_function" or len(seen) == _LARGEST:
                     return False
                 seen.add(user)
                 stack.append(user)
         return True
 
-    def _up_joint(self, u: fx.Node, plan: Plan) -> None:
+    def _joint(self, u: fx.Node) -> None:
         """Pushes into a tensor of which all readers want the same."""
-        wanted = {c: plan.shared.pop((u, c)) for (v, c) in list(plan.shared) if v is u}
+        shared = self._draft.shared
+        wanted = {c: shared.pop((u, c)) for (v, c) in list(shared) if v is u}
         first, *others = wanted.values()
-        if set(wanted) != set(u.users) or any(not first.equals(other) for other in others):
-            raise Declined(f"{u.name} has other users")
-        self._into(u, first, plan)
+        with came_to(next(iter(wanted))):
+            if set(wanted) != set(u.users) or any(not first.equals(other) for other in others):
+                raise Declined(f"{u.name} has other users")
+            self._into(u, first)
 
-    def _into_constant(self, u: fx.Node, consumer: fx.Node, factor: Factor, plan: Plan) -> None:
+    def _into_constant(self, u: fx.Node, consumer: fx.Node, factor: Factor) -> None:
         base = constants.exact(u)
         if base is None:
             raise Declined(f"{u.name} is not a constant")
-        if reads(consumer, u) != 1:
+        if carry.reads(consumer, u) != 1:
             raise Declined(f"{consumer.name} reads {u.name} twice")
         shape = torch.broadcast_shapes(base.shape, factor.scale.shape, factor.shift.shape)
         if tuple(shape) != base.shape:
             raise Declined("the constant would grow")
 
-        def edit() -> None:
+        def write(edit: Edit) -> None:
             new = base.map(base.shape, lambda b: b * factor.scale + factor.shift)
-            node = self._constant(consumer, constant_name(u), new, u)
-            self.door.set_operand(consumer, u, node)
+            node = weights.constant(edit, consumer, weights.constant_name(u), new, u)
+            edit.set_operand(consumer, u, node)
 
-        plan.edits.append(edit)
+        self._draft.take_constant(u)
+        self._draft.later(write)
 
-    def _up_terminal(self, u: fx.Node, factor: Factor, plan: Plan) -> bool:
+    def _unshare(self, weight: fx.Node) -> None:
+        self._draft.spent += self._region.growth(weight, self._draft.spent)
+
+    def _terminal(self, u: fx.Node, factor: Factor) -> bool:
         if (conv := convolutions.conv(u)) is not None:
             scale, shift = factor.vectors(1, conv.out_channels)
-            self._check_sharing(conv.weight_node)
+            self._unshare(conv.weight_node)
 
-            rows = scale.reshape(-1, *(1,) * (conv.spatial + 1))
-            weight = conv.weight.times(rows)
             if conv.transposed:
-                weight = conv.weight.map(conv.weight.shape, lambda w: scale_outputs(w, conv, scale))
-            bias = shifted(conv.bias, scale, shift)
-            self._check_range(u, weight)
-            self._check_range(u, bias)
-            plan.edits.append(
-                lambda: self._set_weights(u, 1, conv.weight_node, weight, 2, conv.bias_node, bias)
-            )
+                turned = partial(weights.scale_outputs, conv=conv, scale=scale)
+                weight = conv.weight.map(conv.weight.shape, turned)
+            else:
+                weight = conv.weight.times(scale.reshape(-1, *(1,) * (conv.spatial + 1)))
+            bias = weights.shifted(conv.bias, scale, shift)
+            weights.check_range(u, weight)
+            weights.check_range(u, bias)
+            self._draft.later(lambda edit: weights.set_conv(edit, conv, weight, bias))
         elif (linear := products.linear(u)) is not None:
             scale, shift = factor.vectors(-1, linear.weight.shape[0])
-            self._check_sharing(linear.weight_node)
+            self._unshare(linear.weight_node)
             weight = linear.weight.times(scale[:, None])
-            bias = shifted(linear.bias, scale, shift)
-            self._check_range(u, weight)
-            self._check_range(u, bias)
-            plan.edits.append(lambda: self._set_linear(linear, weight, bias))
+            bias = weights.shifted(linear.bias, scale, shift)
+            weights.check_range(u, weight)
+            weights.check_range(u, bias)
+            self._draft.later(lambda edit: weights.set_linear(edit, linear, weight, bias))
         elif (norm := scale_shifts.norm_affine(u)) is not None:
-            self._up_norm(norm, factor, plan)
+            self._norm(norm, factor)
         elif (layer := quantised.quantised(u)) is not None:
-            self._up_quantised(layer, factor, plan)
-        elif is_call(u, aten.embedding.default) and embedding_table(u) is not None:
-            table = embedding_table(u)
+            self._quantised(layer, factor)
+        elif is_call(u, aten.embedding.default) and carry.embedding_table(u) is not None:
+            table = carry.embedding_table(u)
             assert table is not None
             scale, shift = factor.vectors(-1, table.shape[1])
-            self._check_sharing(u.args[0])  # type: ignore[arg-type]
+            self._unshare(u.args[0])  # type: ignore[arg-type]
             new = table.map(table.shape, lambda w: w * scale + shift)
-            plan.edits.append(lambda: self._set_weights(u, 0, u.args[0], new))
+            self._draft.later(lambda edit: weights.set_weights(edit, u, 0, u.args[0], new))
         else:
             return False
-        plan.touch(u)
+        self._draft.take(u)
         return True
 
-    def _up_norm(self, norm: scale_shifts.NormAffine, factor: Factor, plan: Plan) -> None:
+    def _norm(self, norm: scale_shifts.NormAffine, factor: Factor) -> None:
         u = norm.node
         if factor.varies() - set(norm.axes):
             raise Declined(f"the constant varies along another axis than {kind(u)}'s weight")
@@ -165,14 +210,10 @@ class Upward(Walk):
         new_weight = Lazy(target, lambda: scale)
         if weight is not None:
             new_weight = weight.map(target, lambda w: scale * w)
-        new_bias = shifted(bias, scale, shift) if norm.shifts else None
-        plan.edits.append(
-            lambda: self._set_weights(
-                u, norm.weight_index, norm.weight, new_weight, norm.bias_index, norm.bias, new_bias
-            )
-        )
+        new_bias = weights.shifted(bias, scale, shift) if norm.shifts else None
+        self._draft.later(lambda edit: weights.set_norm(edit, norm, new_weight, new_bias))
 
-    def _up_quantised(self, layer: quantised.Quantised, factor: Factor, plan: Plan) -> None:
+    def _quantised(self, layer: quantised.Quantised, factor: Factor) -> None:
         """Into the scales of the weight: ``s * d * (q - z) = |s| * d * (sign(s) * (q - z))``.
 
         The integers stay what they are but for channels of a negative or zero factor.
@@ -185,9 +226,9 @@ class Upward(Walk):
         new_scales = layer.scales.map(
             layer.scales.shape, lambda d: torch.where(scale == 0, d, d * scale.abs())
         )
-        bias = shifted(layer.bias, scale, shift)
-        self._check_range(u, new_scales)
-        self._check_range(u, bias)
+        bias = weights.shifted(layer.bias, scale, shift)
+        weights.check_range(u, new_scales)
+        weights.check_range(u, bias)
         zeros = layer.zeros.to(torch.int64)
         integers = None
         if bool((scale <= 0).any()):
@@ -200,65 +241,67 @@ class Upward(Walk):
                 raise Declined(f"{u.name} has a quantised weight that a negative scale would clip")
             integers = turned.to(dtype=stored.dtype, device=stored.device)
 
-        def edit() -> None:
-            name = constant_name(layer.integers)
+        def write(edit: Edit) -> None:
+            name = weights.constant_name(layer.integers)
             kind_of = layer.integers.meta["val"]
-            with self.door.before(u):
+            with edit.before(u):
                 q = layer.integers
                 if integers is not None:
-                    q = self.door.constant(name, integers)
-                scales = self.door.constant(f"{name}.scales", new_scales, u.meta["val"])
-                stored_zeros = self.door.constant(f"{name}.zeros", zeros.to(kind_of.device))
-                weight = self.door.call(
+                    q = edit.constant(name, integers)
+                scales = edit.constant(f"{name}.scales", new_scales, u.meta["val"])
+                stored_zeros = edit.constant(f"{name}.zeros", zeros.to(kind_of.device))
+                weight = edit.call(
                     torch.ops.quantized_decomposed.dequantize_per_channel.default,
                     (q, scales, stored_zeros, 0, *layer.limits, layer.dtype), sources=[u],
                 )  # fmt: skip
-                self.door.stamp(weight, [u], value=None)
+                edit.stamp(weight, [u], value=None)
                 values: dict[int, Any] = {1: weight}
                 if bias is not None:
-                    values[2] = self.door.constant(f"{name}.bias", bias, u.meta["val"])
-            self.door.set_arguments(u, values)
+                    values[2] = edit.constant(f"{name}.bias", bias, u.meta["val"])
+            edit.set_arguments(u, values)
 
-        plan.edits.append(edit)
+        self._draft.later(write)
 
-    def _up_affine(self, u: fx.Node, factor: Factor, plan: Plan) -> bool:
+    def _affine(self, u: fx.Node, factor: Factor) -> bool:
         record = scale_shifts.affine(u)
         if record is None:
             return False
         inner = Factor(record.scale.get(), record.shift.get())
         both = Factor(factor.scale * inner.scale, factor.scale * inner.shift + factor.shift)
-        current = operand(record.reader, record.x)
-        mark = plan.mark()
+        current, draft = carry.operand(record.reader, record.x), self._draft
+        mark = draft.mark()
         try:
-            self._up(record.x, record.reader, both, plan)
-            plan.edits.append(lambda: self.door.replace(u, current()))
-            plan.removed.append(u)
+            draft.carry_off(u)
+            self._produce(record.x, record.reader, both)
+            draft.later(lambda edit: edit.replace(u, current()))
             return True
         except Declined:
-            plan.rewind(mark)
+            draft.rewind(mark)
         if record.is_norm and not (both.varies() - {1}):
-            plan.edits.append(lambda: self._emit_norm(u, current(), both))
-            plan.touch(u)
+            draft.later(lambda edit: weights.emit_norm(edit, u, current(), both))
+            draft.take(u)
             return True
         # A plain shift lets the scale pass and scales itself.
         if bool((inner.scale == 1).all()) and not factor.scale.eq(1).all():
-            self._up(
-                record.x, record.reader, Factor(factor.scale, torch.zeros_like(factor.shift)), plan
-            )
-            plan.edits.append(lambda: self._emit_affine(u, current(), torch.ones(()), both.shift))
-            plan.touch(u)
+            draft.cross(u)
+            alone = Factor(factor.scale, torch.zeros_like(factor.shift))
+            self._produce(record.x, record.reader, alone)
+            one = torch.ones(())
+            draft.later(lambda edit: weights.emit_affine(edit, u, current(), one, both.shift))
             return True
         keeps_kind = (
             (not inner.shifts and not both.shifts)
             or (bool((inner.scale == 1).all()) and bool((both.scale == 1).all()))
         )  # fmt: skip
         if keeps_kind:
-            plan.edits.append(lambda: self._emit_affine(u, current(), both.scale, both.shift))
-            plan.touch(u)
+            draft.later(
+                lambda edit: weights.emit_affine(edit, u, current(), both.scale, both.shift)
+            )
+            draft.take(u)
             return True
         raise Declined(f"{u.name} is a lone scale or shift")
 
-    def _up_layout(self, u: fx.Node, factor: Factor, plan: Plan) -> bool:
+    def _layout(self, u: fx.Node, factor: Factor) -> bool:
         if not layout.is_layout(u):
             return False
         source = layout.source_of(u)
@@ -276,59 +319,75 @@ class Upward(Walk):
         others = [r for r in source.users if r is not consumer]
         disjoint = disjoint or bool(others)
         siblings = [*others, *(r for r in consumer.users if consumer is not u and r is not u)]
-        if self.escapes and any(layout.escapes(sibling) for sibling in siblings):
+        if self._region.escapes and any(layout.escapes(sibling) for sibling in siblings):
             raise Declined("two outputs would share storage")
-        scale, shift = layout.pull(u, source, (factor.scale, factor.shift), disjoint, self.graph)
+        graph, parts = self._region.graph, self._draft.parts
+        scale, shift = layout.pull(u, source, (factor.scale, factor.shift), disjoint, graph)
         affected = (scale != 1) | (shift != 0)
-        if any(layout.overlaps(o, source, affected, self.graph) for o in others):
+        if any(layout.overlaps(o, source, affected, graph) for o in others):
             raise Declined(f"{source.name} has other users")
+        for view in dict.fromkeys((u, consumer)):
+            if not self._draft.has(view):  # another path has come to another part of a split
+                self._draft.cross(view)
         pulled = Factor(scale, shift)
         if not disjoint:
-            self._up(source, consumer, pulled, plan)
+            self._produce(source, consumer, pulled)
             return True
-        if source in plan.parts:  # another slice of it: where one factor acts, the other is one
-            before = plan.parts[source][1]
+        if source in parts:  # another slice of it: where one factor acts, the other is one
+            before = parts[source][1]
             pulled = Factor(before.scale * pulled.scale, before.shift + pulled.shift)
-        plan.parts[source] = (consumer, pulled)
+        parts[source] = (consumer, pulled)
         return True
 
-    def _up_shared(self, u: fx.Node, consumer: fx.Node, factor: Factor, plan: Plan) -> None:
+    def _part(self, u: fx.Node, consumer: fx.Node, factor: Factor) -> None:
         """Pushes into a tensor whose other readers read elements with a factor of one."""
         if factor.is_identity:
             return
         if list(u.users) == [consumer]:
-            return self._up(u, consumer, factor, plan)
+            return self._produce(u, consumer, factor)
         if u.op != "call_function" or nodes.pinned(u):
             raise Declined(f"{u.name} has other users")
-        if not self._up_terminal(u, factor, plan) and not self._up_layout(u, factor, plan):
+        if not self._terminal(u, factor) and not self._layout(u, factor):
             raise Declined(f"{u.name} has other users")
 
-    def _up_passing(self, u: fx.Node, factor: Factor, plan: Plan) -> bool:
-        name = op_name(u)
-        plan.touch(u)
-        if (cat := concatenations.cat(u)) is not None:
-            self._up_cat(cat, factor, plan)
-        elif (total := sums.add(u)) is not None:
-            self._up_sum(total, factor, plan)
-        elif (pool := self._first_result(u)) is not None and self._commutes(pool, factor):
-            plan.touch(pool)
-            self._up(pool.args[0], pool, factor, plan)  # type: ignore[arg-type]
-        elif self._commutes(u, factor):
-            source = u.args[0]
-            assert isinstance(source, fx.Node)
-            self._up(source, u, self._reshaped(factor, u, source), plan)
-        elif name in ("mul", "div") and not factor.shifts:
-            self._up_product(u, factor, plan)
-        elif name in ("matmul", "bmm", "scaled_dot_product_attention") and not factor.shifts:
-            self._up_matmul(u, factor, plan)
-        elif is_call(u, aten.einsum.default) and not factor.shifts:
-            self._up_einsum(u, factor, plan)
-        else:
-            plan.touched.pop()
+    def _passing(self, u: fx.Node, factor: Factor) -> bool:
+        self._draft.check_new(u)
+        on = self._behind(u, factor)
+        if on is None:
             return False
+        self._draft.cross(u)
+        on()
         return True
 
-    def _up_cat(self, cat: concatenations.Cat, factor: Factor, plan: Plan) -> None:
+    def _behind(self, u: fx.Node, factor: Factor) -> Callable[[], None] | None:
+        """The way on behind a call that carries the scale and shift through, if it does."""
+        name = op_name(u)
+        if (cat := concatenations.cat(u)) is not None:
+            return partial(self._cat, cat, factor)
+        if (total := sums.add(u)) is not None:
+            return partial(self._sum, total, factor)
+        if (pool := carry.first_result(u)) is not None and carry.commutes(pool, factor):
+            return partial(self._pool, pool, factor)
+        if carry.commutes(u, factor):
+            source = u.args[0]
+            assert isinstance(source, fx.Node)
+            return partial(self._produce, source, u, carry.at_input(factor, u, source))
+        if factor.shifts:
+            return None
+        if name in ("mul", "div"):
+            return partial(self._product, u, factor)
+        if name in ("matmul", "bmm", "scaled_dot_product_attention"):
+            return partial(self._matmul, u, factor)
+        if is_call(u, aten.einsum.default):
+            return partial(self._einsum, u, factor)
+        return None
+
+    def _pool(self, pool: fx.Node, factor: Factor) -> None:
+        """A max pool that says where its values lay, which nothing reads."""
+        self._draft.cross(pool)
+        self._produce(pool.args[0], pool, factor)  # type: ignore[arg-type]
+
+    def _cat(self, cat: concatenations.Cat, factor: Factor) -> None:
         u, parts, axis = cat.node, cat.parts, cat.axis
         if any(nodes.dtype(p) != nodes.dtype(u) for p in parts):
             raise Declined("the concatenation promotes a dtype")
@@ -345,41 +404,41 @@ class Upward(Walk):
                     narrow(factor.shift, axis, start, int(size)),
                 )
                 start += int(size)
-            self._up(part, u, piece, plan)
+            self._produce(part, u, piece)
 
-    def _up_sum(self, total: sums.Addition, factor: Factor, plan: Plan) -> None:
+    def _sum(self, total: sums.Addition, factor: Factor) -> None:
         zero = torch.zeros_like(factor.shift)
-        mark = plan.mark()
+        mark = self._draft.mark()
         try:
-            self._up(total.left, total.node, factor, plan)
-            self._up(total.right, total.node, Factor(factor.scale, zero), plan)
+            self._produce(total.left, total.node, factor)
+            self._produce(total.right, total.node, Factor(factor.scale, zero))
         except Declined:
             if total.alpha == 0 or not factor.shifts:
                 raise
-            plan.rewind(mark)
-            self._up(total.left, total.node, Factor(factor.scale, zero), plan)
+            self._draft.rewind(mark)
+            self._produce(total.left, total.node, Factor(factor.scale, zero))
             scaled = Factor(factor.scale, factor.shift / total.alpha)
-            self._up(total.right, total.node, scaled, plan)
+            self._produce(total.right, total.node, scaled)
 
-    def _up_product(self, u: fx.Node, factor: Factor, plan: Plan) -> None:
+    def _product(self, u: fx.Node, factor: Factor) -> None:
         if op_name(u) == "div" and nodes.arguments(u).get("rounding_mode") is not None:
             raise Declined("the division rounds")
         left, right = u.args[0], u.args[1]
         operands = [left] if op_name(u) == "div" else [left, right]
-        reason = "neither factor can take the scale"
+        reason = Declined("neither factor can take the scale")
         for side in operands:
             if not is_tensor(side) or nodes.dtype(side) != nodes.dtype(u):  # type: ignore[arg-type]
                 continue
-            mark = plan.mark()
+            mark = self._draft.mark()
             try:
-                self._up(side, u, aligned(factor, side), plan)  # type: ignore[arg-type]
+                self._produce(side, u, aligned(factor, side))  # type: ignore[arg-type]
                 return
             except Declined as refusal:
-                reason = str(refusal)
-                plan.rewind(mark)
-        raise Declined(reason)
+                reason = refusal
+                self._draft.rewind(mark)
+        raise reason
 
-    def _up_matmul(self, u: fx.Node, factor: Factor, plan: Plan) -> None:
+    def _matmul(self, u: fx.Node, factor: Factor) -> None:
         rank = factor.scale.dim()
         if op_name(u) == "scaled_dot_product_attention":
             value = u.args[2]
@@ -387,12 +446,12 @@ class Upward(Walk):
                 raise Declined("the constant varies along the queries")
             if not nodes.same(nodes.shape(value)[:-2], nodes.shape(u)[:-2]):  # type: ignore[arg-type]
                 raise Declined("attention broadcasts its value")
-            return self._up(value, u, factor, plan)  # type: ignore[arg-type]
+            return self._produce(value, u, factor)  # type: ignore[arg-type]
         left, right = u.args[0], u.args[1]
         if not (is_tensor(left) and is_tensor(right)):
             raise Declined("not a product of two tensors")
         if min(len(nodes.shape(left)), len(nodes.shape(right))) < 2:  # type: ignore[arg-type]
-            return self._up_vector_product(u, factor, plan)
+            return self._vector_product(u, factor)
         side = right if rank - 2 not in factor.varies() else left
         free = rank - 2 if side is right else rank - 1
         if free in factor.varies() or len(nodes.shape(side)) != rank:  # type: ignore[arg-type]
@@ -405,9 +464,9 @@ class Upward(Walk):
             )
         ):
             raise Declined("the product broadcasts this operand")
-        return self._up(side, u, factor, plan)  # type: ignore[arg-type]
+        return self._produce(side, u, factor)  # type: ignore[arg-type]
 
-    def _up_vector_product(self, u: fx.Node, factor: Factor, plan: Plan) -> None:
+    def _vector_product(self, u: fx.Node, factor: Factor) -> None:
         """``s * (A @ v) = (s[:, None] * A) @ v``, and into ``v`` where ``s`` is one number.
 
         The result has no axis of the vector; from the left it is ``(v @ A) * s = v @ (A * s)``.
@@ -426,17 +485,17 @@ class Upward(Walk):
             wanted.append((matrix, _reshaped_to(factor, tuple(sizes))))
         elif factor.scale.numel() == 1:
             wanted.append((matrix, _reshaped_to(factor, (1,))))
-        reason = "neither factor can take the scale"
+        reason = Declined("neither factor can take the scale")
         for side, moved in wanted:
-            mark = plan.mark()
+            mark = self._draft.mark()
             try:
-                return self._up(side, u, moved, plan)
+                return self._produce(side, u, moved)
             except Declined as refusal:
-                reason = str(refusal)
-                plan.rewind(mark)
-        raise Declined(reason)
+                reason = refusal
+                self._draft.rewind(mark)
+        raise reason
 
-    def _up_einsum(self, u: fx.Node, factor: Factor, plan: Plan) -> None:
+    def _einsum(self, u: fx.Node, factor: Factor) -> None:
         """Into one operand: a sum of products is linear in each.
 
         The operand must have every axis along which the scale varies, in full.
@@ -447,7 +506,7 @@ class Upward(Walk):
         if not result or "." in equation or any(len(set(t)) != len(t) for t in (*terms, result)):
             raise Declined("the einsum does not name its axes")
         wide = {result[axis]: nodes.shape(u)[axis] for axis in factor.varies()}
-        reason = "no operand of the einsum has the axes of the scale"
+        reason = Declined("no operand of the einsum has the axes of the scale")
         for term, side in zip(terms, operands, strict=True):
             sizes = dict(zip(term, nodes.shape(side), strict=True))
             if any(
@@ -455,14 +514,14 @@ class Upward(Walk):
                 for letter, size in wide.items()
             ):
                 continue
-            mark = plan.mark()
+            mark = self._draft.mark()
             try:
                 scale = _for_term(factor.scale, result, term)
-                return self._up(side, u, Factor(scale, torch.zeros_like(scale)), plan)
+                return self._produce(side, u, Factor(scale, torch.zeros_like(scale)))
             except Declined as refusal:
-                reason = str(refusal)
-                plan.rewind(mark)
-        raise Declined(reason)
+                reason = refusal
+                self._draft.rewind(mark)
+        raise reason
 
 
 def _reshaped_to(factor: Factor, sizes: tuple[int, ...]) -> Factor:

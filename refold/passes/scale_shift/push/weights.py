@@ -1,0 +1,136 @@
+"""Writing, through the door: folded weights, and what is left of a scale and shift."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from refold.algebra import affine_map as am
+from refold.algebra.lazy import Lazy
+from refold.errors import Declined
+from refold.graph import nodes
+from refold.graph.nodes import aten
+from refold.graph.records import convolutions, products
+from refold.graph.records.scale_shifts import NormAffine
+from refold.passes.scale_shift.push.factor import Factor
+from refold.rewrite.edit import Edit
+
+
+def constant(edit: Edit, before: fx.Node, name: str, data: Lazy, like: fx.Node) -> fx.Node:
+    with edit.before(before):
+        return edit.constant(name, data, like.meta["val"])
+
+
+def set_weights(
+    edit: Edit, node: fx.Node, weight_index: int, weight_node: Any, weight: Lazy,
+    bias_index: int = -1, bias_node: Any = None, bias: Lazy | None = None,
+) -> None:  # fmt: skip
+    """Lets a layer read other weights: at which place of its arguments, and what it read there."""
+    like = next(n for n in (weight_node, bias_node, node) if n is not None)
+    base = constant_name(like) if like.op == "get_attr" else node.name
+    new = constant(edit, node, base, weight, like)
+    values: dict[int, Any] = {weight_index: new}
+    if bias is not None and bias_index >= 0:
+        stem = base.removesuffix("weight").rstrip("._")
+        values[bias_index] = constant(edit, node, f"{stem}.bias", bias, like)
+    edit.set_arguments(node, values)
+
+
+def set_conv(edit: Edit, conv: convolutions.Conv, weight: Lazy, bias: Lazy | None) -> None:
+    set_weights(edit, conv.node, 1, conv.weight_node, weight, 2, conv.bias_node, bias)
+
+
+def set_norm(edit: Edit, norm: NormAffine, weight: Lazy, bias: Lazy | None) -> None:
+    places = (norm.weight_index, norm.weight, weight, norm.bias_index, norm.bias, bias)
+    set_weights(edit, norm.node, *places)
+
+
+def set_linear(edit: Edit, linear: products.Linear, weight: Lazy, bias: Lazy | None) -> None:
+    node = linear.node
+    base = constant_name(linear.weight_node) if linear.weight_node.op == "get_attr" else node.name
+    new = constant(edit, node, base, weight, linear.weight_node)
+    bias_node = None
+    if bias is not None:
+        stem = base.removesuffix("weight").rstrip("._")
+        bias_node = constant(edit, node, f"{stem}.bias", bias, linear.weight_node)
+    args = (linear.x, new, bias_node)
+    edit.set(node, target=aten.linear.default, args=args, kwargs={})
+
+
+def emit_norm(edit: Edit, node: fx.Node, x: fx.Node, factor: Factor) -> None:
+    """Writes a scale and shift in a node's place as one batch norm."""
+    channels = nodes.shape(node)[1]
+    scale, shift = factor.vectors(1, int(channels))
+    with edit.before(node):
+        parts = [
+            edit.constant(f"{node.name}.{label}", Lazy.of(value), node.meta["val"])
+            for label, value in (
+                ("weight", scale), ("bias", shift),
+                ("mean", torch.zeros_like(scale)), ("var", torch.ones_like(scale)),
+            )
+        ]  # fmt: skip
+        args = (x, *parts, False, 0.0, 0.0, False)
+        new = edit.call(aten.batch_norm.default, args, sources=[node], like=node)
+    edit.replace(node, new)
+
+
+def emit_affine(
+    edit: Edit, node: fx.Node, x: fx.Node, scale: torch.Tensor, shift: torch.Tensor
+) -> None:
+    """Writes them as a multiplication and an addition, what does nothing left out."""
+    out = x
+    with edit.before(node):
+        for target, value, neutral in (
+            (aten.mul.Tensor, scale, 1.0), (aten.add.Tensor, shift, 0.0),
+        ):  # fmt: skip
+            if bool((value == neutral).all()):
+                continue
+            name = f"{node.name}.{target._schema.name[6:]}"
+            data = edit.constant(name, Lazy.of(value), node.meta["val"])
+            out = edit.call(target, (out, data), sources=[node])
+    edit.replace(node, out)
+
+
+def check_range(node: fx.Node, value: Lazy | None) -> None:
+    """fp16 overflows where its parts did not; wider dtypes do not come near their limits."""
+    if value is not None and nodes.dtype(node) == torch.float16 and overflows(value):
+        raise Declined(f"the folded weights of {node.name} would overflow float16")
+
+
+def overflows(value: Lazy) -> bool:
+    """True if a constant does not fit float16."""
+    return bool((value.evaluate().abs() > torch.finfo(torch.float16).max).any())
+
+
+def constant_name(constant: fx.Node) -> str:
+    return str(constant.meta.get("refold_name", constant.target))
+
+
+def scale_outputs(w: torch.Tensor, conv: convolutions.Conv, scale: torch.Tensor) -> torch.Tensor:
+    """Scales the output channels of a transposed convolution's ``[I, O / groups, *k]`` weight."""
+    blocks = w.reshape(conv.groups, -1, *w.shape[1:])
+    rows = scale.reshape(conv.groups, 1, w.shape[1], *(1,) * conv.spatial)
+    return (blocks * rows).reshape(w.shape)
+
+
+def shifted(bias: Lazy | None, scale: torch.Tensor, shift: torch.Tensor) -> Lazy | None:
+    """``scale * bias + shift``; what cancels to the rounding of float64 is zero.
+
+    A network that subtracts its own bias before a zero pad (Diverse Branch Block) does so exactly
+    over the reals; the zero is what lets the pad be seen through. A difference that its own dtype
+    would round away is a bias nevertheless: the layers behind may make it large.
+    """
+    if bias is None and not bool(shift.any()):
+        return None
+
+    def compute() -> torch.Tensor:
+        if bias is None:
+            return shift.clone()
+        moved = bias.get() * scale
+        total = moved + shift
+        noise = am.ROUNDING * torch.maximum(moved.abs(), shift.abs())
+        return torch.where((total.abs() <= noise) & (shift != 0), 0.0, total)
+
+    return Lazy(tuple(scale.shape), compute, parents=() if bias is None else (bias,))
