@@ -23,6 +23,7 @@ _RULE = "canonical"
 _SMALL = (
     64 * 1024
 )  # bytes of an integer constant; larger ones (masks) are not worth four times that
+_NARROW = (torch.float16, torch.bfloat16)
 
 # Other names of an operator whose overloads take the same arguments.
 ALIASES = {
@@ -32,7 +33,7 @@ ALIASES = {
     "absolute": "abs", "clip": "clamp", "fix": "trunc", "arccos": "acos", "arccosh": "acosh",
     "arcsin": "asin", "arcsinh": "asinh", "arctan": "atan", "arctanh": "atanh", "arctan2": "atan2",
     "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne",
-    "moveaxis": "movedim", "swapaxes": "transpose", "swapdims": "transpose", "ravel": "flatten",
+    "moveaxis": "movedim", "swapaxes": "transpose", "swapdims": "transpose",
     "broadcast_to": "expand", "linalg_matmul": "matmul", "ger": "outer", "trapz": "trapezoid",
     "unsafe_split": "split", "unsafe_split_with_sizes": "split_with_sizes", "unsafe_chunk": "chunk",
     "special_expit": "sigmoid", "special_exp2": "exp2", "special_expm1": "expm1",
@@ -48,8 +49,8 @@ ALIASES = {
 }  # fmt: skip
 # Overloads that have another name under the name that is written.
 _OVERLOADS = {
-    "swapaxes.default": "int", "swapdims.default": "int", "ravel.default": "using_ints",
-    "special_xlogy.default": "Tensor", "special_xlogy.other_scalar": "Scalar_Other",
+    "swapaxes.default": "int", "swapdims.default": "int", "special_xlogy.default": "Tensor",
+    "special_xlogy.other_scalar": "Scalar_Other",
     "special_xlogy.self_scalar": "Scalar_Self", "special_softmax.default": "int",
     "special_log_softmax.default": "int",
 }  # fmt: skip
@@ -157,6 +158,14 @@ def _narrowed(node: fx.Node, constant: set[fx.Node]) -> fx.Node | None:
     return _call(node, aten.slice.Tensor, x, axis, start, start + length)
 
 
+def _raveled(node: fx.Node, constant: set[fx.Node]) -> fx.Node:
+    """``ravel`` is ``flatten`` of what is contiguous; of anything else it gives a copy."""
+    x: Any = node.args[0]
+    if not nodes.is_contiguous(x):
+        x = _call(node, aten.contiguous.default, x)
+    return _call(node, aten.flatten.using_ints, x)
+
+
 def _extremum(node: fx.Node, constant: set[fx.Node]) -> fx.Node | None:
     """``max`` and ``min`` of two tensors are ``maximum`` and ``minimum``."""
     if node.target is aten.max.other:
@@ -211,14 +220,17 @@ _STACKS = {"hstack": (1, 2), "vstack": (0, 2), "dstack": (2, 3), "column_stack":
 def _written_out(node: fx.Node, constant: set[fx.Node]) -> fx.Node | None:
     """``addmm(b, x, w, beta, alpha)`` is ``beta * b + alpha * (x @ w)``, where that can fold.
 
-    A ``beta`` of zero leaves ``b`` out, whatever it holds. Without a constant matrix the one call
-    does in one kernel what would be three.
+    A ``beta`` of zero leaves ``b`` out, whatever it holds, and so may an ``alpha`` of zero the
+    product. Without a constant matrix the one call does in one kernel what would be three; of
+    narrow floats it rounds once, and a product that leaves their range comes back by its ``alpha``.
     """
     args = arguments(node)
     batched = ops.op_name(node) == "baddbmm"
     left, right = (args[k] for k in (("batch1", "batch2") if batched else ("mat1", "mat2")))
     bias, alpha, beta = args["self"], args["alpha"], args["beta"]
-    if (alpha == 1 and beta == 1) or not nodes.dtype(node).is_floating_point:
+    if (alpha == 1 and beta == 1) or alpha == 0:
+        return None
+    if not nodes.dtype(node).is_floating_point or nodes.dtype(node) in _NARROW:
         return None
     if left not in constant and right not in constant:
         return None
@@ -251,7 +263,7 @@ def _batched(node: fx.Node, constant: set[fx.Node]) -> fx.Node | None:
 _FORMS: dict[str, Callable[[fx.Node, set[fx.Node]], fx.Node | None]] = {
     "mT": _matrix_transposed, "mH": _matrix_transposed, "adjoint": _matrix_transposed,
     "numpy_T": _all_reversed, "matrix_H": _all_reversed, "movedim": _axes_moved,
-    "narrow": _narrowed, "max": _extremum, "min": _extremum, "clamp": _rectified,
+    "narrow": _narrowed, "ravel": _raveled, "max": _extremum, "min": _extremum, "clamp": _rectified,
     "clamp_min": _rectified, "special_round": _rounded, "fliplr": _flipped, "flipud": _flipped,
     "addmm": _written_out, "baddbmm": _written_out,
     **dict.fromkeys(_STACKS, _stacked),
@@ -269,7 +281,10 @@ def forms() -> frozenset[str]:
 
 
 def _widen_constants(node: fx.Node, constant: set[fx.Node]) -> None:
-    """Integer and boolean constants beside floats become floats, as the call makes them itself."""
+    """Integer and boolean constants beside floats become floats, as the call makes them itself.
+
+    A single number beside narrow floats stays: the call reads it in float32, where 70000 is finite.
+    """
     if not nodes.dtype(node).is_floating_point:
         return
     tensors = [a for a in node.all_input_nodes if is_tensor(a)]
@@ -280,6 +295,8 @@ def _widen_constants(node: fx.Node, constant: set[fx.Node]) -> None:
             continue
         dtype = nodes.dtype(source)
         if dtype.is_floating_point or dtype.is_complex:
+            continue
+        if nodes.dtype(node) in _NARROW and source.meta["val"].numel() == 1:
             continue
         with node.graph.inserting_before(node):
             wide = nodes.call(

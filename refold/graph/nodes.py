@@ -99,6 +99,15 @@ def is_empty(node: fx.Node) -> bool:
     return False
 
 
+def is_contiguous(node: fx.Node) -> bool:
+    """True if the trace proved a tensor to be contiguous."""
+    value = node.meta["val"]
+    strides: list[Any] = [1]
+    for size in reversed(value.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return same(value.stride(), strides[: value.ndim])
+
+
 def only_user(node: fx.Node, user: fx.Node) -> bool:
     """True if ``user`` is the one node that reads ``node`` (however many times)."""
     return len(node.users) == 1 and user in node.users

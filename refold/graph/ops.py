@@ -292,17 +292,24 @@ def _rows() -> dict[str, tuple[str, int]]:
 
 
 ROWS = _rows()
+# Whose operators mean what the table says of their names; a relu of another library is any formula.
+_LIBRARIES = frozenset({"aten", "prim", "refold", "quantized_decomposed"})
 
 
 def op_name(node: fx.Node) -> str:
-    """The bare operator name of a call (``conv2d`` for ``aten.conv2d.default``)."""
+    """The bare operator name of a call (``conv2d`` for ``aten.conv2d.default``).
+
+    An operator of another library keeps its namespace where ATen has one of that name.
+    """
     return _name(node.target)
 
 
 @functools.cache
 def _name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[-1]
+        name = target._schema.name.split("::")[-1]
+        alike = target.namespace in _LIBRARIES or not hasattr(torch.ops.aten, name)
+        return name if alike else target._schema.name
     return getattr(target, "__name__", str(target))
 
 

@@ -129,6 +129,36 @@ def test_products_of_data_stay_one_call() -> None:
     assert traced(formula, SQUARE)["baddbmm"] == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_addmm_of_narrow_floats_stays(dtype) -> None:
+    """The product of 6 * 400 * 40 leaves float16, and comes back by its factor."""
+    held = {"w": torch.full((6, 5), 400.0, dtype=dtype), "b": torch.ones(5, dtype=dtype)}
+    formula = lambda s, x: torch.addmm(s.b, x, s.w, alpha=0.125)
+    assert traced(formula, torch.full((3, 6), 40.0, dtype=dtype), **held) == {"addmm": 1}
+
+
+def test_an_alpha_of_zero_may_leave_infinities_out() -> None:
+    held = {"w": torch.full((6, 5), torch.inf), "b": torch.randn(5)}
+    assert traced(lambda s, x: torch.addmm(s.b, x, s.w, alpha=0), X[0], **held) == {"addmm": 1}
+
+
+def test_ravel_is_flatten_of_contiguous_memory() -> None:
+    assert traced(lambda s, x: x.ravel()) == {"flatten": 1}
+    assert traced(lambda s, x: x.sum().ravel()) == {"sum": 1, "flatten": 1}
+    column = traced(lambda s, x: x[:, 0, 0].ravel())
+    assert column == {"select": 2, "slice": 1, "contiguous": 1, "flatten": 1}
+
+
+def test_ravel_copies_what_is_not_contiguous() -> None:
+    net = Net(lambda s, x: x[:, 0].ravel()).eval()
+    x = X[0].clone()
+    given = refold.compile_for_inference(net, x)(x)
+    assert given.stride() == net(x).stride() == (1,)
+    assert given.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    pair = Net(lambda s, x: torch.as_strided(x[:, 0].ravel(), (2,), (1,)) * 2).eval()
+    torch.testing.assert_close(refold.compile_for_inference(pair, x)(x), pair(x))
+
+
 @pytest.mark.parametrize("spatial", [1, 2, 3])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_one_sample_is_a_batch_of_one(spatial, transposed) -> None:
@@ -151,6 +181,15 @@ def test_integer_constants_are_floats_beside_floats(operation, dtype, of) -> Non
     held = {"t": torch.tensor([1, 3, 0, 200, 7, 1]).to(dtype)}
     formula = lambda s, x: getattr(torch, operation)(x, s.t)
     assert traced(formula, X.to(of), **held) == {operation: 1, "_to_copy": 1}
+
+
+@pytest.mark.parametrize("operation", ["add", "mul", "div"])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_number_beside_narrow_floats_stays(operation, shape) -> None:
+    """The call reads 70000 in float32; in float16 it would be infinite."""
+    held = {"t": torch.full(shape, 70000)}
+    x = torch.linspace(-1e-2, 1e-2, 7).half()
+    assert traced(lambda s, x: getattr(torch, operation)(x, s.t), x, **held) == {operation: 1}
 
 
 def test_integer_constants_beside_constants_and_large_masks_stay() -> None:
@@ -185,6 +224,17 @@ def test_a_pad_that_crops_and_pads_keeps_its_border() -> None:
     x = torch.randn(2, 3, 6, 6)
     compiled = refold.compile_for_inference(net.eval(), x)
     torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+def test_operators_of_other_libraries_stay() -> None:
+    """``flipud`` of another library may be any formula."""
+    with torch.library._scoped_library("canonical", "DEF") as library:
+        for name, schema in (("flipud", "(Tensor x)"), ("clamp", "(Tensor self, float min)")):
+            library.define(f"{name}{schema} -> Tensor")
+            library.impl(name, lambda x, *_: x * 3, "CompositeExplicitAutograd")
+        mine = torch.ops.canonical
+        found = traced(lambda s, x: mine.flipud(x) + mine.clamp(x, 0.0))
+    assert found == {"canonical::flipud": 1, "canonical::clamp": 1, "add": 1}
 
 
 def test_what_a_frontend_must_not_leave() -> None:

@@ -351,6 +351,19 @@ def test_nothing_is_true_of_an_unknown_operator() -> None:
     assert not ops.has(node, -1)
 
 
+def test_names_of_other_libraries_are_their_own() -> None:
+    """A ``clone`` of another library may be any formula."""
+    with torch.library._scoped_library("other", "DEF") as library:
+        library.define("clone(Tensor x) -> Tensor")
+        library.define("nms(Tensor x) -> Tensor")
+        graph = graph_of(torch.ops.other.clone.default, torch.ops.other.nms.default)
+        clone, nms = (n for n in graph.nodes if n.op == "call_function")
+        assert ops.op_name(clone) == ops.kind(clone) == "other::clone"
+        assert not ops.known(clone)
+        assert not ops.has(clone, -1)
+        assert ops.op_name(nms) == "nms"
+
+
 def test_an_overload_may_have_a_row_of_its_own() -> None:
     graph = graph_of(aten.view.default, aten.view.dtype)
     plain, bits = (n for n in graph.nodes if n.op == "call_function")

@@ -141,7 +141,7 @@ class MergeReshapes(RewriteRule):
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         source, root = match["x"], match.root
         # Symbolic sizes make a fake reshape slow; of a contiguous tensor its result is known.
-        known = root if _contiguous(source) and _contiguous(root) else None
+        known = root if nodes.is_contiguous(source) and nodes.is_contiguous(root) else None
         return nodes.call(
             build.graph, aten.reshape.default, (source, _sizes(root)),
             rule=build.rule, sources=build.sources, like=known,
@@ -350,15 +350,6 @@ def _writable(node: fx.Node) -> bool:
     symbolic = [s for s in nodes.shape(node) if isinstance(s, torch.SymInt)]
     # One unknown size can be written as -1, unless an empty one makes it ambiguous.
     return len(symbolic) <= 1 and not any(nodes.known(s == 0) for s in nodes.shape(node))
-
-
-def _contiguous(node: fx.Node) -> bool:
-    """True if the trace proved a tensor to be contiguous."""
-    value = node.meta["val"]
-    strides: list[Any] = [1]
-    for size in reversed(value.shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return nodes.same(value.stride(), strides)
 
 
 def _permutation(node: fx.Node) -> list[int]:
