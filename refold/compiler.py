@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ def compile_for_inference(
     found = find_target(target)
     settings = _Settings(
         target=found,
-        options=make_options(found, target_options),
+        options=make_options(found, target_options, _SETTINGS),
         pipeline=_pipeline(pipeline),
         context=Context(
             found.costs, max_growth, _globs(exclude), complex=found.capabilities.complex_calls
@@ -141,6 +142,9 @@ def compile_for_inference(
     if call is not None:
         compiled.compile(*call)
     return compiled
+
+
+_SETTINGS = tuple(inspect.signature(compile_for_inference).parameters)
 
 
 def fold(model: Any, example_inputs: Any = None, **settings: Any) -> CompiledModel:

@@ -69,6 +69,33 @@ def read(owner: type, given: Mapping[str, str | None], whose: str) -> dict[str, 
     return found
 
 
+def check(owner: type, given: Mapping[str, Any], whose: str) -> None:
+    """Checks values that were given in Python for the fields of a dataclass.
+
+    Raises:
+        UsageError: a value is of another kind than its field says.
+    """
+    for option in dataclasses.fields(owner):
+        kind = _kind(owner, option)
+        if option.name in given and not any(_is(given[option.name], k) for k in _choices(kind)):
+            raise UsageError(
+                f"{whose}: option {option.name} got {given[option.name]!r}, expected {words(kind)}"
+            )
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind; of kinds that words() has no words for, any value is."""
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (bool, str, type(None)):
+        return isinstance(value, kind)
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return True
+
+
 def assignments(texts: Iterable[str]) -> dict[str, str | None]:
     """``name=value`` and bare names, as a mapping; what comes last wins."""
     found: dict[str, str | None] = {}

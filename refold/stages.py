@@ -301,10 +301,10 @@ class Judge:
         calls, expected = self.known.calls, self.known.own
         held_out = bool(approximation.held_out) and self._whole is not None
         if self._whole is None:  # the weights that it replaced were released
-            notes = ["what was folded before the substitution is not verified: consume released it"]
+            notes = ["what came before the approximation is not verified: consume released it"]
         else:
             result, self.known = verify_widely(self._whole, before, self._program, self.known)
-            notes = [f"before the substitution: {result.summary}"]
+            notes = [f"before the approximation: {result.summary}"]
             if approximation.codes:
                 notes.append(codes.judge(approximation, self._whole, self.known, self._program))
         report.notes = (*report.notes, *notes)

@@ -93,3 +93,33 @@ def test_options_are_described() -> None:
     assert options.described(Knobs)["on"] == "true or false, default false"
     assert options.described(Knobs)["calls"] == "set from Python, default none"
     assert options.described(object) == {}
+
+
+@dataclass(frozen=True)
+class Typed:
+    threads: int = 0
+    exact: bool = False
+    level: Literal["low", "high"] = "low"
+    limit: float | None = None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"threads": "2"}, "option threads got '2', expected an integer"),
+        ({"threads": True}, "option threads got True, expected an integer"),
+        ({"exact": "no"}, "option exact got 'no', expected true or false"),
+        ({"level": "middle"}, "option level got 'middle', expected low or high"),
+        ({"limit": "1"}, "option limit got '1', expected a number or none"),
+    ],
+)
+def test_values_from_python_are_checked(given, said) -> None:
+    with pytest.raises(UsageError, match=f"target 'mine': {said}"):
+        options.check(Typed, given, "target 'mine'")
+
+
+def test_values_from_python_that_fit() -> None:
+    options.check(
+        Typed, {"threads": 2, "exact": True, "level": "high", "limit": 1}, "target 'mine'"
+    )
+    options.check(Typed, {"limit": None}, "target 'mine'")

@@ -142,7 +142,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("id", help="id of the pass, in kebab-case")
     options = parser.parse_args(arguments)
     identifier = options.id
-    for path in scaffold(root, options.family, identifier):
+    paths = [path.relative_to(root) for path in scaffold(root, options.family, identifier)]
+    for path in paths:
         print(f"wrote {path}")
     cls = "".join(part.capitalize() for part in identifier.split("-"))
     module = identifier.replace("-", "_")
@@ -150,7 +151,8 @@ def main(arguments: list[str]) -> None:
     print(f"        {cls}(),  # why here")
     print(f"    (from refold.passes.{options.family}.{module} import {cls})")
     print("then run tools/pass_pages.py, which writes its page from its docstring, and")
-    print("tools/regenerate_goldens.py, which writes the golden of its test")
+    print(f"tools/regenerate_goldens.py {paths[-1]}, which writes the golden of its test;")
+    print("and give tests/test_planted_bugs.py a small network in which it fires (CASES)")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from refold import options, plugins
@@ -96,13 +96,25 @@ def file_targets() -> dict[str, Target]:
     return found
 
 
-def make_options(target: Target, given: Mapping[str, Any]) -> Any:
-    """Builds the target's options; an unknown one is an error that names the nearest."""
+def make_options(target: Target, given: Mapping[str, Any], settings: Iterable[str] = ()) -> Any:
+    """Builds the target's options; an unknown one is an error that names the nearest.
+
+    Args:
+        target: the target.
+        given: values by option.
+        settings: what else the user may have meant.
+
+    Raises:
+        UsageError: there is no such option, or a value is of another kind.
+    """
     known = [f.name for f in dataclasses.fields(target.options)]
     for name in given:
         if name not in known:
-            hint = did_you_mean(name, known) if known else " (it has none)"
+            hint = did_you_mean(name, [*known, *settings])
+            if not hint.startswith(" (did"):
+                hint = did_you_mean(name, known) if known else " (it has none)"
             raise UsageError(f"target {target.name!r} has no option {name!r}{hint}")
+    options.check(target.options, given, f"target {target.name!r}")
     return target.options(**given)
 
 

@@ -55,6 +55,8 @@ def write_atomically(
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         writer(folder, path.name)
+        if not (folder / path.name).exists():
+            raise BackendError(f"cannot write {path}: the target made no file of that name")
         # The file of that name goes last: whoever sees it finds the files that it refers to.
         for file in sorted(folder.iterdir(), key=lambda f: f.name == path.name):
             _move(file, path.parent / file.name)

@@ -150,6 +150,8 @@ def _in_order(
             inputs = [layer.columns(x) for x in lockstep.values(layer.x)]
         try:
             found = replace(layer, inputs)
+            if not bool(found.weight.isfinite().all()):
+                raise Declined("what it would multiply by is not finite")
         except Declined as reason:
             result.declined.append(declined(rule, layer.node, reason))
             continue

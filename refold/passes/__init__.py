@@ -61,10 +61,12 @@ PIPELINES: dict[str, Pipeline] = {
     ),
 }
 
+# Passes that run where somebody names them, and in no pipeline: approximations of one layer.
+BY_NAME: tuple[type[Pass], ...] = ()
 
 PASSES: dict[str, type] = {
     item.name: type(item) for pipeline in PIPELINES.values() for item in pipeline.passes
-}
+} | {kind().name: kind for kind in BY_NAME}
 
 
 def find_pipeline(text: str) -> Pipeline:

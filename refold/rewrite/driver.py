@@ -36,7 +36,10 @@ class Rule(Protocol):
     """What the driver runs; see :class:`refold.rewrite.rule.RewriteRule`."""
 
     name: str
-    pattern: Pattern
+
+    @property
+    def pattern(self) -> Pattern:
+        """What it looks for."""
 
     def check(self, match: Match) -> Objection:
         """Why this match must stay as it is, or ``None``."""

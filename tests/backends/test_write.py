@@ -33,3 +33,9 @@ def test_files_beside_come_first(tmp_path, monkeypatch):
     )
     write.write_atomically(tmp_path / "net.onnx", two)
     assert seen == ["net.onnx.data", "net.onnx"]
+
+
+def test_a_writer_that_writes_nothing_is_an_error(tmp_path) -> None:
+    with pytest.raises(write.BackendError, match="the target made no file of that name"):
+        write.write_atomically(tmp_path / "model.txt", lambda folder, name: None)
+    assert list(tmp_path.iterdir()) == []

@@ -115,6 +115,20 @@ def test_a_layer_is_calibrated_on_what_the_layers_before_it_leave() -> None:
     assert len(result.approximation.held_out) == 1
 
 
+def test_weights_that_are_not_finite_decline() -> None:
+    class Broken(RoundWeights):
+        def run(self, gm, context: Context = Context()) -> PassResult:
+            nan = lambda layer, inputs: Replacement(layer.weight.evaluate() * torch.nan)
+            return approximate.layers(gm, self.name, nan)
+
+    net, given = Net(), x()
+    gm = trace(net, given)
+    result = Pipeline("test", (Broken(),)).run(gm, debug=True).runs[0].result
+    assert not result.applied
+    assert {d.reason for d in result.declined} == {"what it would multiply by is not finite"}
+    assert torch.equal(gm(given), net(given))
+
+
 def test_the_report_has_the_columns_that_the_pass_names() -> None:
     net, given = Net().float(), x().float()
     chosen = RoundWeights(bits=4, calibration=[x().float() for _ in range(8)], include=["a", "b"])

@@ -701,7 +701,7 @@ def test_a_compilation_verifies_both_sides_and_measures_the_difference() -> None
     first = substitution(report).applied[0].figures
     assert rows[0][1:5] == ["3", "uniform", "/", "16"]
     assert rows[0][-2:] == [f"{first['weight_error']:.1e}", f"{first['output_error']:.1e}"]
-    assert any(n.startswith("before the substitution: ") for n in report.notes)
+    assert any(n.startswith("before the approximation: ") for n in report.notes)
     again = refold.Report.from_json(report.to_json())
     assert again.divergence == report.divergence
     assert substitution(again).applied == substitution(report).applied
