@@ -96,7 +96,7 @@ _TABLE: tuple[tuple[str, int, str], ...] = (
     (_LAYOUT, EXPAND | SIZED | LINEAR, "expand"),
     (_LAYOUT, EXPAND | LINEAR, "expand_as"),
     (_LAYOUT, ALIAS | LINEAR, "alias detach"),
-    ("", ALIAS | LINEAR, "lift lift_fresh resolve_conj resolve_neg"),
+    ("", ALIAS | LINEAR, "lift lift_fresh"),
     (_LAYOUT, COPY | LINEAR | ELEMENTWISE, "contiguous clone"),
     ("", COPY | LINEAR, "lift_fresh_copy"),
     (_LAYOUT, PART | LINEAR, "slice select narrow"),
@@ -189,7 +189,7 @@ _TABLE: tuple[tuple[str, int, str], ...] = (
     ("", _UNARY | MIXES, "fmax fmin"),
     ("", NONLINEAR, "glu log_sigmoid_forward"),
     ("", NONLINEAR | MAY_ALIAS | DRAWS, "rrelu rrelu_with_noise"),
-    ("", _E, "nan_to_num conj _conj_physical _conj _neg_view"),
+    ("", _E, "nan_to_num conj _conj_physical _conj _neg_view resolve_conj resolve_neg"),
     ("", _E | MAY_ALIAS, "conj_physical"),
     # softmax and other reductions
     ("", NONLINEAR | BOUNDED, "softmax _softmax"),

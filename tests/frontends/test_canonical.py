@@ -243,3 +243,18 @@ def test_what_a_frontend_must_not_leave() -> None:
     node.target = torch.ops.aten.multiply.Tensor
     with pytest.raises(VerifierError, match=r"multiply\.Tensor is not canonical"):
         check_dialect(program.graph_module)
+
+
+def test_a_conjugate_that_is_resolved_has_memory_of_its_own() -> None:
+    class Conjugate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.conj().resolve_conj(), self.l(x.real)
+
+    net, x = Conjugate().eval(), torch.complex(X[0], X[0])
+    kept, _ = refold.compile_for_inference(net, x)(x)
+    assert torch.equal(kept, x.conj())
+    assert kept.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
