@@ -132,7 +132,7 @@ def compile_for_inference(
         consume=consume,
         copy_weights=copy_weights,
         recipe=recipe,
-        expect=dict(expect or {}),
+        expect=_expected(expect),
         trust=trust,
         progress=progress,
     )
@@ -280,11 +280,25 @@ def _expect(expect: Mapping[str, int], report: Report) -> None:
 
 
 def _pipeline(pipeline: str | Pipeline) -> Pipeline:
-    return find_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
+    if isinstance(pipeline, str):
+        return find_pipeline(pipeline)
+    if not isinstance(pipeline, Pipeline):
+        raise UsageError(f"pipeline is {pipeline!r}: expected a name or a refold.Pipeline")
+    return pipeline
 
 
 def _globs(exclude: Sequence[str]) -> tuple[str, ...]:
-    return (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    globs = (exclude,) if isinstance(exclude, str) else exclude
+    if not isinstance(globs, Sequence) or not all(isinstance(glob, str) for glob in globs):
+        raise UsageError(f"exclude is {exclude!r}: expected globs of module paths, ['head.*']")
+    return tuple(globs)
+
+
+def _expected(expect: Mapping[str, int] | None) -> dict[str, int]:
+    found = {} if expect is None else expect
+    if not isinstance(found, Mapping) or not all(type(n) is int for n in found.values()):
+        raise UsageError(f"expect is {expect!r}: expected numbers by kind, {{'batch-norm': 53}}")
+    return dict(found)
 
 
 def _example(model: Any, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

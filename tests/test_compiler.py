@@ -1,4 +1,5 @@
 import gc
+import re
 import subprocess
 import sys
 import weakref
@@ -416,3 +417,23 @@ def test_padded_rows_of_a_fused_encoder_are_refused_until_it_is_not_fused() -> N
             assert relative_error(compiled(**inputs), model(**inputs)) <= SINGLE
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"pipeline": None}, "pipeline is None: expected a name"),
+        ({"pipeline": ["default"]}, "pipeline is"),
+        ({"max_growth": "2"}, "max_growth is '2': expected 1"),
+        ({"max_growth": True}, "max_growth is True"),
+        ({"exclude": None}, "exclude is None: expected globs"),
+        ({"exclude": [3]}, "exclude is"),
+        ({"expect": {"conv": "x"}}, "expect is"),
+        ({"expect": 3}, "expect is 3"),
+        ({"target": None}, "target is None: expected a name"),
+        ({"target": 3}, "target is 3"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_usage_errors(settings, said) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        refold.compile_for_inference(nn.Linear(2, 2), torch.randn(1, 2), **settings)

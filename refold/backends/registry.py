@@ -55,6 +55,8 @@ _RUNTIMES = {"tensorrt": "trt", "onnxruntime": "ort", "tflite": "litert", "aotin
 
 def find_target(name: str) -> Target:
     """The target of that name; an unknown one is an error that names the nearest."""
+    if not isinstance(name, str):
+        raise UsageError(f"target is {name!r}: expected a name, as 'refold targets' lists them")
     if name in BUILT_IN:
         module, _, attribute = BUILT_IN[name].partition(":")
         return cast(Target, getattr(importlib.import_module(module), attribute)())

@@ -29,9 +29,10 @@ class Context:
     complex: bool = True
 
     def __post_init__(self) -> None:
-        if self.growth is not None and not self.growth >= 1:
+        number = isinstance(self.growth, (int, float)) and not isinstance(self.growth, bool)
+        if self.growth is not None and not (number and self.growth >= 1):
             raise UsageError(
-                f"max_growth is {self.growth}: expected 1 (no growth), more, or infinity"
+                f"max_growth is {self.growth!r}: expected 1 (no growth), more, or infinity"
             )
 
     def growth_or(self, own: float) -> float:

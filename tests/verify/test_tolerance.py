@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import refold
 from refold.errors import VerificationError
 from refold.verify.tolerance import Leaf, ceiling, collect, tolerance
 
@@ -92,3 +93,18 @@ def test_other_places_of_nan_are_refused() -> None:
     exact = torch.ones(2, 2).double()
     with pytest.raises(VerificationError, match="NaN or infinite"):
         judged((off(exact, 0, 0, by=float("nan")), exact, exact))
+
+
+def test_bits_of_floats_are_compared_with_the_models_own() -> None:
+    """In float64 a view as 32-bit integers has twice the elements: that is no reference."""
+
+    class Bits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.l(x).view(torch.int32).float()
+
+    net, x = Bits().eval(), torch.randn(3, 4)
+    torch.testing.assert_close(refold.compile_for_inference(net, x)(x), net(x))
