@@ -64,12 +64,9 @@ def test_places_name_module_and_line():
 
 
 def test_static_targets_are_traced_static(monkeypatch):
-    class Plain:
-        name, suffix, static = "plain-static", "", True
-        options = type(refold.backends.pytorch.eager.TorchOptions())
-
-        def available(self):
-            return None
+    class Plain(base.Target):
+        name, suffix = "plain-static", ""
+        capabilities = base.Capabilities(static=True)
 
         def lower(self, program, gm, options):
             return base.Artifact(StaticProgram.of(program, gm, "Plain"))
@@ -79,6 +76,9 @@ def test_static_targets_are_traced_static(monkeypatch):
             return lambda *a, **k: static.signature.rebuild(
                 static.module(*static.signature.tensors(a, k))
             )
+
+        def save(self, artifact, folder, name):
+            (folder / name).touch()
 
         def stats(self, artifact):
             return {}
