@@ -10,6 +10,7 @@ the weights (:mod:`refold.verify.codes`).
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -278,6 +279,20 @@ CASES: dict[str, tuple[Case, ...]] = {
 }  # fmt: skip
 
 
+def _of_their_own_tests() -> dict[str, tuple[Case, ...]]:
+    """The cases that the test file of a pass has: by rule, what makes a network and its input."""
+    found: dict[str, tuple[Case, ...]] = {}
+    for item in EVERY.values():
+        *_, family, stem = type(item).__module__.split(".")
+        module = importlib.import_module(f"tests.passes.{family}.test_{stem}")
+        for rule, nets in getattr(module, "PLANTED", {}).items():
+            found[rule] = tuple(Case(build, inputs) for build, inputs in nets)
+    return found
+
+
+CASES |= _of_their_own_tests()
+
+
 def planted(rule: str, case: Case, failures: list[Decline]) -> Outcome:
     """The bugs planted into a rule on its network."""
     torch.manual_seed(0)
@@ -291,7 +306,9 @@ def planted(rule: str, case: Case, failures: list[Decline]) -> Outcome:
 def test_every_rule_of_every_pipeline_has_bugs() -> None:
     """Those that passes give to the driver, and those whose ids they write down."""
     missing = set(EVERY) - set(CASES)
-    assert not missing, f"add to CASES a small network in which each of these fires: {missing}"
+    assert not missing, (
+        f"write PLANTED in the test file of these, a network in which each fires: {missing}"
+    )
     assert set(CASES) == set(EVERY), "CASES has rules that no pass has"
     written = {
         node.value

@@ -13,11 +13,11 @@ TODO the algebra, and the conditions for exactness.
 
 Before::
 
-    TODO
+    %y = todo(%x)
 
 After::
 
-    TODO
+    %y = todo(%x)
 """
 
 from __future__ import annotations
@@ -70,11 +70,13 @@ TEST = """from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from refold.graph import printer
 from refold.passes.{family}.{module} import {cls}
 from refold.rewrite.pipeline import Pipeline
 from tests import golden
+from tests.folding import Net
 from tests.tracing import ops, trace
 
 PIPELINE = Pipeline("test", ({cls}(),))
@@ -82,6 +84,15 @@ PIPELINE = Pipeline("test", ({cls}(),))
 
 def model(v):
     return torch.relu(v.neg().neg())  # TODO what the rule is for
+
+
+def network() -> nn.Module:
+    layers = {{"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}}
+    return Net(lambda s, v: torch.tanh(s.b(model(s.a(v)))), **layers)
+
+
+# Wrong versions of the rule are planted here, and verification must refuse them.
+PLANTED = {{"{id}": [(network, lambda: torch.randn(4, 8))]}}
 
 
 def test_golden() -> None:
@@ -151,8 +162,7 @@ def main(arguments: list[str]) -> None:
     print(f"        {cls}(),  # why here")
     print(f"    (from refold.passes.{options.family}.{module} import {cls})")
     print("then run tools/pass_pages.py, which writes its page from its docstring, and")
-    print(f"tools/regenerate_goldens.py {paths[-1]}, which writes the golden of its test;")
-    print("and give tests/test_planted_bugs.py a small network in which it fires (CASES)")
+    print(f"tools/regenerate_goldens.py {paths[-1]}, which writes the golden of its test")
 
 
 if __name__ == "__main__":

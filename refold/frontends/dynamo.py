@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from refold.errors import Declined, FrontendError, first_line
 from refold.frontends import autocast, functionalise, lifted
-from refold.frontends.canonical import write_canonical
+from refold.frontends.canonical import check_dialect, write_canonical
 from refold.frontends.export import trains
 from refold.graph import aliasing, constants, nodes, provenance
 from refold.graph.program import InputSpec, Program
@@ -81,6 +81,7 @@ class Captured:
             raise NotFoldable("an in-place write cannot be made functional")
         constants.canonicalise(gm)
         write_canonical(gm)
+        check_dialect(gm)
         gm.recompile()
         return gm
 
