@@ -130,6 +130,8 @@ def _execute(node: fx.Node, data: torch.Tensor, symbols: Symbols) -> Any:
 
 def reduce(value: torch.Tensor, read: torch.Tensor | None, fill: float) -> torch.Tensor:
     """Collapses every axis along which ``value`` is constant; unread elements take any value."""
+    if not value.numel():  # nothing is scaled or shifted: any number will do
+        return torch.ones((1,) * value.dim(), dtype=value.dtype)
     if read is None:
         for axis in range(value.dim()):
             first = value.narrow(axis, 0, 1)

@@ -7,6 +7,9 @@ import torch
 from torch import fx
 
 from refold.graph import layout
+from refold.passes.scale_shift.absorb_scale_shift import AbsorbScaleShift
+from refold.rewrite.pipeline import Pipeline
+from tests.tracing import trace
 
 aten = torch.ops.aten
 CASES = [
@@ -50,3 +53,14 @@ def test_a_view_of_other_bits_is_no_layout() -> None:
     source = graph.placeholder("x")
     assert layout.is_layout(graph.call_function(aten.view.default, (source, [2])))
     assert not layout.is_layout(graph.call_function(aten.view.dtype, (source, torch.bfloat16)))
+
+
+def test_an_empty_part_takes_any_scale() -> None:
+    """A split gives an empty part where two of its places are one."""
+    for sizes in ((0, 3), (2, 0), (0,)):
+        found = layout.reduce(torch.empty(sizes), None, 0.0)
+        assert found.shape == (1,) * len(sizes)
+    scaled = lambda v: torch.vsplit(v * torch.arange(1.0, 4.0), (1, 1))[1].sum()
+    split = trace(scaled, torch.ones(2, 3))
+    (run,) = Pipeline("test", (AbsorbScaleShift(),)).run(split, debug=True).runs
+    assert not any(d.failed for d in run.result.declined)
