@@ -176,16 +176,11 @@ def _extremum(node: fx.Node, constant: set[fx.Node]) -> fx.Node | None:
 
 
 def _rectified(node: fx.Node, constant: set[fx.Node]) -> fx.Node | None:
-    """``clamp(x, min=0)`` of floats is ``relu``: NaN stays NaN in both."""
+    """``clamp(x, min=0)`` of floats is ``relu``, for NaN too; ``-0.0`` gives zeros that sign."""
     args = arguments(node)
-    low = args["min"]
-    bounded = type(low) in (int, float) and low == 0 and args.get("max") is None
-    x = args["self"]
-    if (
-        not bounded
-        or not nodes.dtype(node).is_floating_point
-        or nodes.dtype(x) != nodes.dtype(node)
-    ):
+    x, low, dtype = args["self"], args["min"], nodes.dtype(node)
+    bounded = type(low) in (int, float) and str(float(low)) == "0.0" and args.get("max") is None
+    if not bounded or not dtype.is_floating_point or nodes.dtype(x) != dtype:
         return None
     return _call(node, aten.relu.default, x)
 

@@ -62,11 +62,9 @@ ROUNDS = _trait()  # gives a neighbour of the number that it reads, or stores
 BOUNDED = _trait()  # finite for whatever it reads; NaN of NaN, and of what has no limit
 FINITE = _trait()  # element by element: finite ones of finite ones, NaN of NaN
 KEEPS_NAN = _trait()  # element by element: NaN of NaN
-NORM = _trait()  # divides by a deviation, or a length, of its own input
 INDEXED = _trait()  # where it gives two results, the second says where the first were
 DRAWS = _trait()  # draws random numbers, or gives unwritten memory
 DROPOUT = _trait()  # its input, where it does not train
-ASSERTS = _trait()  # checks a value and computes nothing
 
 # --- traits: memory -------------------------------------------------------------------------------
 READS_STRIDES = _trait()  # its values, not only its layout, depend on the strides that it reads
@@ -144,15 +142,15 @@ _TABLE: tuple[tuple[str, int, str], ...] = (
     ("", NONLINEAR, "_native_multi_head_attention _transformer_encoder_layer_fwd"),
     ("", NONLINEAR, "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"),
     # norms
-    ("batch-norm", NORM, "batch_norm _native_batch_norm_legit_no_training"),
-    ("", NORM, "_native_batch_norm_legit native_batch_norm _batch_norm_impl_index"
+    ("batch-norm", 0, "batch_norm _native_batch_norm_legit_no_training"),
+    ("", 0, "_native_batch_norm_legit native_batch_norm _batch_norm_impl_index"
      " _batch_norm_with_update _batch_norm_no_update"),
-    ("layer-norm", NORM | NONLINEAR | CONTIGUOUS, "layer_norm native_layer_norm"),
-    ("group-norm", NORM | NONLINEAR | READS_FORMAT, "group_norm native_group_norm"),
-    ("rms-norm", NORM | NONLINEAR, "rms_norm"),
-    ("", NORM | NONLINEAR, "_fused_rms_norm"),
-    ("instance-norm", NORM, "instance_norm"),
-    ("", NORM | NONLINEAR, "renorm cosine_similarity"),
+    ("layer-norm", NONLINEAR | CONTIGUOUS, "layer_norm native_layer_norm"),
+    ("group-norm", NONLINEAR | READS_FORMAT, "group_norm native_group_norm"),
+    ("rms-norm", NONLINEAR, "rms_norm"),
+    ("", NONLINEAR, "_fused_rms_norm"),
+    ("instance-norm", 0, "instance_norm"),
+    ("", NONLINEAR, "renorm cosine_similarity"),
     ("", NONLINEAR | READS_FORMAT, "norm linalg_vector_norm linalg_norm linalg_matrix_norm"
      " frobenius_norm nuclear_norm"),
     ("", 0, "_weight_norm _weight_norm_interface"),
@@ -272,7 +270,7 @@ _TABLE: tuple[tuple[str, int, str], ...] = (
      "blackman_window bartlett_window kaiser_window fft_fftfreq fft_rfftfreq vander combinations"),
     ("", 0, "sym_numel sym_constrain_range sym_constrain_range_for_size item _local_scalar_dense"
      " numel size dim"),
-    ("", ASSERTS, "_assert_scalar _assert_async _assert_tensor_metadata _functional_assert_async "
+    ("", 0, "_assert_scalar _assert_async _assert_tensor_metadata _functional_assert_async "
      "_functional_assert_scalar"),
     # losses, which networks compute in their last calls
     ("", NONLINEAR, "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy "

@@ -70,6 +70,7 @@ def traced(formula: Callable[..., Any], x: Tensor = X, **held: Any) -> Counter[s
         (lambda s, x: torch.clamp(x, min=0), {"relu": 1}),
         (lambda s, x: torch.clamp_min(x, 0.0), {"relu": 1}),
         (lambda s, x: torch.clamp(x, min=0, max=1), {"clamp": 1}),
+        (lambda s, x: torch.clamp(x, min=-0.0), {"clamp": 1}),
         (lambda s, x: torch.maximum(x, x.square()), {"square": 1, "maximum": 1}),
         (lambda s, x: torch.max(x, x.square()), {"square": 1, "maximum": 1}),
         (lambda s, x: torch.min(x, x.square()), {"square": 1, "minimum": 1}),
