@@ -6,10 +6,15 @@ READY  := $(VENV)/.ready
 # One thread a worker: kernels that compete for cores make the suite slower, not faster.
 ENV    := OMP_NUM_THREADS=1 PYTHONPATH=.
 WORKERS ?= 2
+# What runs the edge targets, without what it asks for and they do not use, such as a torch.
+EDGE   := .edge
+EDGE_WHEELS := executorch torchao litert-torch litert-converter ai-edge-litert ai-edge-quantizer \
+    jax jaxlib ncnn pnnx coremltools \
+    absl-py attrs cattrs immutabledict opt_einsum pyaml ruamel.yaml tabulate
 RTX    := .rtx
 RTX_WHEELS := tensorrt-rtx-cu13-bindings==1.7.1.116 tensorrt-rtx-cu13-libs==1.7.1.116
 
-.PHONY: demo test test-rtx quick slow lint format clean
+.PHONY: demo test test-edge test-rtx quick slow lint format clean
 
 demo: $(READY)
 	$(ENV) $(VENV)/bin/python examples/demo.py
@@ -18,6 +23,15 @@ test: $(READY)
 	$(VENV)/bin/ruff check .
 	$(ENV) $(VENV)/bin/python -m pytest -q -n $(WORKERS)
 	$(ENV) $(VENV)/bin/python -m pytest -q -n $(WORKERS) -m slow
+
+# 1.1 GB in a folder of its own, beside which the environment stays as it is.
+$(EDGE)/.ready: $(READY) constraints.txt
+	rm -rf $(EDGE)
+	$(PIP) --no-deps --only-binary :all: --target $(EDGE) $(EDGE_WHEELS)
+	@touch $@
+
+test-edge: $(EDGE)/.ready
+	$(ENV):$(EDGE) $(VENV)/bin/python -m pytest -q -n $(WORKERS) -m edge tests/backends/edge
 
 # NVIDIA's TensorRT-RTX parses and builds without a GPU. Its wheels are for development and testing;
 # they go to a folder of their own, and where there are none for this machine nothing is tested.
@@ -55,5 +69,5 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(RTX) build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(EDGE) $(RTX) build dist .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,6 +11,9 @@ import torch
 
 from refold import cli
 from refold.rewrite.result import Decline, watch_failures
+from tests.skips import pytest_make_collect_report, pytest_runtest_makereport
+
+__all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]  # hooks of the whole suite
 
 _FAILURES: list[Decline] = []
 

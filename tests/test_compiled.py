@@ -78,11 +78,12 @@ def _halve(net: nn.Module) -> None:
 CHANGES = [_scale, _exchange, _without_a_trace, _train, _train_fused, _load, _halve]
 
 
-@pytest.mark.parametrize("target", ["torch", "inductor"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    ("change", "target"),
+    # Both targets look the same way: two changes show that inductor looks at all.
+    [*((c, "torch") for c in CHANGES), (_scale, "inductor"), (_halve, "inductor")],
+)
 def test_change_of_a_shared_weight_is_noticed(change: Callable[..., Any], target: str) -> None:
-    if target == "inductor" and change not in (_scale, _halve):
-        pytest.skip("the same look")
     done, _ = old_and_new(small(), change, target=target)
     with pytest.raises(UsageError, match=r"copy_weights=True.*refit"):
         done(X)

@@ -26,7 +26,6 @@ from tests.models.timm_networks import NETWORKS, network
 from tests.small_nets import ConvNet, seeded
 
 pytestmark = pytest.mark.rtx
-pytest.importorskip("tensorrt_rtx_bindings")
 RTX = "tensorrt_rtx"
 TARGET = TensorRTTarget()
 COMPARED = ("mobileone_s0", "repvgg_a0", "fastvit_t8", "ghostnetv3_050")

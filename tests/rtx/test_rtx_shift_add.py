@@ -9,7 +9,6 @@ from refold.backends.tensorrt import artifact, build, check, library, ops
 from tests.backends.onnx.shift_add.test_shift_add import Shared, compiled
 
 pytestmark = pytest.mark.rtx
-pytest.importorskip("tensorrt_rtx_bindings")
 RTX = "tensorrt_rtx"
 
 

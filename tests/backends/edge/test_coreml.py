@@ -6,9 +6,10 @@ import torch
 import refold
 from refold.errors import MissingDependencyError, UsageError
 from tests.backends import runtimes
+from tests.backends.edge import mil
 from tests.small_nets import ConvNet, seeded
 
-coremltools = pytest.importorskip("coremltools")
+pytestmark = pytest.mark.edge
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,8 @@ def built():
 
 
 def test_package_is_complete_and_in_float32(built, tmp_path):
+    import coremltools
+
     path = built.save(tmp_path / "net.mlpackage")
     inside = "Data/com.apple.CoreML"
     runtimes.check_files(
@@ -32,6 +35,18 @@ def test_package_is_complete_and_in_float32(built, tmp_path):
     kinds = [op.type for op in block.operations if op.type != "const"]
     assert kinds == ["conv", "relu", "reduce_mean", "linear"]
     assert built.report.artifact["nodes"] == 4
+
+
+@pytest.mark.parametrize("net", runtimes.NETS)
+def test_numbers_of_what_the_package_says(net, tmp_path):
+    """Nothing here runs Core ML: the program in the file is read back and computed in float64."""
+    model, x = seeded(net()), torch.randn(1, 4, 8, 8)
+    compiled = refold.compile_for_inference(model, x, target="coreml")
+    path = compiled.save(tmp_path / "net.mlpackage")
+    with torch.no_grad():
+        for given in (x, torch.randn_like(x)):
+            want = model.double()(given.double())
+            torch.testing.assert_close(mil.run_package(path, given), want, rtol=1e-5, atol=1e-5)
 
 
 def test_says_that_it_was_not_run(built):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import threading
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 
 import refold
 from refold.backends.registry import find_target
+from refold.backends.tensorrt import artifact
 from refold.cli import exit_codes
 from refold.errors import BackendError
 from tests.backends import runtimes
@@ -27,41 +27,38 @@ class Edge:
 
     Attributes:
         name: of the target.
-        package: that it needs.
         suffix: of its file.
         batch: of the examples.
         damaged: what the command line says of a file that is none.
         refused: what is said of a model in a dtype that the target does not list.
+        beside: whether `make test-edge` runs it, with packages that lie beside the environment.
     """
 
     name: str
-    package: str
     suffix: str
     batch: int
     damaged: str = ""
     refused: str = ""
+    beside: bool = True
+
+    @property
+    def param(self) -> Any:
+        return pytest.param(self, id=self.name, marks=(pytest.mark.edge,) if self.beside else ())
 
 
 EDGES = (
-    Edge("ort-format", "onnxruntime", ".ort", 2, "ONNX Runtime cannot load", "try model.float()"),
-    Edge("openvino", "openvino", ".xml", 2, "OpenVINO cannot", "compile a float32 or float16"),
-    Edge("executorch", "executorch", ".pte", 2, "ExecuTorch cannot load"),
-    Edge("litert", "litert_torch", ".tflite", 2, "LiteRT cannot load", "try model.float()"),
-    Edge("ncnn", "ncnn", ".param", 1, "ncnn cannot load", "convert the model with .float()"),
+    Edge("ort-format", ".ort", 2, "ONNX Runtime cannot load", "try model.float()", beside=False),
+    Edge("openvino", ".xml", 2, "OpenVINO cannot", "compile a float32 or float16", beside=False),
+    Edge("executorch", ".pte", 2, "ExecuTorch cannot load"),
+    Edge("litert", ".tflite", 2, "LiteRT cannot load", "try model.float()"),
+    Edge("ncnn", ".param", 1, "ncnn cannot load", "convert the model with .float()"),
 )
-OTHERS = (
-    Edge("torch", "torch", ".pt2", 1), Edge("onnx", "onnx", ".onnx", 1),
-    Edge("trt", "onnx", ".trt", 1),
-)  # fmt: skip
+OTHERS = tuple(
+    Edge(name, suffix, 1, beside=False)
+    for name, suffix in (("torch", ".pt2"), ("onnx", ".onnx"), ("trt", ".trt"))
+)
 
-
-def installed(edge: Edge) -> Any:
-    absent = importlib.util.find_spec(edge.package) is None
-    skip = pytest.mark.skipif(absent, reason=f"{edge.package} is not installed")
-    return pytest.param(edge, id=edge.name, marks=skip)
-
-
-every_edge = pytest.mark.parametrize("edge", [installed(e) for e in EDGES])
+every_edge = pytest.mark.parametrize("edge", [e.param for e in EDGES])
 
 
 @every_edge
@@ -76,11 +73,17 @@ def test_folding_leaves_fewer_operators(edge: Edge) -> None:
 
 
 @every_edge
+@pytest.mark.parametrize("net", runtimes.NETS)
+def test_numbers_of_small_networks(net: type[torch.nn.Module], edge: Edge) -> None:
+    runtimes.check_numbers(net, edge.name, edge.batch)
+
+
+@every_edge
 def test_zero_pad_before_max_pool(edge: Edge) -> None:
     runtimes.check_zero_pad(edge.name, edge.batch)
 
 
-@pytest.mark.parametrize("edge", [installed(e) for e in EDGES[:3]])
+@pytest.mark.parametrize("edge", [e.param for e in EDGES[:3]])
 def test_structure(edge: Edge) -> None:
     runtimes.check_structure(edge.name, edge.batch)
 
@@ -113,10 +116,9 @@ def compiled_net(target: str) -> refold.CompiledModel:
     )
 
 
-@pytest.mark.parametrize("edge", [*OTHERS, *EDGES], ids=lambda edge: edge.name)
+@pytest.mark.parametrize("edge", [e.param for e in (*OTHERS, *EDGES)])
 def test_full_disk(edge: Edge, tmp_path: Path) -> None:
     """torch's own writer would end the process."""
-    pytest.importorskip(edge.package)
     compiled = compiled_net(edge.name)
     path = tmp_path / f"net{edge.suffix}"
     compiled.save(path)
@@ -131,9 +133,6 @@ def test_full_disk(edge: Edge, tmp_path: Path) -> None:
 
 def test_two_writers_of_one_directory(tmp_path: Path) -> None:
     """Each finds a whole artifact, its own or the other's, or says that it wrote nothing."""
-    pytest.importorskip("onnxscript")
-    from refold.backends.tensorrt import artifact
-
     compiled, path = compiled_net("trt"), tmp_path / "net.trt"
     compiled.save(path)
     start, told = threading.Barrier(2), []
@@ -183,8 +182,8 @@ def test_quantised_graph_is_compared_or_refused(edge: Edge) -> None:
         refold.compile_for_inference(model, x, target=edge.name)
 
 
+@pytest.mark.edge
 def test_fixed_shapes_are_not_named(run: Any, tmp_path: Path) -> None:
-    pytest.importorskip("executorch")
     path = tmp_path / "net.pte"
     path.write_bytes(b"")
     code, _, err = run("verify", "tests.small_nets:ConvNet", path, "--shape", "1x3xH=8x8")

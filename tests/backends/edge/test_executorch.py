@@ -10,7 +10,7 @@ from refold.backends.edge import executorch as backend
 from refold.errors import BackendError
 from tests.backends import runtimes
 
-pytest.importorskip("executorch")
+pytestmark = pytest.mark.edge
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_runner_outlives_the_artifact(built):
     compiled, model, x = built
     content = compiled._done.artifact.content
     alone = dataclasses.replace(content, data=bytes(bytearray(content.data)))
-    run = backend.ExecuTorchTarget().load(Artifact(alone), backend.ExecuTorchOptions())
+    run = backend.ExecuTorchTarget().load(Artifact(alone), backend.ExecuTorchTarget.options())
     owners = [cell.cell_contents for cell in run.__closure__]
     assert any(isinstance(o, backend.Loaded) and o.data is alone.data for o in owners)
     del alone, owners

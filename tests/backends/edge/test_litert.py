@@ -6,8 +6,7 @@ from refold.backends.edge import litert as backend
 from refold.errors import BackendError, UsageError
 from tests.backends import runtimes
 
-pytest.importorskip("litert_torch")
-pytest.importorskip("ai_edge_litert")
+pytestmark = pytest.mark.edge
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ from refold.cli import exit_codes
 from refold.errors import BackendError, UsageError
 from tests.backends import runtimes
 
-pytest.importorskip("pnnx")
-ncnn = pytest.importorskip("ncnn")
+pytestmark = pytest.mark.edge
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +24,8 @@ def test_layers(built):
 
 
 def test_saved_files_run(built, tmp_path):
+    import ncnn
+
     compiled, model, x = built
     path = compiled.save(tmp_path / "net.param")
     runtimes.check_files(tmp_path, {"net.param", "net.bin"})

@@ -627,16 +627,16 @@ CROPS = {
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular", "constant"])
-@pytest.mark.parametrize("name", CROPS)
-@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("name", "dims"),
+    [(n, dims) for n in CROPS for dims in (1, 2, 3) if dims > 1 or n != "another axis"],
+)
 def test_pads_of_crops_repeat_what_the_crop_has_left(name, mode, dims) -> None:
     layer = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dims - 1]
     net = Net(
         lambda s, x: s.c(F.pad(CROPS[name](s.p(x)), (1, 1) * dims, mode=mode)),
         p=layer(4, 4, 1), c=layer(4, 4, 3),
     )  # fmt: skip
-    if name == "another axis" and dims == 1:
-        pytest.skip("it has one axis")
     gm, _ = run((CleanUp(), FOLD, CleanUp()), net, torch.randn(2, 4, *(6,) * dims).double())
     if name == "nothing" and mode != "constant":
         assert left(gm) == {"pad": 1, "conv": 1}

@@ -573,12 +573,13 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize(
+    ("format", "turned"),
+    # Nothing is left in the trace of a copy that makes a contiguous tensor contiguous.
+    [(f, turned) for f in FORMATS for turned in (True, False) if turned or f != "contiguous"],
+)
 def test_a_copy_that_chooses_the_kernel_of_a_norm_stays(norm, format, turned) -> None:
     """Channels last, group norm loses half of its digits; the caller may hand in either."""
-    if format == "contiguous" and not turned:
-        pytest.skip("the trace does not have it")
     model = lambda v: NORMS[norm](FORMATS[format](v.permute(0, 3, 1, 2) if turned else v)) * 2
     shape = (2, 6, 6, 4) if turned else (2, 4, 6, 6)
     x = 20 + 0.1 * torch.randn(shape)
