@@ -69,6 +69,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("refold.compilation", "refold.compiled"),
     ("refold.stages",),
     ("refold.compiler", "refold.torch_compile"),
+    ("refold.fuzz",),
     ("refold.cli",),
     ("refold", "refold.__main__"),
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,7 @@ class Tape:
         last = self._last_uses
         with torch.no_grad():
             for position, step in enumerate(self.steps):
-                args, kwargs = _filled(step.args, values), _filled(step.kwargs, values)
+                args, kwargs = filled((step.args, step.kwargs), values.__getitem__)
                 result = args[0] if step.op is None else step.op(*args, **kwargs)
                 if step.looks and not _same(_look(step, result), step.seen):
                     raise RefitError(self._parted(position, _look(step, result)))
@@ -100,6 +100,22 @@ class Tape:
                 for slot in last.get(position, ()):
                     del values[slot]
         return {name: values[slot] for name, slot in self.results.items()}
+
+    @functools.cached_property
+    def arithmetic(self) -> tuple[list[TapeStep], set[int]]:
+        """The steps that make the results, without those that only look, and their unknowns.
+
+        The unknowns are the slots whose memory depends on a source, before or after it is written.
+        """
+        groups = _grouped(self.steps)
+        needed = {groups.root(slot) for slot in self.results.values()}
+        steps = []
+        for step in reversed(self.steps):
+            if step.op is not None and not needed.isdisjoint(_made(groups, step)):
+                needed |= _read(groups, step)
+                steps.append(step)
+        found = _following(groups, self.steps, self.sources.values())
+        return steps[::-1], {slot for slot in groups.parent if groups.root(slot) in found}
 
     @functools.cached_property
     def _written(self) -> set[int]:
@@ -139,15 +155,16 @@ class Tape:
         return [name for name, slot in self.sources.items() if slot in wanted]
 
 
-def _filled(operands: Any, values: Mapping[int, Any]) -> Any:
+def filled(operands: Any, value: Callable[[int], Any]) -> Any:
+    """Operands with the values of slots in their places."""
     if isinstance(operands, StepValue):
-        return values[operands.index]
+        return value(operands.index)
     if isinstance(operands, tuple):
-        return tuple(_filled(o, values) for o in operands)
+        return tuple(filled(o, value) for o in operands)
     if isinstance(operands, list):
-        return [_filled(o, values) for o in operands]
+        return [filled(o, value) for o in operands]
     if isinstance(operands, dict):
-        return {k: _filled(o, values) for k, o in operands.items()}
+        return {k: filled(o, value) for k, o in operands.items()}
     return operands
 
 
@@ -184,9 +201,7 @@ def _writes(step: TapeStep) -> bool:
 
 def _written(steps: Iterable[TapeStep]) -> set[int]:
     """Slots whose memory some step writes."""
-    groups = _Groups()
-    for step in steps:
-        groups.join(step)
+    groups = _grouped(steps)
     roots = {groups.root(s) for step in steps if _writes(step) for s in _targets(step)}
     return {s for s in groups.parent if groups.root(s) in roots}
 
@@ -230,6 +245,35 @@ class _Groups:
             first = self.root(shared[0])
             for slot in (*shared, *made):
                 self.parent[self.root(slot)] = first
+
+
+def _grouped(steps: Iterable[TapeStep]) -> _Groups:
+    groups = _Groups()
+    for step in steps:
+        groups.join(step)
+    return groups
+
+
+def _read(groups: _Groups, step: TapeStep) -> set[int]:
+    """The groups that a step reads."""
+    return {groups.root(s) for s in _slots((step.args, step.kwargs))}
+
+
+def _made(groups: _Groups, step: TapeStep) -> set[int]:
+    """The groups that a step makes or writes."""
+    return {groups.root(s) for s in (*step.out, *_targets(step)) if s >= 0}
+
+
+def _following(groups: _Groups, steps: Sequence[TapeStep], slots: Iterable[int]) -> set[int]:
+    """The groups that depend on some slots; one is written after another step has read it."""
+    found = {groups.root(slot) for slot in slots}
+    before = -1
+    while len(found) != before:
+        before = len(found)
+        for step in steps:
+            if not found.isdisjoint(_read(groups, step)):
+                found |= _made(groups, step)
+    return found
 
 
 # --- recording ------------------------------------------------------------------------------------
@@ -467,19 +511,12 @@ def _key(operands: Any) -> Any:
 
 def _live(steps: list[TapeStep], results: set[int]) -> list[TapeStep]:
     """Steps that a result or a look depends on."""
-    groups = _Groups()
-    for step in steps:
-        groups.join(step)
+    groups = _grouped(steps)
     needed = {groups.root(s) for s in results}
     kept: list[TapeStep] = []
     for step in reversed(steps):
-        made = {
-            groups.root(s)
-            for s in (*step.out, *(_targets(step) if _writes(step) else ()))
-            if s >= 0
-        }
-        if step.looks or not made.isdisjoint(needed):
+        if step.looks or not needed.isdisjoint(_made(groups, step)):
             kept.append(step)
-            needed |= {groups.root(s) for s in _slots((step.args, step.kwargs))}
+            needed |= _read(groups, step)
     kept.reverse()
     return kept

@@ -1,0 +1,1 @@
+"""Random networks, and judges of what becomes of them."""
