@@ -230,3 +230,323 @@ def test_a_transposed_convolution_is_its_map(
     m = am.transposed_convolution(Lazy.of(w), b, groups, steps, (padding, 0), dilations)
     compute = run if stride == 1 else run_transposed
     close(compute(m, x, expected.shape[2:]), expected)
+
+
+# --- what a map says of itself --------------------------------------------------------------------
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def conv(
+    w: torch.Tensor,
+    b: torch.Tensor | None = None,
+    groups: int = 1,
+    stride: tuple[int, ...] | None = None,
+    padding: tuple[int, ...] | None = None,
+    dilation: tuple[int, ...] | None = None,
+) -> AffineMap:
+    """A convolution map; one of stride 1, without padding, dilation or bias unless told."""
+    axes = w.dim() - 2
+    bias = torch.zeros(w.shape[0], dtype=torch.float64) if b is None else b
+    one, zero = (1,) * axes, (0,) * axes
+    return am.convolution(Lazy.of(w), bias, groups, stride or one, padding or zero, dilation or one)
+
+
+def supported(m: AffineMap) -> AffineMap:
+    """The map, after asserting that its support is where the taps of its random weight are."""
+    taps = (m.weight.get() != 0).any(0).any(0).nonzero()
+    found = tuple(frozenset(axis) for axis in taps.t().tolist()) if m.spatial else ()
+    assert m.support == found
+    assert tuple(m.weight.get().shape) == m.weight.shape
+    return m
+
+
+def test_a_lattice_is_seen_wherever_its_first_tap_is() -> None:
+    m = supported(conv(drawn(2, 2, 3, 1), dilation=(2, 3)))
+    assert (m.kernel, m.dilation, m.taps) == ((5, 1), (2, 1), (3, 1))
+    grown = supported(am.embed(m, (9, 4), (3, 2)))
+    assert grown.support == (frozenset({3, 5, 7}), frozenset({2}))
+    assert (grown.kernel, grown.dilation, grown.taps) == ((9, 4), (2, 1), (3, 1))
+    assert (m.in_channels, m.out_channels, m.spatial) == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "pointwise", "diagonal"),
+    [
+        (lambda: am.identity(4, 2), True, True),
+        (lambda: am.identity(4, 0), True, True),
+        (lambda: conv(drawn(4, 4, 1, 1)), True, False),
+        (lambda: am.matrix(Lazy.of(drawn(3, 4)), drawn(3)), True, False),
+        (lambda: conv(drawn(1, 1, 1, 1)), True, True),
+        (lambda: conv(drawn(4, 1, 1, 1)), True, False),  # four of one channel
+        (lambda: conv(drawn(8, 1, 1, 1), groups=4), True, False),  # two of each channel
+        (lambda: conv(drawn(4, 2, 1, 1), groups=4), True, False),  # one of two channels
+        (lambda: conv(drawn(4, 1, 1, 3), groups=4), False, False),
+        (lambda: conv(drawn(4, 1, 1, 1), groups=4, stride=(1, 2)), False, False),
+        (lambda: conv(drawn(4, 1, 1, 1), groups=4, padding=(0, 1)), False, False),
+    ],
+)
+def test_which_maps_are_pointwise_and_which_are_scales(make, pointwise, diagonal) -> None:
+    m = make()
+    assert m.is_pointwise is pointwise
+    assert m.is_diagonal is diagonal
+
+
+def test_a_bias_is_a_value_to_the_rounding_of_what_it_was_made_of() -> None:
+    large = torch.tensor([1e6, -1e6, 0.0], dtype=torch.float64)
+    m = am.diagonal(torch.ones(3, dtype=torch.float64), large, 2)
+    assert m.has_bias
+    assert m.bias_is(large)
+    assert not m.bias_is(-large)
+    # 1e6 is rounded by 1e-10, and so is what is left when it is taken away
+    rest = am.add([m, am.scale(m, -1.0)])
+    assert not rest.has_bias
+    for off, same in ((1e-9, True), (-1e-9, True), (1e-7, False), (-1e-7, False)):
+        near = am.add([rest, am.diagonal(torch.ones(3).double(), torch.full((3,), off), 2)])
+        assert near.bias_is(0.0) is same
+        assert near.has_bias
+    one = am.diagonal(torch.ones(3).double(), torch.tensor([0.0, 1e-9, 0.0]).double(), 2)
+    assert not one.bias_is(0.0)
+    assert am.identity(3, 2).bias_is(0.0)
+
+
+def test_the_reach_of_a_bias_follows_it_through_sums_scales_and_sequences() -> None:
+    def reaching(value: float) -> AffineMap:
+        return am.diagonal(torch.full((3,), 2.0).double(), torch.tensor([0, -value, 1]).double(), 0)
+
+    def reach(m: AffineMap) -> float:
+        return float(m.reach.evaluate())
+
+    a, b = reaching(8.0), reaching(100.0)
+    assert reach(a) == 8.0
+    assert reach(am.scale(a, -0.5)) == 4.0
+    assert am.scale(a, 1.0) is a
+    assert reach(am.add([a, b])) == reach(am.add([b, a])) == 100.0
+    assert reach(am.concatenate([a, b])) == reach(am.concatenate([b, a])) == 100.0
+    assert reach(am.compose(b, a)) == 100.0
+    assert reach(am.compose(a, b)) == 200.0  # b's bias, times two
+    dense = am.matrix(Lazy.of(torch.full((2, 3), 3.0).double()), torch.ones(2).double())
+    assert reach(am.compose(dense, b)) == 3 * 99.0
+    assert reach(am.compose(dense, am.identity(3, 0))) == 1.0
+    assert (
+        reach(am.as_matrix(conv(drawn(2, 2, 1), torch.tensor([0.0, -5.0]).double()), (3,), (3,)))
+        == 5.0
+    )
+    assert reach(am.matrix(Lazy.of(drawn(0, 3)), drawn(0))) == 0.0
+
+
+# --- makers ---------------------------------------------------------------------------------------
+
+
+def test_a_scale_and_shift_is_its_map() -> None:
+    s, h, x = drawn(4), drawn(4), image(4)
+    m = supported(am.diagonal(s, h, 2))
+    close(run(m, x, (9, 8)), x * s.reshape(4, 1, 1) + h.reshape(4, 1, 1))
+    close(run(am.identity(4, 2), x, (9, 8)), x)
+
+
+@pytest.mark.parametrize("divisor", [6, 5])
+def test_an_average_with_one_divisor_is_its_map(divisor: int) -> None:
+    x = image(4)
+    y = F.avg_pool2d(x, (3, 2), (2, 1), (1, 0), count_include_pad=True, divisor_override=divisor)
+    m = supported(am.average_pool(4, (3, 2), (2, 1), (1, 0), divisor))
+    assert m.groups == 4
+    assert not m.has_bias
+    close(run(m, x, y.shape[2:]), y)
+
+
+def test_a_window_reads_every_so_many_from_its_start() -> None:
+    x = image(3)
+    m = supported(am.window(3, (2, -1), (3, 2)))
+    expected = F.pad(x, (1, 0))[:, :, 2::3, ::2]
+    close(run(m, x, expected.shape[2:]), expected)
+
+
+def test_channels_are_selected_in_the_order_asked_for() -> None:
+    x, base = image(4), am.diagonal(drawn(4), drawn(4), 2)
+    assert am.select(base, torch.arange(4)) is base
+    for index in ([0, 1, 2], [1, 0, 3, 2], [3, 3, 0, 1, 2]):
+        kept = supported(am.select(base, torch.tensor(index)))
+        close(run(kept, x, (9, 8)), run(base, x, (9, 8))[:, index])
+    grouped = conv(drawn(4, 2, 1, 1), drawn(4), groups=2)
+    kept = am.select(grouped, torch.arange(4))
+    close(run(kept, x, (9, 8)), run(grouped, x, (9, 8)))
+
+
+@pytest.mark.parametrize(("groups", "fewer"), [(6, 1), (6, 2), (6, 3), (6, 6), (4, 2)])
+@pytest.mark.parametrize("per", [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_a_map_with_fewer_groups_is_the_same_map(groups: int, fewer: int, per) -> None:
+    out_per, in_per = per
+    w, b = drawn(groups * out_per, in_per, 2), drawn(groups * out_per)
+    x = drawn(2, groups * in_per, 7)
+    m = conv(w, b, groups)
+    other = supported(am.regroup(m, fewer))
+    assert other.groups == fewer
+    assert (other is m) == (fewer == groups)
+    close(run(other, x, (6,)), F.conv1d(x, w, b, groups=groups))
+
+
+def test_a_map_over_one_and_three_axes_as_a_matrix() -> None:
+    w, b, x = drawn(4, 2, 3), drawn(4), drawn(2, 4, 7)
+    y = F.conv1d(x, w, b, 2, 1, 1, 2)
+    m = am.as_matrix(conv(w, b, 2, (2,), (1,)), (7,), (y.shape[2],))
+    close(run(m, x.flatten(1), ()), y.flatten(1))
+    w, x = drawn(2, 3, 2, 1, 3), drawn(2, 3, 3, 2, 4)
+    y = F.conv3d(x, w, b[:2], (1, 2, 1), (1, 0, 1))
+    m = am.as_matrix(conv(w, b[:2], 1, (1, 2, 1), (1, 0, 1)), (3, 2, 4), tuple(y.shape[2:]))
+    close(run(m, x.flatten(1), ()), y.flatten(1))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_transposed_layout_and_back_is_the_weight(groups: int) -> None:
+    w = drawn(4, 6 // groups, 3)
+    there = am.swapped(Lazy.of(w), groups)
+    assert there.shape == (6, 4 // groups, 3) == tuple(there.get().shape)
+    x = drawn(2, 4, 5)
+    flipped = there.get().flip(2)
+    close(F.conv1d(x, flipped, padding=2, groups=groups), F.conv_transpose1d(x, w, groups=groups))
+    assert torch.equal(am.swapped(there, groups).get(), w)
+
+
+# --- sums -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.float64])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_a_sum_of_finer_and_coarser_groups_of_any_extent(order, first: torch.dtype) -> None:
+    x = image(12)
+    weights = [drawn(12, 3, 3, 3), drawn(12, 1, 1, 1), drawn(12, 6, 3, 2)]
+    groups, padding = (4, 12, 2), ((1, 1), (0, 0), (1, 0))
+    weights[0] = weights[0].to(first)
+    biases = [drawn(12) for _ in weights]
+    maps = [conv(weights[i], biases[i], groups[i], None, padding[i]) for i in order]
+    total = supported(am.add(maps))
+    assert total.groups == 2
+    assert (total.kernel, total.origin) == ((3, 3), (1, 1))
+    close(run(total, x, (8, 7)), sum(run(m, x, (8, 7)) for m in maps))
+    again = am.add([total, total])
+    close(run(again, x, (8, 7)), 2 * run(total, x, (8, 7)))
+
+
+def test_what_holds_two_maps_reaches_as_far_as_each() -> None:
+    a, b = conv(drawn(2, 2, 3, 1), padding=(2, 0)), conv(drawn(2, 2, 2, 4), padding=(0, 1))
+    assert am.aligned([a, b]) == am.aligned([b, a]) == ((4, 4), (2, 1))
+    crop = am.window(2, (3, 0), (1, 1))  # it reads three further, and nothing in front
+    assert am.aligned([crop, crop]) == ((1, 1), (-3, 0))
+    assert am.embed(crop, (1, 1), (-3, 0)) is crop
+    for m in (am.concatenate([a, b, crop]), am.add([a, b, crop])):
+        assert (m.kernel, m.origin) == ((6, 4), (2, 1))
+        supported(m)
+
+
+# --- sequences ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "groups"),
+    [
+        ((8, 4, 1), (4, 4, 4), 1),  # dense after a scale of each channel
+        ((8, 4, 2), (4, 4, 4), 2),
+        ((8, 4, 2), (4, 8, 4), 2),  # each channel of two inputs: not a scale
+        ((8, 4, 1), (4, 2, 2), 1),  # the middle is wider than the input
+        ((4, 4, 4), (4, 6, 1), 1),  # a scale after a dense map
+        ((4, 4, 4), (4, 6, 2), 2),
+        ((8, 4, 4), (4, 6, 2), 2),  # two of each channel: not a scale
+        ((8, 8, 4), (8, 4, 4), 4),
+        ((6, 12, 2), (12, 6, 6), 2),
+        ((6, 12, 6), (12, 6, 2), 2),
+        ((4, 12, 4), (12, 6, 6), 2),
+        ((4, 12, 1), (12, 6, 3), 1),
+        ((4, 12, 2), (12, 6, 3), 1),
+        ((3, 6, 3), (6, 4, 2), 1),
+    ],
+)
+@pytest.mark.parametrize(
+    "kernels", [((), ()), ((1,), (1,)), ((2,), (3,)), ((1,), (2,)), ((2,), (1,))]
+)
+def test_channels_compose_in_groups_of_every_kind(outer, inner, groups: int, kernels) -> None:
+    def made(spec: tuple[int, int, int], kernel: tuple[int, ...]) -> AffineMap:
+        out, inputs, parts = spec
+        w, b = drawn(out, inputs // parts, *kernel), drawn(out)
+        if kernel:
+            return conv(w, b, parts)
+        return AffineMap(Lazy.of(w), b, parts, (), (), (), am.matrix(Lazy.of(w), b).reach)
+
+    a, b = made(outer, kernels[0]), made(inner, kernels[1])
+    both = supported(am.compose(a, b))
+    x = drawn(2, inner[1], *(9,) * bool(kernels[0]))
+    size = (9 - sum(k[0] - 1 for k in kernels),) if kernels[0] else ()
+    middle = (9 - kernels[1][0] + 1,) if kernels[0] else ()
+    assert both.groups == groups
+    close(run(both, x, size), run(a, run(b, x, middle), size))
+
+
+def test_taps_of_a_sequence_are_the_sums_of_its_taps() -> None:
+    """Strides of the first spread the taps of the second; a tap of zeros is none."""
+    inner = conv(drawn(3, 2, 2, 3), drawn(3), 1, (3, 2), (1, 2), (1, 2))
+    w = drawn(4, 3, 3, 2)
+    w[:, :, 1, 0] = 0
+    outer = conv(w, drawn(4), 1, (2, 1), (1, 0))
+    both = supported(am.compose(outer, inner))
+    assert both.stride == (6, 2)
+    assert both.origin == (3 * 1 + 1, 2 * 0 + 2)
+    assert both.kernel == (3 * 2 + 2, 2 * 1 + 5)
+
+
+@pytest.mark.parametrize("kernel", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_a_constant_adds_behind_a_map(kernel: tuple[int, ...], groups: int) -> None:
+    w, vector = drawn(4, 6 // groups, *kernel), drawn(6)
+    m = AffineMap(Lazy.of(w), drawn(4), groups, (1,) * len(kernel), (0,) * len(kernel), (), None)
+    x = vector.reshape(1, 6, *(1,) * len(kernel)).expand(1, 6, *kernel)
+    dense = am.regroup(m, 1).weight.get()
+    close(am.apply_taps(m, vector), (dense * x).flatten(1).sum(1))
+
+
+# --- executions -----------------------------------------------------------------------------------
+
+
+def test_a_convolution_is_executed_as_it_was_written() -> None:
+    """The kernel itself, where nothing is to be trimmed; smaller ones come first."""
+    w = drawn(2, 3, 3, 2)
+    m = conv(w, None, 1, None, (1, 0))
+    made = list(am.executions(m))
+    assert made[0].weight is m.weight
+    assert (made[0].padding, made[0].dilation) == ((1, 0), (1, 1))
+    sizes = [e.weight.numel() for e in made[1:]]
+    assert sizes == sorted(sizes)
+    assert len(made) == 1 + 4 * 4
+    assert len(list(am.executions(m, reach=1))) == 1 + 2 * 2
+    assert {e.padding for e in made} == {(1 + extra, extra) for extra in range(4)}
+    shapes = {(e.padding[0], *e.weight.shape[2:]) for e in made}
+    assert shapes == {(1 + i, 3 + i + t, 2 + i + t) for i in range(4) for t in range(4)}
+    for e in made:  # each reads what the map reads, further or less far along the end
+        x = image(3)
+        y = F.conv2d(x, e.weight.get(), None, 1, e.padding, e.dilation)
+        close(y, run(m, x, tuple(y.shape[2:])))
+
+
+def test_what_is_executed_has_no_taps_of_zeros() -> None:
+    m = conv(drawn(2, 3, 3), None, 1, (2,), (2,), (2,))
+    grown = am.embed(m, (9,), (4,))
+    tight = am.trimmed(grown)
+    assert tight is not None
+    assert (tight.padding, tight.dilation, tight.weight.shape) == ((2,), (2,), (2, 3, 3))
+    assert torch.equal(tight.weight.get(), m.weight.get()[:, :, ::2])
+
+
+def test_a_crop_is_executed_with_zero_taps_in_front() -> None:
+    x = image(3, (9, 8))
+    m = am.compose(conv(drawn(2, 3, 2, 2)), am.window(3, (2, 0), (1, 1)))
+    assert am.trimmed(m) is None
+    expected = run(m, x, (6, 7))
+    fitting = []
+    for e in am.executions(m):
+        y = F.conv2d(x, e.weight.get(), None, 1, e.padding, e.dilation)
+        if y.shape == expected.shape:
+            close(y, expected)
+            fitting.append(e)
+    assert fitting[0].weight.shape[2:] == (4, 2)
+    assert fitting[0].padding == (0, 0)
