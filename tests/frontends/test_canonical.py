@@ -14,10 +14,12 @@ from torch import Tensor, nn
 import refold
 from refold.errors import VerifierError
 from refold.frontends.canonical import check_dialect
+from refold.frontends.canonical import forms as canonical_forms
 from refold.frontends.export import trace
 from refold.graph import ops
 from tests.tracing import ops as calls
 
+FORMS = canonical_forms() | {"cat", "relu", "permute", "transpose", "mul"}
 X = torch.linspace(-2, 2, 48).reshape(2, 4, 6)
 SQUARE = torch.linspace(-1, 1, 32).reshape(2, 4, 4)
 
@@ -227,6 +229,94 @@ def test_a_pad_that_crops_and_pads_keeps_its_border() -> None:
     torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-6)
 
 
+ROW = torch.linspace(-2, 2, 6)
+
+
+@pytest.mark.parametrize(
+    ("formula", "x", "expected"),
+    [
+        (lambda s, x: torch.hstack([x, x]), ROW, {"cat": 1}),
+        (lambda s, x: torch.vstack([x, x]), ROW, {"vstack": 1}),
+        (lambda s, x: torch.column_stack([x, x]), ROW, {"column_stack": 1}),
+        (lambda s, x: torch.column_stack([x, x.reshape(6, 1)]), ROW,
+         {"reshape": 1, "column_stack": 1}),
+        (lambda s, x: torch.column_stack([x.reshape(6, 1), x]), ROW,
+         {"reshape": 1, "column_stack": 1}),
+        (lambda s, x: torch.hstack([x, x]), X[0], {"cat": 1}),
+        (lambda s, x: torch.vstack([x, x]), X[0], {"cat": 1}),
+        (lambda s, x: torch.column_stack([x, x]), X[0], {"cat": 1}),
+        (lambda s, x: torch.dstack([x, x]), X[0], {"dstack": 1}),
+        (lambda s, x: x.narrow(1, 0, 6) * 2, X[0], {"slice": 1, "mul": 1}),
+        (lambda s, x: x.max(1).values + x.min(1).values, X[0],
+         {"max": 1, "min": 1, "getitem": 2, "add": 1}),
+        (lambda s, x: x.max() + x.min(), X[0], {"max": 1, "min": 1, "add": 1}),
+        (lambda s, x: torch.clamp(x, min=1), X, {"clamp": 1}),
+        (lambda s, x: torch.clamp(x, min=-1.5), X, {"clamp": 1}),
+        (lambda s, x: torch.clamp(x, max=0), X, {"clamp": 1}),
+        (lambda s, x: torch.clamp(x, min=s.t), X, {"clamp": 1}),
+        (lambda s, x: torch.clamp(x, min=0.0), torch.arange(6) - 2, {"clamp": 1}),
+        (lambda s, x: torch.special.round(x * 8, decimals=0), X, {"mul": 1, "round": 1}),
+        (lambda s, x: x.conj().mT.real * 1.5, torch.complex(X, X), {"transpose": 1, "mul": 1}),
+        (lambda s, x: torch.ops.aten.matrix_H.default(x) * 2, X[0], {"permute": 1, "mul": 1}),
+        (lambda s, x: torch.ops.aten.matrix_H.default(x).imag * 2, torch.complex(X[0], X[0]), {"matrix_H": 1, "mul": 1}),
+    ],
+)  # fmt: skip
+def test_which_form_it_is_depends_on_ranks_bounds_and_dtypes(formula, x, expected) -> None:
+    found = traced(formula, x, t=torch.zeros(()))
+    kept = {name: count for name, count in found.items() if name in {*expected, *FORMS}}
+    assert kept == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("baddbmm", {"alpha": 2.0}, {"bmm": 1, "mul": 1, "add": 1}),
+        ("baddbmm", {"beta": 3}, {"bmm": 1, "mul": 1, "add": 1}),
+        ("baddbmm", {"alpha": 2.0, "beta": 0}, {"bmm": 1, "mul": 1}),
+        ("baddbmm", {"alpha": 0.5, "beta": 0.25}, {"bmm": 1, "mul": 2, "add": 1}),
+        ("baddbmm", {}, {"baddbmm": 1}),
+        ("baddbmm", {"alpha": 0, "beta": 2}, {"baddbmm": 1}),
+    ],
+)
+@pytest.mark.parametrize("left", [False, True])
+def test_batched_products_with_a_constant_are_written_out(name, values, expected, left) -> None:
+    held = {"w": torch.randn(2, 6, 6), "b": torch.randn(2, 4, 6)}
+    x = torch.linspace(-1, 1, 72).reshape(2, 6, 6) if left else X
+    if left:
+        held["b"] = torch.randn(2, 6, 6)
+    formula = lambda s, x: torch.baddbmm(s.b, *((s.w, x) if left else (x, s.w)), **values)
+    assert traced(formula, x, **held) == expected
+
+
+def test_addmm_of_integers_and_of_no_constant_stays() -> None:
+    whole = torch.arange(24).reshape(4, 6)
+    held = {"w": torch.arange(12).reshape(6, 2), "b": torch.arange(2)}
+    formula = lambda s, x: torch.addmm(s.b, x, s.w, alpha=2)
+    assert traced(formula, whole, **held) == {"addmm": 1}
+    found = traced(lambda s, x: torch.addmm(s.b, x, x.t(), alpha=2), X[0], b=torch.randn(4))
+    assert found == {"t": 1, "addmm": 1}
+
+
+@pytest.mark.parametrize(("size", "wide"), [(1 << 16, 1), ((1 << 16) + 1, 0)])
+def test_integer_constants_are_widened_up_to_so_many_bytes(size: int, wide: int) -> None:
+    held = {"t": torch.arange(size).remainder(100).to(torch.int8)}
+    found = traced(lambda s, x: x * s.t, torch.linspace(-1, 1, size), **held)
+    assert found == Counter({"mul": 1} | ({"_to_copy": 1} if wide else {}))
+
+
+def test_which_constants_become_floats() -> None:
+    """Neither floats, nor complex numbers, nor what is computed, nor beside integers."""
+    narrow = torch.linspace(-1, 1, 2).half()
+    held = {"t": torch.tensor([3, 5])}
+    assert traced(lambda s, x: x * s.t, narrow, **held) == {"mul": 1, "_to_copy": 1}
+    assert traced(lambda s, x: x * s.t, torch.tensor([2, 7]), **held) == {"mul": 1}
+    assert traced(lambda s, x: x * s.t, narrow.double(), t=torch.rand(2)) == {"mul": 1}
+    found = traced(lambda s, x: x * (x > 0), narrow)
+    assert found == {"gt": 1, "mul": 1}
+    found = traced(lambda s, x: (x * s.t).real * 2, narrow.float(), t=torch.tensor([1j, 2j]))
+    assert "_to_copy" not in found
+
+
 def test_operators_of_other_libraries_stay() -> None:
     """``flipud`` of another library may be any formula."""
     with torch.library._scoped_library("canonical", "DEF") as library:
@@ -244,6 +334,34 @@ def test_what_a_frontend_must_not_leave() -> None:
     node.target = torch.ops.aten.multiply.Tensor
     with pytest.raises(VerifierError, match=r"multiply\.Tensor is not canonical"):
         check_dialect(program.graph_module)
+
+
+def test_what_passes_take_for_granted_is_checked() -> None:
+    def broken(change: Callable[[Any, Any], object]) -> Any:
+        program = trace(Net(lambda s, x: (x * 2.0, x + 1)).eval(), (X,), {})
+        graph = program.graph_module.graph
+        change(graph, next(n for n in graph.nodes if ops.op_name(n) == "mul"))
+        return program.graph_module
+
+    def method(graph, node) -> None:
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_method("neg", (node.args[0],)))
+
+    def written(graph, node) -> None:
+        with graph.inserting_after(node):
+            graph.call_function(torch.ops.aten.add_.Tensor, (node, node)).meta["val"] = 0
+
+    for change, words in (
+        (method, "call_method is no call of an operator"),
+        (lambda graph, node: node.meta.pop("val"), "has no fake value"),
+        (written, "writes a value that is no state and no input"),
+    ):
+        with pytest.raises(VerifierError, match=words):
+            check_dialect(broken(change))
+    # what nothing reads needs none
+    unread = broken(lambda graph, node: node.replace_all_uses_with(node.args[0]))
+    next(n for n in unread.graph.nodes if ops.op_name(n) == "mul").meta.pop("val")
+    check_dialect(unread)
 
 
 def test_a_conjugate_that_is_resolved_has_memory_of_its_own() -> None:
