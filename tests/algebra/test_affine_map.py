@@ -372,6 +372,7 @@ def test_channels_are_selected_in_the_order_asked_for() -> None:
         close(run(kept, x, (9, 8)), run(base, x, (9, 8))[:, index])
     grouped = conv(drawn(4, 2, 1, 1), drawn(4), groups=2)
     kept = am.select(grouped, torch.arange(4))
+    assert kept.groups == 1
     close(run(kept, x, (9, 8)), run(grouped, x, (9, 8)))
 
 
@@ -439,6 +440,19 @@ def test_what_holds_two_maps_reaches_as_far_as_each() -> None:
     for m in (am.concatenate([a, b, crop]), am.add([a, b, crop])):
         assert (m.kernel, m.origin) == ((6, 4), (2, 1))
         supported(m)
+
+
+@pytest.mark.parametrize("join", [am.add, am.concatenate])
+def test_one_map_alone_and_the_layout_of_several(join) -> None:
+    """What is made of weights of two layouts has the layout of none of them."""
+    plain = conv(drawn(4, 4, 3, 3), drawn(4))
+    turned = conv(drawn(4, 4, 3, 3).contiguous(memory_format=torch.channels_last))
+    x = image(4)
+    close(run(join([plain]), x, (7, 6)), run(plain, x, (7, 6)))
+    for maps, last in (([plain], 0), ([turned, turned], 1), ([turned, plain], 0)):
+        assert join(maps).weight.channels_last is bool(last)
+    assert am.add([plain, turned]).weight.fresh
+    assert am.compose(plain, turned).weight.fresh
 
 
 # --- sequences ------------------------------------------------------------------------------------
