@@ -258,7 +258,8 @@ ROW = torch.linspace(-2, 2, 6)
         (lambda s, x: torch.special.round(x * 8, decimals=0), X, {"mul": 1, "round": 1}),
         (lambda s, x: x.conj().mT.real * 1.5, torch.complex(X, X), {"transpose": 1, "mul": 1}),
         (lambda s, x: torch.ops.aten.matrix_H.default(x) * 2, X[0], {"permute": 1, "mul": 1}),
-        (lambda s, x: torch.ops.aten.matrix_H.default(x).imag * 2, torch.complex(X[0], X[0]), {"matrix_H": 1, "mul": 1}),
+        (lambda s, x: torch.ops.aten.matrix_H.default(x).imag * 2, torch.complex(X[0], X[0]),
+         {"matrix_H": 1, "mul": 1}),
     ],
 )  # fmt: skip
 def test_which_form_it_is_depends_on_ranks_bounds_and_dtypes(formula, x, expected) -> None:
