@@ -11,18 +11,20 @@ EDGE   := .edge
 EDGE_WHEELS := executorch torchao litert-torch litert-converter ai-edge-litert ai-edge-quantizer \
     jax jaxlib ncnn pnnx coremltools \
     absl-py attrs cattrs immutabledict opt_einsum pyaml ruamel.yaml tabulate
+# A property of the quick suite has all of its examples in the slow one.
+SLOW   := '(slow or hypothesis) and not sweep and not edge and not rtx'
 RTX    := .rtx
 RTX_WHEELS := tensorrt-rtx-cu13-bindings==1.7.1.116 tensorrt-rtx-cu13-libs==1.7.1.116
 
-.PHONY: demo test test-edge test-rtx quick slow mutate lint format clean
+.PHONY: demo test test-sweep test-edge test-rtx quick slow mutate lint format clean
 
 demo: $(READY)
 	$(ENV) $(VENV)/bin/python examples/demo.py
 
 test: $(READY)
 	$(VENV)/bin/ruff check .
-	$(ENV) $(VENV)/bin/python -m pytest -q -n $(WORKERS)
-	$(ENV) $(VENV)/bin/python -m pytest -q -n $(WORKERS) -m slow
+	$(ENV) $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
+	$(ENV) $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m $(SLOW)
 
 # 1.1 GB in a folder of its own, beside which the environment stays as it is.
 $(EDGE)/.ready: $(READY) constraints.txt
@@ -31,7 +33,7 @@ $(EDGE)/.ready: $(READY) constraints.txt
 	@touch $@
 
 test-edge: $(EDGE)/.ready
-	$(ENV):$(EDGE) $(VENV)/bin/python -m pytest -q -n $(WORKERS) -m edge tests/backends/edge
+	$(ENV):$(EDGE) $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m edge tests/backends/edge
 
 # NVIDIA's TensorRT-RTX parses and builds without a GPU. Its wheels are for development and testing;
 # they go to a folder of their own, and where there are none for this machine nothing is tested.
@@ -39,14 +41,17 @@ test-rtx: $(READY)
 	@if test -e $(RTX)/.ready || ( \
 	    $(PIP) --retries 1 --timeout 20 --no-deps --only-binary :all: --target $(RTX) $(RTX_WHEELS) \
 	    && touch $(RTX)/.ready ); then \
-	  $(ENV):$(RTX) $(VENV)/bin/python -m pytest -q -n $(WORKERS) -m rtx tests/rtx; \
+	  $(ENV):$(RTX) $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m rtx tests/rtx; \
 	else echo "test-rtx: SKIPPED: no TensorRT-RTX wheels can be installed here"; fi
 
+test-sweep: $(READY)
+	$(ENV) $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m sweep
+
 quick: $(READY)
-	$(ENV) $(VENV)/bin/python -m pytest -q -n $(WORKERS)
+	$(ENV) $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 slow: $(READY)
-	$(ENV) $(VENV)/bin/python -m pytest -q -n $(WORKERS) -m slow
+	$(ENV) $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m $(SLOW)
 
 # Breaks the rules in one place at a time: docs/trust.md. All takes hours; `make mutate SAMPLE=400`
 # is an estimate, SEED draws others, ONLY=refold/algebra looks at one room.

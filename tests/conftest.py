@@ -11,11 +11,16 @@ import torch
 
 from refold import cli
 from refold.rewrite.result import Decline, watch_failures
+from tests.examples import draw_few
 from tests.skips import pytest_make_collect_report, pytest_runtest_makereport
 
 __all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]  # hooks of the whole suite
 
 _FAILURES: list[Decline] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    draw_few(config.getoption("markexpr").startswith("not slow"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -182,20 +182,20 @@ def test_operators_of_every_family(shard: int) -> None:
     _sweep([c for n in names[shard::_QUICK_SHARDS] for c in calls_of(operators()[0][n])[:1]])
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("shard", range(_SHARDS))
 def test_every_operator(shard: int) -> None:
     _sweep([c for n in list(operators()[0])[shard::_SHARDS] for c in calls_of(operators()[0][n])])
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("shard", range(_SHARDS))
 def test_every_operator_of_fixed_sizes(shard: int) -> None:
     names = list(operators()[0])[shard::_SHARDS]
     _sweep([c for n in names for c in calls_of(operators()[0][n])[:1]], dynamic=False)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_nearly_every_operator_is_called() -> None:
     """What is left out says why; of the rest, eager PyTorch takes some guess of nearly each."""
     taken, left_out = operators()

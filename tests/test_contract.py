@@ -166,7 +166,7 @@ def test_patterns(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if i % 3 == 0 else pytest.mark.slow) for i, n in enumerate(MODELS)],
+    [pytest.param(n, marks=() if i % 3 == 0 else pytest.mark.sweep) for i, n in enumerate(MODELS)],
 )
 def test_models(name: str) -> None:
     keeps_the_contract(MODELS[name].model(), MODELS[name].inputs())
@@ -181,7 +181,7 @@ def test_random_graphs(seed: int) -> None:
 def _systems() -> list[Any]:
     kept = [(name, s) for name, s in SYSTEMS.items() if not s.refused]
     quick = {name for name, s in kept[::12] if not s.slow}
-    return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n, _ in kept]
+    return [pytest.param(n, marks=() if n in quick else pytest.mark.sweep) for n, _ in kept]
 
 
 @pytest.mark.parametrize("name", _systems())
@@ -200,7 +200,7 @@ def test_systems(name: str) -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name: str) -> None:
     pytest.importorskip("timm")

@@ -17,11 +17,14 @@ from tests.models.timm_networks import NETWORKS, deploy_form, network, traced
 declare_torchvision_ops()
 pytest.importorskip("timm")
 
-QUICK = ("lcnetv2_small", "repghostnet_050")
+SMALL = ("lcnetv2_small", "repghostnet_050")
 
 each_network = pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NETWORKS],
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in SMALL else pytest.mark.sweep)
+        for n in NETWORKS
+    ],
 )
 
 

@@ -409,7 +409,7 @@ def _in_pipeline(
         Pipeline("so far", (item,)).run(gm)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", NETWORKS)
 def test_bugs_in_a_network_are_refused(name: str, failures: list[Decline]) -> None:
     model, x = _network(name)

@@ -25,7 +25,7 @@ def test_random_graphs(seed: int) -> None:
     check(seed, "default")
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("pipeline", ["default", "min-nodes"])
 @pytest.mark.parametrize("seed", range(100, 180))
 def test_more_random_graphs(seed: int, pipeline: str) -> None:

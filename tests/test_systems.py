@@ -23,8 +23,8 @@ from tests.models.systems import (
     structure_faults,
 )
 
-# Exporting to ONNX costs seconds: most systems do it in the slow suite.
-QUICK_IN_ONNXRUNTIME = ("DEConv, literal differences",)
+# The others, and exports to ONNX, which take seconds, belong to the sweep.
+QUICK = {name for i, name in enumerate(SYSTEMS) if i % 12 == 1 and not SYSTEMS[name].slow}
 
 
 def _systems(check: Check) -> Any:
@@ -32,8 +32,8 @@ def _systems(check: Check) -> Any:
 
     def case(name: str) -> Any:
         chosen, marks = SYSTEMS[name], []
-        if chosen.slow or (check == "onnxruntime" and name not in QUICK_IN_ONNXRUNTIME):
-            marks.append(pytest.mark.slow)
+        if check == "onnxruntime" or name not in QUICK:
+            marks.append(pytest.mark.sweep)
         if check in chosen.fails:
             raises = (AssertionError, RefoldError)
             marks.append(pytest.mark.xfail(reason=chosen.fails[check], strict=True, raises=raises))

@@ -24,6 +24,7 @@ PLAIN = "tests.small_nets:NothingToFold"
 # --- commands -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_export_then_verify(run, tmp_path):
     path = tmp_path / "net.onnx"
     code, out, _ = run(

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from refold.frontends.functionalise import functional_module
 from refold.graph.constants import is_mutation
+from tests.examples import examples
 
 
 class Does(nn.Module):
@@ -116,6 +117,7 @@ def test_local(name: str) -> None:
     check(LOCAL[name], local=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_program(name: str) -> None:
     check(WHOLE[name], local=False)
@@ -260,7 +262,7 @@ def run_program(steps: list[tuple[int, int, int]], x: Tensor) -> tuple[Tensor, .
     return tuple(v + 0 for v in values)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(PROGRAM)
 @example([(6, 0, 0), (0, 0, 0), (1, 0, 0), (4, 7, 0)])  # a reshape that copies, decomposed
 @example([(1, 1, 0), (9, 1, 0), (1, 1, 0)])  # dropout of what was written, written again

@@ -282,6 +282,7 @@ def test_a_size_that_only_an_expression_tells() -> None:
         compiled(like(5, 6))
 
 
+@pytest.mark.slow
 def test_windows_of_an_image_of_any_size() -> None:
     def windows(s: Formula, x: Tensor) -> Tensor:
         b, c, h, w = x.shape

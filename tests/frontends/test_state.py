@@ -215,6 +215,7 @@ def test_state_of_submodules() -> None:
     assert not census.get("batch-norm")
 
 
+@pytest.mark.slow
 def test_state_lives_on_in_inductor() -> None:
     torch.manual_seed(0)
     lives_on(Model(twice, a=torch.randn(ROW)), target="inductor")

@@ -300,6 +300,7 @@ def test_contiguous_results_are_contiguous() -> None:
                 assert value.is_contiguous(), label
 
 
+@pytest.mark.slow
 def test_no_unlisted_operator_returns_its_input() -> None:
     """Storage that a result shares with an input is declared by the schema, or listed."""
     for label, calls in rows(-1):

@@ -175,6 +175,7 @@ def test_dynamic_sizes() -> None:
     verify(graph, signature(graph), repropagate=True)
 
 
+@pytest.mark.slow
 def test_the_cheap_checks_are_cheap() -> None:
     def model(v):
         for _ in range(400):

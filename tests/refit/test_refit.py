@@ -15,6 +15,7 @@ import refold
 from refold.errors import RefitError, UsageError
 from refold.graph import constants
 from refold.refit.tape import Recorder
+from tests.examples import few
 from tests.models import adapters, branches, weights
 from tests.randomise import randomise
 
@@ -91,7 +92,7 @@ def assert_equal_folds(one: refold.CompiledModel, other: refold.CompiledModel) -
         assert torch.equal(tensor, theirs[name]), name
 
 
-@pytest.mark.parametrize("name", REFITTED)
+@pytest.mark.parametrize("name", few(REFITTED, 5))
 def test_refit_equals_folding_anew(name: str) -> None:
     case = MODELS[name]
     old, new = with_weights(name, 0), with_weights(name, 1)
@@ -322,6 +323,7 @@ def assert_equal_files(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         assert (value == theirs[name]).all(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["lora conv", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ssf vit", "repvgg"))]
 )

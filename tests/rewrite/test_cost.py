@@ -99,6 +99,7 @@ def test_a_target_of_somebody_else_was_never_measured() -> None:
     assert Mine().costs == CostModel("mine")
 
 
+@pytest.mark.slow
 def test_the_target_hands_its_costs_to_the_passes() -> None:
     report = refold.compile_for_inference(
         narrow().float(), image(64).float(), target="trt", build=False

@@ -521,6 +521,7 @@ def orthogonal(count: int) -> nn.ModuleList:
     return layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "left"),
     [

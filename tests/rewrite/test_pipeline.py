@@ -243,6 +243,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(Lazy, "evaluate", failing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, 6])  # in a branch, in the other one, in the graph
 def test_where_a_constant_cannot_be_computed_nothing_is_folded(
     count: int, monkeypatch: pytest.MonkeyPatch, failures: list[Decline]

@@ -24,6 +24,7 @@ from refold.passes import PIPELINES
 from refold.rewrite.context import Context
 from refold.torch_compile import backend as torch_compile
 from tests.compare import SINGLE, call, double, relative_error
+from tests.examples import few
 from tests.models import counts
 from tests.models.timm_networks import NETWORKS, network
 from tests.small_nets import ConvNet, seeded
@@ -267,7 +268,7 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.parametrize("native", few(["1", "0"], 1))
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__.strip("_"))
 def test_changed_weights_are_noticed(
     change: Callable[[Conv], Conv], native: str, monkeypatch: pytest.MonkeyPatch
@@ -401,7 +402,7 @@ def test_only_frozen_calls_pass_no_parameters(frozen: bool, monkeypatch: Any) ->
     assert passed == 2 * [1 if frozen else 9]
 
 
-@pytest.mark.parametrize("inside", ["argument", "list", "closure", "module"])
+@pytest.mark.parametrize("inside", few(["argument", "list", "closure", "module"], 1))
 def test_frozen_tells_models_apart_without_module_guards(inside: str) -> None:
     skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
     options = {"inner": "eager", "frozen": True, "guard_filter_fn": skip}
@@ -679,7 +680,7 @@ KINDS: list[tuple[type[nn.Module], torch.dtype, set[int]]] = [
 ]
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize("dynamic", few([True, None, False], 1))
 @pytest.mark.parametrize(
     ("kind", "dtype", "norms"), KINDS, ids=lambda k: getattr(k, "__name__", "")
 )
@@ -793,6 +794,7 @@ def test_operator_that_casts_inside_runs_unfolded() -> None:
     assert inner.norms == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_too", [False, True])
 def test_layouts(model_too: bool) -> None:
     class Features(Conv):
@@ -918,6 +920,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:refold")
 def test_200_random_changes() -> None:
     loop = Loop(refold.backend(inner="eager"), 0, [(2, 8), (3, 8), (1, 8), (2, 10)])
@@ -934,7 +937,7 @@ def test_random_changes_with_inductor() -> None:
         loop.step()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_fold_as_far_as_through_export(name: str) -> None:
     model, images = network(name, NETWORKS[name])

@@ -67,11 +67,13 @@ def test_calls(edge: Edge) -> None:
     runtimes.check_calls(compiled, model, edge.batch)
 
 
+@pytest.mark.slow
 @every_edge
 def test_folding_leaves_fewer_operators(edge: Edge) -> None:
     runtimes.check_residual(edge.name, edge.batch)
 
 
+@pytest.mark.slow
 @every_edge
 @pytest.mark.parametrize("net", runtimes.NETS)
 def test_numbers_of_small_networks(net: type[torch.nn.Module], edge: Edge) -> None:
@@ -116,6 +118,7 @@ def compiled_net(target: str) -> refold.CompiledModel:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edge", [e.param for e in (*OTHERS, *EDGES)])
 def test_full_disk(edge: Edge, tmp_path: Path) -> None:
     """torch's own writer would end the process."""
@@ -155,6 +158,7 @@ def test_two_writers_of_one_directory(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["net.trt"]
 
 
+@pytest.mark.slow
 @every_edge
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_compared_or_refused(edge: Edge, dtype: torch.dtype) -> None:

@@ -52,6 +52,7 @@ def test_names_are_telling(compiled, tmp_path):
     assert graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
+@pytest.mark.slow
 def test_names_of_nested_outputs(structured, tmp_path):
     _, folded = structured
     graph = onnx.load(folded.save(tmp_path / "net.onnx")).graph
@@ -165,6 +166,7 @@ def test_model_with_state_is_refused():
     assert model.count == 0
 
 
+@pytest.mark.slow
 def test_model_that_writes_its_input_is_noted():
     class InPlace(torch.nn.Module):
         def forward(self, x):

@@ -7,6 +7,7 @@ from refold.errors import BackendError, MissingDependencyError, UsageError
 from tests.small_nets import ConvNet, PaddedMaxPool, seeded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("twice", "own"), [(False, 0), (True, 1)])
 def test_zero_pad_before_max_pool_stays_zero(twice, own, tmp_path):
     # Everything is about -100: a border taken as -inf would show.
@@ -20,6 +21,7 @@ def test_zero_pad_before_max_pool_stays_zero(twice, own, tmp_path):
     torch.testing.assert_close(torch.from_numpy(got), model(x))
 
 
+@pytest.mark.slow
 def test_runtime_miscompiles_the_plain_spelling(tmp_path, monkeypatch):
     """Why the other spelling exists; once this fails, the runtime was mended."""
     monkeypatch.setattr("refold.backends.onnx.export.keep_pads_before_max_pool", lambda model: 0)
@@ -28,6 +30,7 @@ def test_runtime_miscompiles_the_plain_spelling(tmp_path, monkeypatch):
         refold.compile_for_inference(model, x, target="ort")
 
 
+@pytest.mark.slow
 def test_pad_with_minus_infinity_is_left_to_the_runtime():
     class Net(torch.nn.Module):
         def forward(self, x):
@@ -40,6 +43,7 @@ def test_pad_with_minus_infinity_is_left_to_the_runtime():
     assert not any("Pad" in note for note in compiled.report.notes)
 
 
+@pytest.mark.slow
 def test_threads_are_an_option(monkeypatch):
     seen = {}
     real = backend.open_session

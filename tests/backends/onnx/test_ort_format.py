@@ -47,6 +47,7 @@ def test_nodes_are_counted_in_the_file(built):
     assert ort_format.count_nodes(compiled._done.artifact.content.data) == 4
 
 
+@pytest.mark.slow
 def test_conversion_failure_names_the_node(monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("Could not find an implementation for Relu(14) node 'node_relu'")
@@ -56,6 +57,7 @@ def test_conversion_failure_names_the_node(monkeypatch):
         refold.compile_for_inference(torch.nn.ReLU(), torch.randn(2, 3), target="ort-format")
 
 
+@pytest.mark.slow
 def test_it_says_that_it_takes_no_new_weights():
     model, x = seeded(ConvNet()), torch.randn(1, 3, 8, 8)
     compiled = refold.compile_for_inference(model, x, target="ort-format", recipe=True)

@@ -35,6 +35,7 @@ def kinds(compiled: Any) -> list[str]:
     return [n.op_type for n in compiled._done.artifact.content.model.graph]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "clipped"),
     [
@@ -56,6 +57,7 @@ def test_limits_are_kept(given: Any, clipped: bool) -> None:
     assert torch.equal(compiled(x), model(x))
 
 
+@pytest.mark.slow
 def test_float8_is_rounded_twice_as_pytorch_does() -> None:
     model = Through(-448, 448, FP8)
     compiled = refold.compile_for_inference(model, torch.randn(2, 9) * 9, target="ort")
@@ -64,6 +66,7 @@ def test_float8_is_rounded_twice_as_pytorch_does() -> None:
     assert not torch.equal(model(x), (x / 0.25).clamp(-448, 448).to(FP8).float() * 0.25)
 
 
+@pytest.mark.slow
 def test_half_precision_input() -> None:
     model = Through(-128, 127, torch.int8)
     compiled = refold.compile_for_inference(model, torch.randn(2, 9).half(), target="ort")

@@ -169,23 +169,27 @@ def test_references_are_those_of_the_original_in_float64(saved, model):
     assert len(stored.inputs) == 4
 
 
+@pytest.mark.slow
 def test_given_profile(model):
     build = lowered(model, example(4), profile={"batch": (2, 4, 32)}).content.build
     assert build.inputs[0].profile == ((2, 3, 8, 8), (4, 3, 8, 8), (32, 3, 8, 8))
 
 
+@pytest.mark.slow
 def test_profile_of_a_bounded_dimension(model):
     bounded = ({0: torch.export.Dim("n", min=3, max=20)},)
     build = lowered(model, example(4), bounded).content.build
     assert build.inputs[0].profile == ((3, 3, 8, 8), (4, 3, 8, 8), (20, 3, 8, 8))
 
 
+@pytest.mark.slow
 def test_static_model_has_no_profile(model):
     build = lowered(model, example(4), ({},)).content.build
     assert build.inputs[0].profile is None
     assert "Shapes" not in build.trtexec["11"]
 
 
+@pytest.mark.slow
 def test_unbounded_size_is_not_guessed(model):
     made = lowered(model, example(), ({2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},))
     assert made.content.build.inputs[0].profile == ((2, 3, 8, 8),) * 3
@@ -618,6 +622,7 @@ class Pooled(nn.Module):
         return self.pool(x).bitwise_not() if x.dtype == torch.int32 else self.pool(x)
 
 
+@pytest.mark.slow
 def test_rejection_names_the_users_line(tmp_path):
     path = written(lowered(Pooled(), example()), tmp_path)
     found = check.preflight(path / "model.onnx", ops.Version.parse(""), None)
@@ -725,6 +730,7 @@ def test_positions_are_counted_in_float32():
     assert torch.equal(half(x), gm(x))
 
 
+@pytest.mark.slow
 def test_half_precision_artifact(model, tmp_path):
     done = compiled(model, example(), precision="fp16", exclude=["head"])
     (name,) = {n.split(" stays")[0] for n in done.report.notes if "stays float32" in n}
@@ -750,6 +756,7 @@ class HardSwish(nn.Module):
         return nn.functional.hardswish(x)
 
 
+@pytest.mark.slow
 def test_hardswish_is_written_out_for_bfloat16_alone(tmp_path):
     done = compiled(HardSwish(), torch.randn(2, 8) * 4, precision="bf16")
     path = done.save(tmp_path / "a")
@@ -881,6 +888,7 @@ def test_commands(run, tmp_path, no_library):
     assert code == exit_codes.ERROR
 
 
+@pytest.mark.slow
 def test_check_rejects_with_an_exit_code(run, tmp_path, no_library):
     name = "tests.backends.tensorrt.test_tensorrt:Pooled"
     code, out, _ = run("check", name, "--shape", "1x3x8x8", "--json")

@@ -69,6 +69,7 @@ def test_int8(tmp_path: Any) -> None:
     assert judge.verify_onnx(path).passed
 
 
+@pytest.mark.slow
 def test_int8_among_half_precision(tmp_path: Any) -> None:
     """Nothing between a layer and its quantisers, and one dtype around each layer."""
     path = saved(seeded(Int8Net(scale=0.02)), tmp_path, 2, precision="fp16")
@@ -80,6 +81,7 @@ def test_int8_among_half_precision(tmp_path: Any) -> None:
     assert judge.verify_onnx(path).passed
 
 
+@pytest.mark.slow
 def test_scales_that_half_precision_lacks_stay() -> None:
     """Rounded to subnormal numbers they would be off by percents."""
     made = lowered(seeded(Int8Net(scale=1e-5)), example(), precision="fp16")
@@ -115,6 +117,7 @@ def operators(made: Any) -> list[str]:
     return [n.op_type for n in made.content.onnx.model.graph]
 
 
+@pytest.mark.slow
 def test_float8(tmp_path: Any) -> None:
     path = saved(seeded(Float8Net()), tmp_path, 0)
     kinds = Counter(n.op_type for n in nodes(path))
@@ -126,6 +129,7 @@ def test_float8(tmp_path: Any) -> None:
     assert not rejections(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [None, "fp16"])
 def test_float8_values(precision: str | None) -> None:
     model = seeded(Float8Net())
@@ -153,6 +157,7 @@ class Cast(nn.Module):
         return x.to(FP8).to(torch.float32)
 
 
+@pytest.mark.slow
 def test_a_cast_that_may_overflow_is_no_quantiser(tmp_path: Any) -> None:
     made = lowered(Cast(), example())
     assert "QuantizeLinear" not in operators(made)
@@ -170,6 +175,7 @@ class Shared(nn.Module):
         return y * 0.5, y.relu()
 
 
+@pytest.mark.slow
 def test_a_scale_of_one_of_two_readers_stays() -> None:
     made = lowered(Shared(), example())
     assert sorted(operators(made)) == ["DequantizeLinear", "Mul", "QuantizeLinear", "Relu"]
@@ -189,6 +195,7 @@ class Wider(nn.Module):
         return x.clamp(-448, 448).to(FP8).to(torch.float32) * self.scale
 
 
+@pytest.mark.slow
 def test_a_factor_that_changes_the_shape_stays() -> None:
     made = lowered(Wider(), example())
     assert operators(made).count("Mul") == 1

@@ -37,6 +37,7 @@ def told(folder: Path, base: Path) -> str:
     return difference(folder, artifact.read(folder), base, artifact.read(base))
 
 
+@pytest.mark.slow
 def test_other_weights_are_no_difference(base: Path, tmp_path: Path) -> None:
     other = written(tmp_path / "other.trt", seeded(ConvNet(), 1))
     files = [(path / artifact.MODEL).read_bytes() for path in (base, other)]
@@ -77,6 +78,7 @@ def test_integers_are_part_of_the_graph(dtype: str, found: str, base: Path, tmp_
     assert told(other, base) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "key"),
     [({"precision": "fp16"}, "precision"), ({"profile": {"batch": (1, 2, 16)}}, "inputs")],
@@ -111,6 +113,7 @@ def test_damage_is_noticed_before(base: Path, tmp_path: Path) -> None:
         refit(other, base)
 
 
+@pytest.mark.slow
 def test_command(run: Any, tmp_path: Path) -> None:
     net, path = "tests.small_nets:ConvNet", tmp_path / "net.trt"
     code, _, err = run(

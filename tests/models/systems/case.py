@@ -44,7 +44,7 @@ class System(ModelCase):
         example: makes the inputs, where normal tensors of ``shapes`` will not do.
         prepared: whether the builder brings its weights; they are drawn anew otherwise.
         fails: the checks that do not hold yet, each with its reason; such a check must fail.
-        slow: whether its tests belong to the slow suite.
+        slow: whether it takes seconds, and so is left to the sweep.
         requires: packages without which it cannot be built.
         refused: an expression that the error of compiling it must match; nothing else is checked.
         bind: makes the values of the inputs that are bound, by name.

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -12,6 +12,7 @@ from refold.passes.batch_norm.fold_batch_norm import FoldBatchNorm
 from refold.passes.branches.fold_branches import FoldBranches
 from refold.rewrite.context import Context
 from tests import golden
+from tests.examples import examples
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
 
@@ -38,7 +39,7 @@ def test_golden() -> None:
     transposed=st.booleans(),
     dims=st.integers(1, 3),
 )
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_into_any_convolution(
     groups, kernel, stride, padding, dilation, bias, affine, transposed, dims
 ) -> None:

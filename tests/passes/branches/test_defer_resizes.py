@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -12,6 +12,7 @@ from refold.passes import PIPELINES
 from refold.passes.branches.defer_resizes import DeferResizes
 from refold.rewrite.context import Context
 from tests import golden
+from tests.examples import examples
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
 
@@ -127,7 +128,7 @@ def pyramids(draw: st.DrawFn):
 
 
 @given(pyramids())
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_any_pyramid(drawn) -> None:
     spatial, parts, sizes, bias = drawn
     pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[spatial]

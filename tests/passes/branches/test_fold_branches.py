@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -19,6 +19,7 @@ from refold.passes.prepare.fold_constants import FoldConstants
 from refold.rewrite.context import Context
 from refold.rewrite.pipeline import Pipeline
 from tests import golden
+from tests.examples import examples
 from tests.folding import Net, image, left, run
 from tests.tracing import find, trace
 
@@ -71,7 +72,7 @@ def branches(draw: st.DrawFn):
 
 
 @given(branches(), st.sampled_from(((7, 6), (8, 9))))
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_any_branches_become_one_convolution(drawn, size) -> None:
     parts, signs = drawn
 
@@ -95,7 +96,7 @@ def test_any_branches_become_one_convolution(drawn, size) -> None:
     s1=st.integers(1, 2),
     s2=st.integers(1, 2),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_sequences_fold_only_where_borders_allow(first, second, pad, bias, g1, g2, s1, s2) -> None:
     padding = second // 2 if pad else 0
     net = Net(

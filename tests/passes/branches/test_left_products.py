@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from refold.passes.branches.fold_branches import FoldBranches
+from tests.examples import examples
 from tests.folding import Net, left, run
 from tests.tracing import trace
 
@@ -76,7 +77,7 @@ def test_a_narrow_middle_stays() -> None:
 
 
 @given(st.lists(st.sampled_from(("mix", "scale", "shift", "norm", "skip")), min_size=2, max_size=5))
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_any_chain(steps) -> None:
     net = Net(
         lambda s, x: x, a=w(5, 5), g=w(5, 1), h=w(5, 1), n=nn.BatchNorm1d(5)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
@@ -22,6 +22,7 @@ from refold.rewrite.cost import CostModel, LayerCosts, Price
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import PassResult
 from tests import golden
+from tests.examples import examples
 from tests.folding import Net, run
 from tests.tracing import trace
 
@@ -335,6 +336,7 @@ def test_an_excluded_layer_stays() -> None:
     assert sorted(widths(gm)) == [8, 20]
 
 
+@pytest.mark.slow
 def test_the_target_decides() -> None:
     model = net(gated).float()
     x = tokens().float()
@@ -374,7 +376,7 @@ def test_torch_compile_merges_nothing_for_a_compiler_that_nobody_measured() -> N
     assert seen == [2]
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     layers=st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=2, max_size=5),
     shape=st.sampled_from([(), (1,), (3,), (2, 3)]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -12,6 +12,7 @@ from refold.graph.records import products
 from refold.passes.branches.fold_branches import FoldBranches
 from refold.passes.prepare.fold_constants import FoldConstants
 from refold.rewrite import cost
+from tests.examples import examples
 from tests.folding import Net, left, run
 from tests.tracing import trace
 
@@ -93,7 +94,7 @@ def equations(draw: st.DrawFn) -> str:
     return f"{rows}{ours},{constant}->{rows}{out}"
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(equations(), st.booleans())
 def test_the_matrix_is_that_of_any_equation(equation, swapped) -> None:
     sizes = dict(b=2, t=3, u=2, v=3, w=4, x=2, y=3)

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -16,6 +16,7 @@ from refold.passes import PIPELINES
 from refold.passes.branches.fold_branches import FoldBranches
 from refold.rewrite.context import Context
 from tests import golden
+from tests.examples import examples
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
 
@@ -175,7 +176,7 @@ def layers(draw: st.DrawFn):
 
 
 @given(layers())
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_any_two_branches(drawn) -> None:
     dims, made, pointwise = drawn
     a, b = (getattr(nn, f"ConvTranspose{dims}d")(4, 8, *options) for options in made)

@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx, nn
 
@@ -27,6 +27,7 @@ from refold.verify.references import references
 from tests import golden
 from tests import tracing as tracer
 from tests.compare import EXACT, relative_error
+from tests.examples import examples
 from tests.models.experts import (
     EXPERTS,
     FFN,
@@ -106,7 +107,7 @@ def test_golden() -> None:
     bias=st.booleans(),
     form=st.sampled_from(("partition", "sum", "stack", "stack last")),
 )
-@settings(max_examples=8, deadline=None)
+@examples(8)
 def test_average_is_the_expert_of_mean_weights(kind, count, hidden, bias, form) -> None:
     parts = experts(count, by=0.5, kind=kind, hidden=hidden, bias=bias)
     model = RandomPartition(parts) if form == "partition" else Ensemble(parts, form)
@@ -126,7 +127,7 @@ def test_average_is_the_expert_of_mean_weights(kind, count, hidden, bias, form) 
     bias=st.booleans(),
     form=st.sampled_from(("partition", "sum", "softmax", "gates", "einsum", "weighted stack")),
 )
-@settings(max_examples=8, deadline=None)
+@examples(8)
 def test_concat_is_exact(kind, count, hidden, bias, form) -> None:
     parts = experts(count, by=1.0, kind=kind, hidden=hidden, bias=bias)
     gates = torch.randn(count, dtype=torch.float64) + 0.5
@@ -234,6 +235,7 @@ def test_shared_weights_stay_shared() -> None:
 # --- the certificate ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(EXPERTS))
 def test_the_error_is_of_second_order(kind: str) -> None:
     base = EXPERTS[kind]().double()
@@ -258,6 +260,7 @@ def test_measured_error_is_the_error() -> None:
     assert "1 calibration inputs" in result.applied[0].detail
 
 
+@pytest.mark.slow
 def test_calibration_inputs_are_given_like_the_examples() -> None:
     x, model = tokens(), RandomPartition(experts(2)).double().eval()
     for args, kwargs, example in (((x,), {}, x), ((x,), {}, (x,)), ((), {"x": x}, {"x": x})):
@@ -760,6 +763,7 @@ def test_fused_gate_and_up_are_put_side_by_side_piece_by_piece() -> None:
     assert error(gm, model, tokens(3)) <= EXACT
 
 
+@pytest.mark.slow
 def test_deep_networks_are_no_experts() -> None:
     """Experts are read by recursion, which must end; equal ones would be folded otherwise."""
     layers = [layer for _ in range(33) for layer in (nn.Linear(WIDTH, WIDTH), nn.Tanh())]

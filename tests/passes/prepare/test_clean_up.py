@@ -14,6 +14,7 @@ from refold.graph import aliasing, printer
 from refold.passes.prepare.clean_up import CleanUp
 from refold.rewrite.pipeline import Pipeline
 from tests import golden
+from tests.examples import examples
 from tests.tracing import find, ops, trace
 
 T = torch.randn(2, 4, 6, 6)
@@ -527,9 +528,10 @@ STEPS = {
 
 
 @settings(
-    max_examples=40, deadline=None, print_blob=True,
+    examples(40),
+    print_blob=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 @given(
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     steps=st.lists(

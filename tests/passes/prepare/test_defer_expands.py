@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from refold.passes.prepare.defer_expands import DeferExpands
 from refold.passes.prepare.fold_constants import FoldConstants
 from refold.rewrite.context import Context
 from tests import golden
+from tests.examples import examples
 from tests.folding import Net, left, run
 from tests.tracing import find, trace
 
@@ -233,7 +234,7 @@ LAYERS = {
 }
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(
     names=st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=5),
     rank=st.sampled_from([2, 3]),

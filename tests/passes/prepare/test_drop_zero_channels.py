@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx, nn
 
@@ -12,6 +12,7 @@ from refold.passes import PIPELINES
 from refold.passes.prepare.drop_zero_channels import DropZeroChannels
 from refold.rewrite.context import Context
 from tests import golden
+from tests.examples import examples
 from tests.folding import Net, image, run
 from tests.tracing import trace
 
@@ -275,7 +276,7 @@ def stacks(draw: st.DrawFn):
 
 
 @given(stacks())
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_any_stack(drawn) -> None:
     kinds, seed, padding = drawn
     torch.manual_seed(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
@@ -18,6 +18,7 @@ from refold.passes.prepare.fold_constants import FoldConstants
 from refold.passes.prepare.split_constant_tokens import SplitConstantTokens
 from refold.rewrite.context import Context
 from tests import golden
+from tests.examples import examples, few
 from tests.folding import Net, left, run
 from tests.tracing import trace
 
@@ -186,7 +187,7 @@ def test_a_mask_of_symbolic_size_is_reasoned_about(spelling: str, linears: int) 
 
 @pytest.mark.parametrize(
     "mask",
-    [
+    few([
         lambda i, n: (i < KNOWN + 1).expand(n, n),  # shows one of the input's rows
         lambda i, n: (i < n - 1).expand(n, n),
         lambda i, n: (i >= n - KNOWN).expand(n, n),
@@ -196,8 +197,8 @@ def test_a_mask_of_symbolic_size_is_reasoned_about(spelling: str, linears: int) 
         lambda i, n: i.unsqueeze(1) % 30 >= i % 30,
         lambda i, n: (i.unsqueeze(1) != i) | (i == 0),
         lambda i, n: (i < KNOWN) & (i.unsqueeze(1) < 0) | (i.unsqueeze(1) == i) | (i == KNOWN + 1),
-    ],
-)
+    ], 3),
+)  # fmt: skip
 def test_a_mask_that_shows_the_input_to_constant_rows_keeps_their_attention(mask) -> None:
     model = table(mask)
     x = torch.randn(30, WIDTH, dtype=torch.float64)
@@ -326,6 +327,7 @@ def test_a_class_token_does_not_pay_for_another_concatenation() -> None:
     assert record.reason.startswith("putting the tokens together behind the products would cost ")
 
 
+@pytest.mark.slow
 def test_prompts_of_every_layer_pay_at_real_sizes() -> None:
     def forward(s: Net, x: Tensor) -> Tensor:
         for prompt in (s.first, s.second):
@@ -393,7 +395,7 @@ LAYERS = {
 }
 
 
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(
     names=st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=5),
     first=st.booleans(),

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -13,6 +13,7 @@ from refold.graph import printer
 from refold.passes.batch_norm.fold_batch_norm import FoldBatchNorm
 from refold.passes.scale_shift.absorb_scale_shift import AbsorbScaleShift
 from tests import golden
+from tests.examples import examples
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
 
@@ -67,7 +68,7 @@ SPELLINGS = {
     shape=st.sampled_from(((4, 1, 1), (1, 4, 1, 1), (1,), ())),
     bias=st.booleans(),
 )
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_every_spelling_in_any_chain(names, shape, bias) -> None:
     def forward(s, x):
         y = s.c(x)

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx, nn
 
@@ -16,6 +16,7 @@ from refold.passes.scale_shift.fold_attention_biases import FoldAttentionBiases
 from refold.rewrite.context import Context
 from tests import golden
 from tests.compare import EXACT, relative_error
+from tests.examples import examples, few
 from tests.folding import Net, left, run
 from tests.tracing import trace
 
@@ -107,7 +108,7 @@ def test_products_that_are_no_attention(equation: str, size: tuple[int, ...]) ->
 
 @pytest.mark.parametrize(
     ("core", "expected"),
-    [
+    few([
         (fused(), BOTH),
         (fused(is_causal=True), BOTH),
         (fused(scale=0.3), BOTH),
@@ -144,7 +145,7 @@ def test_products_that_are_no_attention(equation: str, size: tuple[int, ...]) ->
          NEITHER),
         (lambda s, q, k, v: F.scaled_dot_product_attention(q, k, k) + v, [True] * 4),
         (lambda s, q, k, v: softmax(s, k, k, v), [False, True]),
-    ],
+    ], 10),
 )  # fmt: skip
 def test_cores(core, expected) -> None:
     after, _ = run(FOLD, Attention(core), tokens())
@@ -207,6 +208,7 @@ def test_of_a_bias_that_others_read_nothing_is_called_dead(core, reason) -> None
     assert not any("change nothing" in d.reason for d in declined), declined
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 def test_grouped_queries(groups) -> None:
     def repeat(x: torch.Tensor) -> torch.Tensor:
@@ -303,7 +305,7 @@ def attentions(draw: st.DrawFn):
 
 
 @given(attentions())
-@settings(max_examples=10, deadline=None)
+@examples(10)
 def test_any_attention(drawn) -> None:
     core, projections, dead = drawn
     model = Attention(core, projections)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -12,6 +12,7 @@ from refold.passes import PIPELINES
 from refold.passes.scale_shift.join_scale_shifts import JoinScaleShifts
 from refold.rewrite.context import Context
 from tests import golden
+from tests.examples import examples
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
 
@@ -61,7 +62,7 @@ def chains(draw: st.DrawFn):
 
 
 @given(chains())
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_any_two_chains(drawn) -> None:
     first, second, alpha = drawn
     norm = nn.BatchNorm2d(4)

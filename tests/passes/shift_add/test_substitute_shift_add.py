@@ -242,6 +242,7 @@ def test_a_bias_of_one_row() -> None:
             assert relative_error(graph(x), expected) <= 2e-6
 
 
+@pytest.mark.slow
 def test_the_callers_weights_are_not_written() -> None:
     model = Scorer()
     before = deepcopy(model.state_dict())
@@ -371,6 +372,7 @@ def test_layers_on_one_input_share_its_hessian(monkeypatch: pytest.MonkeyPatch) 
     assert seen == [0.05] * 3  # q, k and v; up; down
 
 
+@pytest.mark.slow
 def test_one_of_eight_inputs_is_held_out() -> None:
     for count, held in ((7, 0), (8, 1), (17, 2)):
         _, result = substitute(Scorer(), ids(), calibration=iter(samples(count)))
@@ -422,6 +424,7 @@ def test_a_model_that_writes_its_state_is_not_calibrated() -> None:
 # --- widths ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_past_the_largest_error_more_bits_are_taken_or_the_layer_stays() -> None:
     model = Scorer()
     by_bits = {}
@@ -448,6 +451,7 @@ def test_a_layer_that_stays_is_run_as_it_is_by_the_calibration() -> None:
     assert not codes(gm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_auto_keeps_its_budget_of_bytes(calibrated: bool) -> None:
     pytest.importorskip("scipy")
@@ -625,6 +629,7 @@ def test_joblib_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         substitute(Scorer(), ids(), jobs=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_parallel_jobs_give_the_same_bits(calibrated: bool) -> None:
     joblib = pytest.importorskip("joblib")

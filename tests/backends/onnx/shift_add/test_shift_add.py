@@ -135,6 +135,7 @@ def test_every_width_and_group_is_the_operator(sizes, families, level, tmp_path)
     assert "DequantizeLinear" not in fused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_general_scales_become_a_function(bits, tmp_path):
     torch.manual_seed(0)
@@ -155,6 +156,7 @@ def test_general_scales_become_a_function(bits, tmp_path):
     assert max(len(t.raw_data) for t in file.graph.initializer) == layers[0].planes.numel()
 
 
+@pytest.mark.slow
 def test_half_precision_models():
     torch.manual_seed(0)
     model, x = Shared(2).half(), torch.randn(2, 3, 64).half()
@@ -166,6 +168,7 @@ def test_half_precision_models():
 # --- what is written ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [256, 200])
 @pytest.mark.parametrize(("bits", "level", "limit"), [(2, 4, INT8), (4, 0, FLOAT)])
 def test_matrices_add_the_correction_as_they_multiply(bits, level, limit, features, tmp_path):
@@ -179,6 +182,7 @@ def test_matrices_add_the_correction_as_they_multiply(bits, level, limit, featur
     assert (found["MatMul"], found["Gemm"], found["Add"]) == (1, 1, 1)  # the bias is added apart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "form"), [(192, "DequantizeLinear"), (40, "BCQLinear")])
 def test_groups_that_no_block_has(size, form, tmp_path):
     """Several blocks share a group's scale; where none divides it, each plane gets its own."""
@@ -189,6 +193,7 @@ def test_groups_that_no_block_has(size, form, tmp_path):
     assert operators(saved(made, tmp_path)[0])[form] == 1
 
 
+@pytest.mark.slow
 def test_matrices_of_half_precision():
     torch.manual_seed(0)
     layer, x = Layer(2, 256, 64), torch.randn(2, 256)
@@ -196,6 +201,7 @@ def test_matrices_of_half_precision():
     assert apart(made(x.half()), layer.exact(x.half())) <= 2 * INT8
 
 
+@pytest.mark.slow
 def test_two_bits_share_their_group_sums(tmp_path):
     made = compiled(Shared(2), torch.randn(2, 3, 64))
     file, optimised = saved(made, tmp_path)
@@ -211,6 +217,7 @@ def test_two_bits_share_their_group_sums(tmp_path):
     onnx.checker.check_model(file, full_check=True)
 
 
+@pytest.mark.slow
 def test_three_bits_need_no_group_sums(tmp_path):
     made = compiled(Shared(3), torch.randn(2, 3, 64))
     file, optimised = saved(made, tmp_path)
@@ -229,6 +236,7 @@ def test_groups_that_end_early_pad_the_sums_alone(tmp_path):
     assert found["DequantizeLinear"] == 2
 
 
+@pytest.mark.slow
 def test_the_origin_of_each_product_is_kept(tmp_path):
     made = compiled(Shared(2), torch.randn(2, 3, 64))
     file, _ = saved(made, tmp_path)
@@ -239,6 +247,7 @@ def test_the_origin_of_each_product_is_kept(tmp_path):
     assert all("test_shift_add.py" in t["refold.source"] for t in told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "least"), [(2, 12.5), (3, 7.5), (4, 7.0)])
 def test_the_file_and_the_session_are_small(bits, least, tmp_path):
     torch.manual_seed(0)
@@ -317,6 +326,7 @@ def test_rounding_is_done_on_request_alone_and_named(width):
     assert choose(3, 64, ask=width).exactness == choice.INT8_ACTIVATIONS  # exact where it can be
 
 
+@pytest.mark.slow
 def test_rounded_layers_are_measured():
     made = compiled(Shared(3, family="any"), torch.randn(2, 3, 64), requantise=4)
     assert any("4 shift-add layers of 3 bits" in n for n in made.report.notes)
@@ -334,6 +344,7 @@ def test_unknown_options(options):
 # --- checks ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0, 4])
 def test_a_wrong_code_is_found(level, monkeypatch):
     real = rewrite._codes
@@ -366,6 +377,7 @@ def test_a_wrong_kernel_is_found(monkeypatch):
         compiled(Shared(2), torch.randn(2, 3, 64))
 
 
+@pytest.mark.slow
 def test_the_cost_of_int8_activations_is_told():
     made = compiled(Shared(2), torch.randn(2, 3, 64))
     (told,) = [n for n in made.report.notes if n.startswith("int8 activations")]
@@ -376,6 +388,7 @@ def test_the_cost_of_int8_activations_is_told():
     assert not any("int8 activations cost" in n for n in exact.report.notes)
 
 
+@pytest.mark.slow
 def test_outliers_past_the_bound_are_named_not_refused():
     model = Shared(2)
     with torch.no_grad():
@@ -397,6 +410,7 @@ def test_dense_sessions_compute_in_floats(tmp_path):
 # --- TensorRT's file and the others ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_tensorrt_gets_int4_without_zero_points(bits, tmp_path):
     made = compiled(Shared(bits), torch.randn(2, 3, 64), target="trt", build=False)
@@ -410,6 +424,7 @@ def test_tensorrt_gets_int4_without_zero_points(bits, tmp_path):
     assert json.loads((folder / "build.json").read_text())["opset"] == 21
 
 
+@pytest.mark.slow
 def test_tensorrt_gets_floats_or_what_was_asked_for(tmp_path):
     model, x = Shared(3, family="any"), torch.randn(2, 3, 64)
     dense = compiled(model, x, target="trt", build=False)
@@ -430,6 +445,7 @@ def test_a_graph_without_such_layers_is_written_as_before(tmp_path):
     assert check.check(made._compilation.artifact.content, None, None, 4).notes == ()
 
 
+@pytest.mark.slow
 def test_the_function_is_the_operator_in_other_runtimes(tmp_path):
     """ONNX's own reference implementation, which shares nothing with ONNX Runtime."""
     from onnx.reference import ReferenceEvaluator

@@ -22,6 +22,7 @@ from refold.passes.scale_shift.push import thresholds
 from refold.passes.scale_shift.push.factor import Factor
 from refold.rewrite.context import Context
 from tests import golden
+from tests.examples import examples
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
 
@@ -222,7 +223,7 @@ def test_an_integer_threshold_is_met_exactly(mean, scale) -> None:
     stride=st.integers(1, 2),
     linear=st.booleans(),
 )
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_any_signs_of_the_scale(scales, shifts, padding, stride, linear) -> None:
     scale = torch.tensor(scales).double().view(4, 1, 1)
     shift = torch.tensor(shifts).double().view(4, 1, 1)
