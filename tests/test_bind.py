@@ -209,6 +209,7 @@ def test_a_size_that_varies_cannot_be_bound_in_an_exported_program() -> None:
         refold.fold(program, bind={"by": both[1]})
 
 
+@pytest.mark.slow
 def test_an_onnx_file_has_no_bound_input(model: nn.Module) -> None:
     pytest.importorskip("onnxruntime")
     compiled = refold.compile_for_inference(
@@ -219,6 +220,7 @@ def test_an_onnx_file_has_no_bound_input(model: nn.Module) -> None:
     assert torch.allclose(compiled(X), model(X, CONDITION), **CLOSE)
 
 
+@pytest.mark.slow
 def test_the_command_line_binds_files_and_numbers(
     tmp_path: Path, run: Any, model: nn.Module
 ) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import refold
 from refold.backends.registry import find_target
 from refold.errors import UsageError
+from tests.examples import few
 from tests.randomise import randomise
 
 
@@ -81,7 +82,8 @@ CHANGES = [_scale, _exchange, _without_a_trace, _train, _train_fused, _load, _ha
 @pytest.mark.parametrize(
     ("change", "target"),
     # Both targets look the same way: two changes show that inductor looks at all.
-    [*((c, "torch") for c in CHANGES), (_scale, "inductor"), (_halve, "inductor")],
+    [*((c, "torch") for c in CHANGES)]
+    + [pytest.param(c, "inductor", marks=pytest.mark.slow) for c in (_scale, _halve)],
 )
 def test_change_of_a_shared_weight_is_noticed(change: Callable[..., Any], target: str) -> None:
     done, _ = old_and_new(small(), change, target=target)
@@ -97,7 +99,7 @@ def test_the_changed_weight_is_named_and_the_file_is_not_written(tmp_path) -> No
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", few(CHANGES, 3))
 def test_copied_weights_stay(change: Callable[..., Any], tmp_path) -> None:
     done, old = old_and_new(small(), change, copy_weights=True)
     torch.testing.assert_close(done(X), old, rtol=1e-4, atol=1e-5)
@@ -134,10 +136,9 @@ def test_change_that_the_compiled_model_does_not_read_is_none() -> None:
     torch.testing.assert_close(done(X), old, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx", "ort", "openvino", "aoti"])
 def test_runtimes_with_weights_of_their_own_stay(target: str, tmp_path) -> None:
-    if find_target(target).available():
-        pytest.skip("not installed")
     done, old = old_and_new(small(), _scale, target=target)
     torch.testing.assert_close(done(X), old, rtol=1e-4, atol=1e-4)
     path = tmp_path / f"net{find_target(target).suffix}"
@@ -194,6 +195,7 @@ def test_state_that_the_compiled_model_writes_is_no_change() -> None:
     torch.testing.assert_close(done(x), net.lin(x) * 4)
 
 
+@pytest.mark.slow
 def test_compiling_again_is_no_change() -> None:
     net = small()
     first = refold.compile_for_inference(net, X)
@@ -205,6 +207,7 @@ def test_compiling_again_is_no_change() -> None:
         torch.testing.assert_close(first(X), net(X), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_that_were_folded_away_are_not_held() -> None:
     net = small()
     folded, shared = weakref.ref(net[0].weight), weakref.ref(net[4].weight)
@@ -248,6 +251,7 @@ class Sums(nn.Module):
         return self.total * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["torch", "inductor"])
 def test_deep_copy_has_state_of_its_own(target: str) -> None:
     net, x = Sums().eval(), torch.randn(2, 4)

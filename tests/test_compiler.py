@@ -316,6 +316,7 @@ def test_bounds_of_dynamic_dimensions():
             compiled(torch.randn(rows, 3))
 
 
+@pytest.mark.slow
 def test_unfolded_weights_are_let_go():
     model = seeded(ConvNet())
     watched = [weakref.ref(model), weakref.ref(model.conv.weight)]
@@ -365,6 +366,7 @@ def test_unavailable_target_says_why(model, monkeypatch):
 # --- the package ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_import_is_light():
     code = """
 import sys, refold
@@ -401,6 +403,7 @@ def test_a_trace_that_is_not_the_model_is_refused() -> None:
     assert "the traced program is not the model" in str(compiled.report.notes)
 
 
+@pytest.mark.slow
 def test_padded_rows_of_a_fused_encoder_are_refused_until_it_is_not_fused() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.TransformerEncoder(layer, 1).eval()

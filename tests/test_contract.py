@@ -21,6 +21,7 @@ from refold.errors import UsageError
 from refold.graph import constants
 from tests import small_nets
 from tests.compare import EXACT, double, relative_error
+from tests.examples import few
 from tests.models import MODELS, PATTERNS
 from tests.models.random_graphs import RandomGraph
 from tests.models.systems import SYSTEMS
@@ -158,7 +159,7 @@ def test_small_nets(name: str) -> None:
     keeps_the_contract(*drawn(*SMALL[name]))
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", few(PATTERNS, 16))
 def test_patterns(name: str) -> None:
     model, inputs = drawn(PATTERNS[name].model, PATTERNS[name].shape)
     keeps_the_contract(model, inputs, strided=name not in OTHER_STRIDES)
@@ -166,13 +167,13 @@ def test_patterns(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if i % 3 == 0 else pytest.mark.sweep) for i, n in enumerate(MODELS)],
+    [pytest.param(n, marks=() if i % 9 == 0 else pytest.mark.sweep) for i, n in enumerate(MODELS)],
 )
 def test_models(name: str) -> None:
     keeps_the_contract(MODELS[name].model(), MODELS[name].inputs())
 
 
-@pytest.mark.parametrize("seed", range(200, 212))
+@pytest.mark.parametrize("seed", few(range(200, 212), 3))
 def test_random_graphs(seed: int) -> None:
     model = RandomGraph(seed, steps=6 + seed % 10)
     keeps_the_contract(model, (model.example,))

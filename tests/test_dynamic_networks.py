@@ -24,6 +24,7 @@ from refold.graph import ops, subgraphs
 from refold.graph.copies import copy_sharing_tensors
 from refold.passes import PIPELINES
 from tests.compare import EXACT, SINGLE, relative_error
+from tests.examples import few
 from tests.models.systems.dynamic import (
     EarlyExit,
     ExitPerSample,
@@ -57,7 +58,7 @@ def census(gm: Any) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("build", "signs", "convs", "conds"),
-    [(EarlyExit, BOTH, 3, 1), (SkippedBlocks, ALL, 5, 3)],
+    few([(EarlyExit, BOTH, 3, 1), (SkippedBlocks, ALL, 5, 3)], 1),
 )
 def test_branches_fold_and_every_outcome_is_equal(
     build: Callable[[], nn.Module], signs: Any, convs: int, conds: int
@@ -81,6 +82,7 @@ def test_the_outcomes_differ() -> None:
         assert torch.equal(model(x), way(F.relu(model.stem(x))))
 
 
+@pytest.mark.slow
 def test_onnx_if_takes_both_ways(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
@@ -115,6 +117,7 @@ def test_weights_that_both_branches_read_are_stored_once() -> None:
         assert relative_error(folded(x.abs() * sign), model(x.abs() * sign)) <= SINGLE
 
 
+@pytest.mark.slow
 def test_excluded_modules_inside_a_branch_stay() -> None:
     model = prepared(EarlyExit).double()
     (x, y) = images(*BOTH)
@@ -125,6 +128,7 @@ def test_excluded_modules_inside_a_branch_stay() -> None:
         refold.fold(deepcopy(model), x, exclude=["depp.0"])
 
 
+@pytest.mark.slow
 def test_the_caller_s_program_keeps_its_branches() -> None:
     model = prepared(EarlyExit)
     x = images(BOTH[0], dtype=torch.float32)[0]
@@ -135,6 +139,7 @@ def test_the_caller_s_program_keeps_its_branches() -> None:
     assert before["batch-norm"] == 3
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_graph_keeps_its_branches() -> None:
     model = prepared(SkippedBlocks).double()
     inputs = images(*ALL)
@@ -147,6 +152,7 @@ def test_a_copy_of_the_graph_keeps_its_branches() -> None:
     assert census(original)["batch-norm"] == 5
 
 
+@pytest.mark.slow
 def test_consumed_weights_inside_branches_are_released() -> None:
     model, kept = prepared(EarlyExit).double(), prepared(EarlyExit).double()
     inputs = images(*BOTH)

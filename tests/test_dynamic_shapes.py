@@ -55,6 +55,7 @@ def test_every_size(target: str) -> None:
             assert relative_error(compiled(x), expected) <= SINGLE
 
 
+@pytest.mark.slow
 def test_onnx_keeps_the_names(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     compiled = refold.compile_for_inference(

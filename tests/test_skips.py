@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.skips import RIGHT
 
 TESTS = Path(__file__).resolve().parent
@@ -37,6 +39,7 @@ def test_known():
 """
 
 
+@pytest.mark.slow
 def test_unexpected_skips_fail(tmp_path: Path) -> None:
     """In a worker of xdist too, and as a whole module; so does a right one in another file."""
     (tmp_path / "native").mkdir()

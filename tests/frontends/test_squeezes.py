@@ -57,7 +57,7 @@ def image(batch: int) -> Tensor:
     return torch.randn(batch, 4, 5, 5, generator=torch.Generator().manual_seed(batch))
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", few(ENDS, 8))
 def test_ranks_are_those_of_eager(end: str) -> None:
     model = Formula(ENDS[end])
     compiled = refold.compile_for_inference(model, image(2))
@@ -135,6 +135,7 @@ def test_a_size_that_is_two_or_more_is_not_squeezed() -> None:
     assert [(str(n.target), n.args[1]) for n in calls] == [("aten.squeeze.dims", [2])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", few(["ort", "inductor"], 1))
 def test_targets_of_one_rank_refuse_one_row(target: str) -> None:
     model = Formula(ENDS["kept mean"])
@@ -159,7 +160,7 @@ RESTORED: dict[str, Callable[[Net, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("verify", few([True, False], 10))
 @pytest.mark.parametrize("name", RESTORED)
 def test_what_restores_a_squeezed_shape_stays(name: str, verify: bool) -> None:
     torch.manual_seed(0)

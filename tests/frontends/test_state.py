@@ -18,6 +18,7 @@ from refold.errors import BackendError, FrontendError
 from refold.frontends.export import trace
 from refold.frontends.state import Calls, ModelSnapshot
 from refold.graph import constants
+from tests.examples import few
 
 ROW = (2, 4)
 
@@ -159,9 +160,9 @@ def overwritten(s: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "formula",
-    [past, two, swapped, twice, then_in_place, in_place_then_assigned, returns_the_old,
+    few([past, two, swapped, twice, then_in_place, in_place_then_assigned, returns_the_old,
      returns_the_new, transposed, the_input, by_its_dictionary, by_its_name, chosen, counted,
-     overwritten],
+     overwritten], 8),
 )  # fmt: skip
 def test_assigned_buffer_lives_on(formula: Callable[..., Any]) -> None:
     torch.manual_seed(0)

@@ -167,6 +167,7 @@ _CONSTANT_GUESSES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_nonlinear_operators_are_not_linear() -> None:
     """A reason says "not linear" only of these."""
     linear = []

@@ -360,6 +360,7 @@ def test_weights_that_the_exporter_merged_are_refused() -> None:
         compiled.refit(randomise(Two(), (x,)))
 
 
+@pytest.mark.slow
 def test_refit_of_a_file(tmp_path: Path, run: Any) -> None:
     pytest.importorskip("onnxruntime")
     safetensors = pytest.importorskip("safetensors.torch")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import refold
+from tests.examples import few
 from tests.folding import Net
 from tests.randomise import randomise
 
@@ -43,7 +44,7 @@ NETS: dict[str, tuple[Callable[[Net, Tensor], Tensor], dict[str, nn.Module]]] = 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", few(NETS, 16))
 @pytest.mark.parametrize("last", [True, False], ids=["weights last", "weights contiguous"])
 @pytest.mark.parametrize("input_last", [True, False], ids=["input last", "input contiguous"])
 def test_results_have_the_strides_of_the_model(name: str, last: bool, input_last: bool) -> None:

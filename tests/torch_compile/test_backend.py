@@ -361,7 +361,10 @@ def test_checksum_finds_writes_without_a_trace(write: Any, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize(
-    "change", [_optimizer_step, _fused_step, _assign, _reassign, _new_buffer, _new_module, _second],
+    "change",
+    few(
+        [_optimizer_step, _fused_step, _assign, _reassign, _new_buffer, _new_module, _second], 3
+    ),
     ids=lambda c: c.__name__.strip("_"),
 )  # fmt: skip
 def test_frozen_still_notices_other_parameters_and_steps(change: Callable[[Conv], Conv]) -> None:
@@ -402,6 +405,7 @@ def test_only_frozen_calls_pass_no_parameters(frozen: bool, monkeypatch: Any) ->
     assert passed == 2 * [1 if frozen else 9]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", few(["argument", "list", "closure", "module"], 1))
 def test_frozen_tells_models_apart_without_module_guards(inside: str) -> None:
     skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
@@ -682,7 +686,7 @@ KINDS: list[tuple[type[nn.Module], torch.dtype, set[int]]] = [
 
 @pytest.mark.parametrize("dynamic", few([True, None, False], 1))
 @pytest.mark.parametrize(
-    ("kind", "dtype", "norms"), KINDS, ids=lambda k: getattr(k, "__name__", "")
+    ("kind", "dtype", "norms"), few(KINDS, 3), ids=lambda k: getattr(k, "__name__", "")
 )
 def test_models(
     kind: type[nn.Module], dtype: torch.dtype, norms: set[int], dynamic: bool | None

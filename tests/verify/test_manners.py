@@ -13,6 +13,7 @@ from refold.frontends.export import trace
 from refold.verify import compare
 from refold.verify.manners import MannersError
 from refold.verify.references import references
+from tests.examples import few
 from tests.folding import Net
 
 
@@ -122,7 +123,7 @@ def never_returns(s: Net, x: Tensor) -> Tensor:
     return x * 2
 
 
-@pytest.mark.parametrize("model", [delays, hardly_counts, never_returns])
+@pytest.mark.parametrize("model", few([delays, hardly_counts, never_returns], 3))
 @pytest.mark.parametrize("rows", [2, 3])
 def test_a_state_that_shows_later_is_compared(model: Callable, rows: int) -> None:
     net = Net(lambda s, x: model(s, x))

@@ -85,11 +85,13 @@ def test_zero_pad_before_max_pool(edge: Edge) -> None:
     runtimes.check_zero_pad(edge.name, edge.batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edge", [e.param for e in EDGES[:3]])
 def test_structure(edge: Edge) -> None:
     runtimes.check_structure(edge.name, edge.batch)
 
 
+@pytest.mark.slow
 @every_edge
 def test_command_line_verifies_the_file(edge: Edge, run: Any, tmp_path: Path) -> None:
     net, path = "tests.small_nets:ConvNet", tmp_path / f"net{edge.suffix}"
@@ -173,6 +175,7 @@ def test_half_precision_is_compared_or_refused(edge: Edge, dtype: torch.dtype) -
     assert compiled(x).dtype == dtype
 
 
+@pytest.mark.slow
 @every_edge
 def test_quantised_graph_is_compared_or_refused(edge: Edge) -> None:
     model, x = seeded(Int8Net()), torch.randn(1, 3, 8, 8)

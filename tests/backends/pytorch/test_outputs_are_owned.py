@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import refold
+from tests.examples import few
 
 HERE = ("torch", "inductor", "aoti", "ort", "openvino")
 
@@ -103,18 +104,11 @@ def owned(model: nn.Module, run: Callable[[Tensor], Any], x: Tensor) -> None:
         assert torch.equal(given, x)
 
 
-# Compilers of C++ take seconds for each, and the exporters one: the slow suite has them all.
-QUICK = (constant, parts)
-
-
-def _slow(case: Callable[..., Any], target: str) -> bool:
-    return target in ("inductor", "aoti") or (case not in QUICK and target != "torch")
-
-
 @pytest.mark.parametrize(
     ("case", "target"),
     [
-        pytest.param(c, t, marks=pytest.mark.slow if _slow(c, t) else ())
+        # compilers take seconds for each, exporters one
+        pytest.param(c, t, marks=() if t == "torch" else pytest.mark.slow)
         for c in CASES
         for t in HERE
     ],
@@ -133,7 +127,7 @@ def test_outputs_are_owned(case: Callable[..., Any], target: str) -> None:
         ("eager", CASES),
     ],
 )
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", few([False, True], 1))
 def test_outputs_of_the_torch_compile_backend_are_owned(
     frozen: bool, inner: str, cases: Sequence[Callable[..., Any]]
 ) -> None:

@@ -56,6 +56,7 @@ class Wider(ConvNet):
         self.conv.stride = (2, 2)
 
 
+@pytest.mark.slow
 def test_another_graph_is_built_anew(base: Path, tmp_path: Path) -> None:
     other = written(tmp_path / "other.trt", seeded(Wider()))
     assert told(other, base) == "their graphs"
@@ -90,6 +91,7 @@ def test_other_settings_are_a_difference(
     assert told(other, base) == key
 
 
+@pytest.mark.slow
 def test_both_have_to_be_refittable(base: Path, tmp_path: Path) -> None:
     plain = written(tmp_path / "plain.trt", seeded(ConvNet()), refittable=False)
     for pair in ((plain, base), (base, plain)):

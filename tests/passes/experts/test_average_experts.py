@@ -27,7 +27,7 @@ from refold.verify.references import references
 from tests import golden
 from tests import tracing as tracer
 from tests.compare import EXACT, relative_error
-from tests.examples import examples
+from tests.examples import examples, few
 from tests.models.experts import (
     EXPERTS,
     FFN,
@@ -140,7 +140,7 @@ def test_concat_is_exact(kind, count, hidden, bias, form) -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "undo"), [*(("tensor_split", undo) for undo in UNDO), ("chunk", "argsort")]
+    ("split", "undo"), few([*(("tensor_split", undo) for undo in UNDO), ("chunk", "argsort")], 4)
 )
 def test_every_spelling_of_a_random_partition(split: str, undo: str) -> None:
     model = RandomPartition(experts(2), split, undo)
@@ -168,7 +168,7 @@ def test_unequal_parts(count: int, split: str, size: tuple[int, int], seen: int)
     assert error(gm, averaged(list(model.experts)[:seen]), x) <= EXACT
 
 
-@pytest.mark.parametrize("gates", [False, True])
+@pytest.mark.parametrize("gates", few([False, True], 4))
 @pytest.mark.parametrize("how", STACKED)
 def test_stacked_weights(how: str, gates: bool) -> None:
     model, x = Stacked(3, how, gates=gates).double(), tokens()
@@ -289,6 +289,7 @@ def test_past_the_tolerance_the_layer_is_kept() -> None:
     assert result.allowed == measured * 1.01
 
 
+@pytest.mark.slow
 def test_figures() -> None:
     _, result = join(Ensemble(experts(3)), tokens(), mode="average", tolerance=ANY)
     figures = result.applied[0].figures
@@ -442,7 +443,7 @@ def test_in_the_default_pipeline(mode: str, place: dict[str, str]) -> None:
 # --- routed experts -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["swiglu", "fused", "normed"])
+@pytest.mark.parametrize("kind", few(["swiglu", "fused", "normed"], 3))
 @pytest.mark.parametrize("form", [SoftGated, TopK])
 def test_routed_experts_are_averaged_by_name(form, kind: str) -> None:
     model, x = form(experts(3, by=0.05, kind=kind)).double(), tokens(3)
@@ -499,6 +500,7 @@ def test_routed_experts_are_kept_otherwise(form) -> None:
         assert calls(gm)["linear"] == 7
 
 
+@pytest.mark.slow
 def test_equal_routed_experts_are_kept() -> None:
     """Their gates need not add up to 1: that is the router's affair, and not proved."""
     _, result = join(TopK(experts(3, by=0)), tokens())

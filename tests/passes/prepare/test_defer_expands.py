@@ -15,7 +15,7 @@ from refold.passes.prepare.defer_expands import DeferExpands
 from refold.passes.prepare.fold_constants import FoldConstants
 from refold.rewrite.context import Context
 from tests import golden
-from tests.examples import examples
+from tests.examples import examples, few
 from tests.folding import Net, left, run
 from tests.tracing import find, trace
 
@@ -50,7 +50,7 @@ def test_golden() -> None:
 
 @pytest.mark.parametrize(
     ("forward", "query"),
-    [
+    few([
         (lambda s, x: s.f(s.norm(expanded(s, x))), (1, 5, 8)),
         (lambda s, x: s.f(expanded(s, x)), (5, 8)),
         (lambda s, x: s.f(s.q.repeat(x.shape[0], 1, 1)), (5, 8)),
@@ -70,7 +70,7 @@ def test_golden() -> None:
             ).transpose(1, 2).flatten(2),
             (1, 5, 8),
         ),
-    ],
+    ], 7),
 )  # fmt: skip
 def test_layers_of_an_expanded_constant_fold(forward, query) -> None:
     model = net(
@@ -116,6 +116,7 @@ def test_a_constant_for_each_sample_fills_the_axis() -> None:
     assert tuple(find(after, "linear").meta["val"].shape) == (1, 5, 8)
 
 
+@pytest.mark.slow
 def test_what_the_policy_of_growth_refuses_still_runs_on_one_copy() -> None:
     wide = nn.Linear(8, 4096)
     model = Net(
@@ -130,16 +131,22 @@ def test_what_the_policy_of_growth_refuses_still_runs_on_one_copy() -> None:
 
 @pytest.mark.parametrize(
     ("forward", "kind"),
-    [
-        (lambda s, x: s.f(x + expanded(s, x)[:, :1]), "linear"),  # each sample has its own
-        (lambda s, x: s.f(s.q[:, :, :1].expand(x.shape[0], -1, 8)), "linear"),  # mixes the copies
-        (lambda s, x: row(s, x) @ row(s, x).transpose(1, 2) @ s.mix, "matmul"),
-        (lambda s, x: s.norm(s.q[:, :, :1].expand(x.shape[0], -1, 8) + x[:, :1]), "layer-norm"),
-        (lambda s, x: expanded(s, x).softmax(0), "softmax"),
-        (lambda s, x: expanded(s, x).cumsum(0), "cumsum"),
-        (lambda s, x: s.plane(s.q.expand(x.shape[0], -1, -1).flatten(0, 1)[None]), "linear"),
-        (lambda s, x: s.f(s.q.repeat(1, 2, 1).expand(x.shape[0], -1, -1) * x.sum()), "linear"),
-    ],
+    few(
+        [
+            (lambda s, x: s.f(x + expanded(s, x)[:, :1]), "linear"),  # each sample has its own
+            (
+                lambda s, x: s.f(s.q[:, :, :1].expand(x.shape[0], -1, 8)),
+                "linear",
+            ),  # mixes the copies
+            (lambda s, x: row(s, x) @ row(s, x).transpose(1, 2) @ s.mix, "matmul"),
+            (lambda s, x: s.norm(s.q[:, :, :1].expand(x.shape[0], -1, 8) + x[:, :1]), "layer-norm"),
+            (lambda s, x: expanded(s, x).softmax(0), "softmax"),
+            (lambda s, x: expanded(s, x).cumsum(0), "cumsum"),
+            (lambda s, x: s.plane(s.q.expand(x.shape[0], -1, -1).flatten(0, 1)[None]), "linear"),
+            (lambda s, x: s.f(s.q.repeat(1, 2, 1).expand(x.shape[0], -1, -1) * x.sum()), "linear"),
+        ],
+        4,
+    ),
 )
 def test_what_differs_or_mixes_the_copies_stays(forward, kind) -> None:
     model = net(forward, plane=nn.Linear(8, 8), mix=torch.randn(5, 8))
@@ -212,6 +219,7 @@ def test_an_excluded_layer_stays() -> None:
     torch.testing.assert_close(gm(x), model(x), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_multi_head_attention_loses_the_projection_of_its_queries() -> None:
     layer = nn.MultiheadAttention(8, 2, batch_first=True)
     model = Net(

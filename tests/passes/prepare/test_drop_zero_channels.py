@@ -12,7 +12,7 @@ from refold.passes import PIPELINES
 from refold.passes.prepare.drop_zero_channels import DropZeroChannels
 from refold.rewrite.context import Context
 from tests import golden
-from tests.examples import examples
+from tests.examples import examples, few
 from tests.folding import Net, image, run
 from tests.tracing import trace
 
@@ -87,7 +87,7 @@ BETWEEN = {
 VARYING = ("positions", "padded average", "zero pad", "gate that varies")
 
 
-@pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.parametrize("name", few(BETWEEN, 11))
 def test_between_two_layers(name) -> None:
     between, expected = BETWEEN[name]
     model = net(

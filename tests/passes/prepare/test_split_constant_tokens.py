@@ -67,20 +67,25 @@ def test_golden() -> None:
 
 @pytest.mark.parametrize(
     "forward",
-    [
-        lambda s, x: s.f(prompted(s, x)),
-        lambda s, x: s.f(s.norm(prompted(s, x) * s.g)),
-        lambda s, x: s.f(prompted(s, x) + s.places),
-        lambda s, x: s.f(F.rms_norm(prompted(s, x) + s.places[0], (WIDTH,))).softmax(-1),
-        lambda s, x: s.f(torch.cat((x[:, :1], s.prompt.expand(x.shape[0], -1, -1), x[:, 1:]), 1)),
-        lambda s, x: s.f(torch.cat((x, s.prompt.expand(x.shape[0], -1, -1)), 1) + s.places),
-        lambda s, x: prompted(s, x) @ s.k.weight,
-        lambda s, x: s.f(prompted(s, x).transpose(0, 1)),
-        lambda s, x: s.f(prompted(s, x).unsqueeze(1)).squeeze(1),
-        lambda s, x: s.f(prompted(s, x).view(x.shape[0], PROMPTS + OWN, 2, -1).flatten(2)),
-        lambda s, x: s.f(prompted(s, x))[:, PROMPTS:].mean(1),
-        lambda s, x: s.f(heads(prompted(s, x)).transpose(1, 2).reshape(x.shape[0], -1, WIDTH)),
-    ],
+    few(
+        [
+            lambda s, x: s.f(prompted(s, x)),
+            lambda s, x: s.f(s.norm(prompted(s, x) * s.g)),
+            lambda s, x: s.f(prompted(s, x) + s.places),
+            lambda s, x: s.f(F.rms_norm(prompted(s, x) + s.places[0], (WIDTH,))).softmax(-1),
+            lambda s, x: s.f(
+                torch.cat((x[:, :1], s.prompt.expand(x.shape[0], -1, -1), x[:, 1:]), 1)
+            ),
+            lambda s, x: s.f(torch.cat((x, s.prompt.expand(x.shape[0], -1, -1)), 1) + s.places),
+            lambda s, x: prompted(s, x) @ s.k.weight,
+            lambda s, x: s.f(prompted(s, x).transpose(0, 1)),
+            lambda s, x: s.f(prompted(s, x).unsqueeze(1)).squeeze(1),
+            lambda s, x: s.f(prompted(s, x).view(x.shape[0], PROMPTS + OWN, 2, -1).flatten(2)),
+            lambda s, x: s.f(prompted(s, x))[:, PROMPTS:].mean(1),
+            lambda s, x: s.f(heads(prompted(s, x)).transpose(1, 2).reshape(x.shape[0], -1, WIDTH)),
+        ],
+        6,
+    ),
 )
 def test_the_product_of_constant_tokens_folds(forward) -> None:
     model = net(forward)
@@ -130,7 +135,7 @@ def test_queries_of_constant_tokens_to_constant_keys_fold() -> None:
     assert products(after) == [(OWN, WIDTH)] * 2
 
 
-@pytest.mark.parametrize("spelling", ["boolean", "additive"])
+@pytest.mark.parametrize("spelling", few(["boolean", "additive"], 2))
 @pytest.mark.parametrize("own", [False, True])
 def test_keys_that_the_mask_hides_are_left_out(spelling: str, own: bool) -> None:
     """A mask of fixed size is looked at: prompts see prompts, the rest them and perhaps itself."""
@@ -197,7 +202,7 @@ def test_a_mask_of_symbolic_size_is_reasoned_about(spelling: str, linears: int) 
         lambda i, n: i.unsqueeze(1) % 30 >= i % 30,
         lambda i, n: (i.unsqueeze(1) != i) | (i == 0),
         lambda i, n: (i < KNOWN) & (i.unsqueeze(1) < 0) | (i.unsqueeze(1) == i) | (i == KNOWN + 1),
-    ], 3),
+    ], 2),
 )  # fmt: skip
 def test_a_mask_that_shows_the_input_to_constant_rows_keeps_their_attention(mask) -> None:
     model = table(mask)
@@ -303,7 +308,7 @@ MIXING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("name", few(MIXING, 9))
 def test_what_mixes_tokens_stays(name: str) -> None:
     count = PROMPTS + OWN
     model = net(

@@ -13,7 +13,7 @@ from refold.graph import printer
 from refold.passes.batch_norm.fold_batch_norm import FoldBatchNorm
 from refold.passes.scale_shift.absorb_scale_shift import AbsorbScaleShift
 from tests import golden
-from tests.examples import examples
+from tests.examples import examples, few
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
 
@@ -413,7 +413,7 @@ PADS = {
 }
 
 
-@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("shift", few([False, True], 8))
 @pytest.mark.parametrize("name", PADS)
 def test_a_scale_behind_a_pad_of_its_axis_is_padded_too(name, shift) -> None:
     """What the pad writes is not scaled, and what it moves takes its own factor along."""
@@ -443,7 +443,7 @@ PADDED_CHANNELS = {
 }
 
 
-@pytest.mark.parametrize("name", PADDED_CHANNELS)
+@pytest.mark.parametrize("name", few(PADDED_CHANNELS, 8))
 @pytest.mark.parametrize("kind", ["scale", "norm"])
 def test_what_moves_channels_moves_their_scales(name, kind) -> None:
     """As many channels come out as go in: their count says nothing of which they are."""
@@ -515,7 +515,7 @@ EXPANDED = {
 }
 
 
-@pytest.mark.parametrize("name", EXPANDED)
+@pytest.mark.parametrize("name", few(EXPANDED, 8))
 @pytest.mark.parametrize("after", [False, True])
 def test_expanded_weights_have_the_shape_that_they_are_expanded_to(name, after) -> None:
     def forward(s, x):

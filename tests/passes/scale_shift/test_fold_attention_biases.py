@@ -145,7 +145,7 @@ def test_products_that_are_no_attention(equation: str, size: tuple[int, ...]) ->
          NEITHER),
         (lambda s, q, k, v: F.scaled_dot_product_attention(q, k, k) + v, [True] * 4),
         (lambda s, q, k, v: softmax(s, k, k, v), [False, True]),
-    ], 10),
+    ], 6),
 )  # fmt: skip
 def test_cores(core, expected) -> None:
     after, _ = run(FOLD, Attention(core), tokens())
@@ -156,6 +156,7 @@ def test_cores(core, expected) -> None:
         assert found == expected
 
 
+@pytest.mark.slow
 def test_keys_and_values_of_one_layer() -> None:
     after, _ = run(FOLD, Attention(softmax, "kv"), tokens())
     assert biases(after) == [True, False, True]
@@ -190,17 +191,20 @@ def test_what_is_dead_of_a_bias_need_not_be_one_block() -> None:
 
 @pytest.mark.parametrize(
     ("core", "reason"),
-    [
-        (lambda s, q, k, v: softmax(s, q, k, v) + k, "add reads what the bias is added to"),
-        (lambda s, q, k, v: softmax(s, q, k, k), "matmul_1 reads what the bias is added to"),
-        (lambda s, q, k, v: softmax(s, k, k, v), "matmul reads what the bias is added to"),
-        (lambda s, q, k, v: fused()(s, q, k, k), "read more than once"),
-        (lambda s, q, k, v: softmax(s, q, k, k.flip(2)), "reads what the bias is added to"),
-        (
-            lambda s, q, k, v: softmax(s, q, k.transpose(1, 2).reshape(k.shape), v),
-            "differs from key to key",
-        ),
-    ],
+    few(
+        [
+            (lambda s, q, k, v: softmax(s, q, k, v) + k, "add reads what the bias is added to"),
+            (lambda s, q, k, v: softmax(s, q, k, k), "matmul_1 reads what the bias is added to"),
+            (lambda s, q, k, v: softmax(s, k, k, v), "matmul reads what the bias is added to"),
+            (lambda s, q, k, v: fused()(s, q, k, k), "read more than once"),
+            (lambda s, q, k, v: softmax(s, q, k, k.flip(2)), "reads what the bias is added to"),
+            (
+                lambda s, q, k, v: softmax(s, q, k.transpose(1, 2).reshape(k.shape), v),
+                "differs from key to key",
+            ),
+        ],
+        3,
+    ),
 )
 def test_of_a_bias_that_others_read_nothing_is_called_dead(core, reason) -> None:
     _, declined = run(FOLD, Attention(core, "qkv"), tokens())

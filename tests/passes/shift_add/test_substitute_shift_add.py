@@ -32,6 +32,7 @@ from refold.rewrite.result import Decline, PassResult
 from tests import golden
 from tests import tracing as tracer
 from tests.compare import EXACT, relative_error
+from tests.examples import few
 
 WIDTH = 32
 
@@ -254,6 +255,7 @@ def test_the_callers_weights_are_not_written() -> None:
 # --- what stays -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_defaults_leave_embeddings_heads_and_small_layers() -> None:
     _, result = substitute(Scorer(), ids(), min_features=WIDTH + 1)
     assert modules(result) == ["block.down"]
@@ -272,6 +274,7 @@ def test_a_head_that_shares_the_embedding_stays_even_if_included() -> None:
     assert "shared with embedding" in reasons(result)["head"]
 
 
+@pytest.mark.slow
 def test_include_and_exclude() -> None:
     _, result = substitute(Scorer(), ids(), include=["block.?", "head"], exclude="block.k")
     assert modules(result) == ["block.q", "block.v", "head"]
@@ -379,6 +382,7 @@ def test_one_of_eight_inputs_is_held_out() -> None:
         assert len(result.approximation.held_out) == held
 
 
+@pytest.mark.slow
 def test_what_is_held_out_is_not_calibrated_on() -> None:
     model, data = Scorer(), samples(7)
     without, _ = substitute(model, ids(), calibration=data)
@@ -470,6 +474,7 @@ def test_auto_keeps_its_budget_of_bytes(calibrated: bool) -> None:
     assert {a.figures["bits"] for a in result.applied} == {4}
 
 
+@pytest.mark.slow
 def test_auto_gives_bits_to_layers_that_matter() -> None:
     pytest.importorskip("scipy")
 
@@ -486,6 +491,7 @@ def test_auto_gives_bits_to_layers_that_matter() -> None:
     assert {a.modules[0]: a.figures["bits"] for a in result.applied} == {"loud": 4, "quiet": 2}
 
 
+@pytest.mark.slow
 def test_auto_leaves_layers_that_no_width_suits() -> None:
     pytest.importorskip("scipy")
     model = Scorer()
@@ -529,15 +535,18 @@ def test_more_rounds_are_not_worse() -> None:
 
 @pytest.mark.parametrize(
     ("conv", "shape"),
-    [
-        (nn.Conv2d(16, 9, 1), (2, 16, 5, 4)),
-        (nn.Conv2d(16, 9, 1, stride=2, bias=False), (2, 16, 5, 4)),
-        (nn.Conv2d(5, 9, 3, padding=1), (2, 5, 6, 7)),
-        (nn.Conv2d(5, 9, (3, 2), stride=(2, 1), padding=(0, 1)), (2, 5, 7, 6)),
-        (nn.Conv2d(5, 9, 3, padding="same"), (2, 5, 6, 7)),
-        (nn.Conv1d(8, 9, 3, padding=1), (2, 8, 9)),
-        (nn.Conv3d(3, 9, 2), (2, 3, 4, 3, 3)),
-    ],
+    few(
+        [
+            (nn.Conv2d(16, 9, 1), (2, 16, 5, 4)),
+            (nn.Conv2d(16, 9, 1, stride=2, bias=False), (2, 16, 5, 4)),
+            (nn.Conv2d(5, 9, 3, padding=1), (2, 5, 6, 7)),
+            (nn.Conv2d(5, 9, (3, 2), stride=(2, 1), padding=(0, 1)), (2, 5, 7, 6)),
+            (nn.Conv2d(5, 9, 3, padding="same"), (2, 5, 6, 7)),
+            (nn.Conv1d(8, 9, 3, padding=1), (2, 8, 9)),
+            (nn.Conv3d(3, 9, 2), (2, 3, 4, 3, 3)),
+        ],
+        7,
+    ),
 )
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_convolution_is_a_product_of_its_windows(conv, shape, calibrated: bool) -> None:
@@ -740,6 +749,7 @@ def test_only_by_name() -> None:
     assert report.after.census["bcq-linear"] == 1
 
 
+@pytest.mark.slow
 def test_a_wrong_fold_before_it_is_found() -> None:
     """What comes before the substitution is judged by the original, whatever the codes cost."""
 

@@ -60,6 +60,7 @@ def test_the_first_layers_are_one_bit_wider_at_first(monkeypatch: pytest.MonkeyP
         choose_widths(gm, layers, [((x,), {})], coder(), 2.9)
 
 
+@pytest.mark.slow
 def test_losses_are_measured_around_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = network(), torch.randn(64, WIDTH, dtype=torch.float64)
     gm, layers = traced(model, x)
@@ -88,6 +89,7 @@ def test_losses_are_measured_around_an_allocation(monkeypatch: pytest.MonkeyPatc
         assert table[at][4].loss < table[at][2].loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_it_is_never_worse_than_the_first_allocation(seed: int) -> None:
     torch.manual_seed(seed)

@@ -229,6 +229,7 @@ def test_three_bits_need_no_group_sums(tmp_path):
     assert any("3-bit codes stored in 4" in n for n in made.report.notes)
 
 
+@pytest.mark.slow
 def test_groups_that_end_early_pad_the_sums_alone(tmp_path):
     made = compiled(Parallel([Layer(2, 200, 64), Layer(2, 200, 64)]), torch.randn(2, 256))
     found = operators(saved(made, tmp_path)[0])
@@ -359,6 +360,7 @@ def test_a_wrong_code_is_found(level, monkeypatch):
         compiled(Shared(3), torch.randn(2, 3, 64), accuracy_level=level)
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_is_found(monkeypatch):
     """The dense weights are right, what the kernels return is not."""
     from refold.backends.onnx import session as backend

@@ -22,7 +22,7 @@ from refold.passes.scale_shift.push import thresholds
 from refold.passes.scale_shift.push.factor import Factor
 from refold.rewrite.context import Context
 from tests import golden
-from tests.examples import examples
+from tests.examples import examples, few
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
 
@@ -66,7 +66,7 @@ def test_golden() -> None:
 
 @pytest.mark.parametrize(
     ("forward", "parts", "calls"),
-    [
+    few([
         # only a threshold is left of a norm of positive scales, whoever reads the sign
         (lambda s, x: s.n(x).sign(), {"n": norm(POSITIVE)}, {"add": 1, "sign": 1}),
         (lambda s, x: s.n(x).sgn().cumsum(1), {"n": norm(POSITIVE)},
@@ -103,7 +103,7 @@ def test_golden() -> None:
          {"n": norm(NEGATIVE)}, {"lt": 1, "gt": 1, "to": 2, "sub": 1}),
         (lambda s, x: (lambda y: (y > 0, y.sign()))(s.n(x)), {"n": norm(POSITIVE)},
          {"gt": 1, "add": 1, "sign": 1}),
-    ],
+    ], 11),
 )  # fmt: skip
 def test_it_becomes_a_threshold(forward, parts, calls) -> None:
     gm, _ = run(BOTH, built(forward, **parts), image())
@@ -112,7 +112,7 @@ def test_it_becomes_a_threshold(forward, parts, calls) -> None:
 
 @pytest.mark.parametrize(
     ("forward", "parts", "reason"),
-    [
+    few([
         # nobody takes the negative scales
         (lambda s, x: s.n(x).sign(), {"n": norm()}, "output reads it"),
         (lambda s, x: s.n(x).sign().relu(), {"n": norm()}, "negative or zero scale does not pass"),
@@ -141,7 +141,7 @@ def test_it_becomes_a_threshold(forward, parts, calls) -> None:
         # other steps
         (lambda s, x: s.n(x).round(), {"n": norm(POSITIVE)}, "round rounds"),
         (lambda s, x: torch.heaviside(s.n(x), x.sum()), {"n": norm(POSITIVE)}, "heaviside"),
-    ],
+    ], 9),
 )  # fmt: skip
 def test_it_stays(forward, parts, reason) -> None:
     net = built(forward, **parts)
