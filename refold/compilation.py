@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -39,7 +40,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Compilation:
-    """Everything that one compilation produced."""
+    """Everything that one compilation produced; ``inputs`` are the files that it was made of."""
 
     graph_module: fx.GraphModule
     check: InputCheck
@@ -52,6 +53,7 @@ class Compilation:
     options: Any = None
     kept: Kept | None = None
     copies_weights: bool = False
+    inputs: tuple[Path, ...] = ()
 
     @property
     def state(self) -> list[str]:

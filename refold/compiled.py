@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,13 @@ class CompiledModel:
         """The name of the target."""
         return self._done.target.name
 
-    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        keep: Sequence[str | os.PathLike[str]] = (),
+    ) -> Path:
         """Writes the artifact (``.onnx``, ``.pt2``); the file is complete or not there.
 
         A recipe goes beside an ONNX file, for ``refold refit``.
@@ -85,10 +91,12 @@ class CompiledModel:
         Args:
             path: file to write, a directory for ``trt``; weights too large for one file go beside.
             force: overwrite an existing file, or an existing artifact of the same kind.
+            keep: files that are not overwritten even so, such as the checkpoint of the weights. The
+                ``.pt2`` that the model came from is one of them anyway.
 
         Raises:
-            UsageError: the file exists and ``force`` is false, or weights that the compiled model
-                shares with the original were changed.
+            UsageError: the file exists and ``force`` is false, the file is one to ``keep``, or
+                weights that the compiled model shares with the original were changed.
             BackendError: the directory is missing or not writable, or the disk is full.
         """
         done = self._done
@@ -99,6 +107,7 @@ class CompiledModel:
             lambda folder, name: self._write(folder, name),
             force=force,
             marker=done.target.capabilities.marker,
+            inputs=(*done.inputs, *keep),
         )
 
     def _write(self, folder: Path, name: str) -> None:

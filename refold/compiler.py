@@ -6,8 +6,10 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from refold.backends.base import (
@@ -114,6 +116,9 @@ def compile_for_inference(
         ExpectationError: fewer calls went than ``expect`` says.
         BackendError: the target cannot lower or load the graph.
     """
+    _check_flags(
+        verify=verify, consume=consume, copy_weights=copy_weights, recipe=recipe, trust=trust
+    )
     if recipe and consume:
         raise UsageError("recipe=True needs the weights that consume=True releases: drop one")
     if copy_weights and consume:
@@ -127,14 +132,14 @@ def compile_for_inference(
             found.costs, max_growth, _globs(exclude), complex=found.capabilities.complex_calls
         ),
         dynamic_shapes=dynamic_shapes,
-        bind=dict(bind or {}),
+        bind=_bound(bind),
         verify=verify,
         consume=consume,
         copy_weights=copy_weights,
         recipe=recipe,
         expect=_expected(expect),
         trust=trust,
-        progress=progress,
+        progress=_told(progress),
     )
     require(found)
     compiled = CompiledModel(lambda args, kwargs: _compile(model, args, kwargs, settings))
@@ -155,6 +160,8 @@ def fold(model: Any, example_inputs: Any = None, **settings: Any) -> CompiledMod
         example_inputs: as for :func:`compile_for_inference`.
         **settings: the other settings of :func:`compile_for_inference`.
     """
+    if "target" in settings:
+        raise UsageError("fold is for PyTorch itself: compile_for_inference takes a target")
     return compile_for_inference(model, example_inputs, target="torch", **settings)
 
 
@@ -188,9 +195,10 @@ def explain(
     call = _example(model, example_inputs)
     if call is None:
         raise UsageError("explain needs example_inputs: a tuple, a dict of keywords, or a tensor")
-    clock = Clock(progress)
+    _check_flags(trust=trust)
+    clock, bound = Clock(_told(progress)), _bound(bind)
     with clock("trace"):
-        program = trace(model, *call, dynamic_shapes=dynamic_shapes, bind=bind, trust=trust)
+        program = trace(model, *call, dynamic_shapes=dynamic_shapes, bind=bound, trust=trust)
     folded = fold_program(program, chosen, context, clock)
     return report_of(model, program, folded, chosen, None, clock)
 
@@ -236,6 +244,7 @@ def _compile(
         options,
         None if folded.recipe is None else Kept(folded.recipe, program, judge.original),
         settings.copy_weights,
+        (Path(model).absolute(),) if isinstance(model, (str, os.PathLike)) else (),
     )
 
 
@@ -285,6 +294,26 @@ def _pipeline(pipeline: str | Pipeline) -> Pipeline:
     if not isinstance(pipeline, Pipeline):
         raise UsageError(f"pipeline is {pipeline!r}: expected a name or a refold.Pipeline")
     return pipeline
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, (int, np.bool_)):  # a text is true, whatever it says
+            raise UsageError(f"{name} is {value!r}: expected True or False")
+
+
+def _bound(bind: Mapping[str, Any] | None) -> dict[str, Any]:
+    found = {} if bind is None else bind
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise UsageError(f"bind is {bind!r}: expected values by name of the input, {{'scale': 2}}")
+    return dict(found)
+
+
+def _told(progress: Any) -> Progress | None:
+    if progress is not None and not callable(progress):
+        raise UsageError(f"progress is {progress!r}: expected a function of the stage's name")
+    told: Progress | None = progress
+    return told
 
 
 def _globs(exclude: Sequence[str]) -> tuple[str, ...]:

@@ -193,6 +193,8 @@ def _check_tensor(spec: InputSpec, value: Any) -> None:
             f"input {spec.name!r}: expected dtype {spec.dtype}, got {value.dtype}: "
             f"convert it with .to({spec.dtype})"
         )
+    if value.layout is not torch.strided:
+        raise UsageError(f"input {spec.name!r}: expected a dense tensor, got one of {value.layout}")
     expected = f"[{', '.join(str(s) for s in spec.sizes)}]"
     if value.dim() != len(spec.sizes):
         raise UsageError(

@@ -30,9 +30,11 @@ from refold.compilation import weight_origins
 from refold.diagnose.axis_collisions import axis_collisions
 from refold.diagnose.dead_parameters import DeadParameter, dead_parameters
 from refold.errors import (
+    FrontendError,
     MissingDependencyError,
     RefoldError,
     VerificationError,
+    first_line,
 )
 from refold.frontends import bind as binding
 from refold.graph import ops, subgraphs
@@ -203,6 +205,18 @@ def _graph_record(gm: fx.GraphModule) -> GraphRecord:
 # --- judge ----------------------------------------------------------------------------------------
 
 
+def _refuse_what_fails(program: Program, error: RuntimeError) -> None:
+    """Raises if the traced program itself fails on the example inputs: shapes alone let it pass."""
+    try:
+        with torch.no_grad():
+            program.graph_module(*fresh(program.args), **fresh(program.kwargs))
+    except RuntimeError as own:
+        raise FrontendError(
+            f"the model raises on the example inputs: {first_line(own)}\n  fix: check that "
+            "model(*args, **kwargs) runs on these inputs: their number, shapes and dtypes"
+        ) from error
+
+
 class Judge:
     """Compares each graph with what the traced program computes, and says so in a report.
 
@@ -233,7 +247,11 @@ class Judge:
         with clock("reference"):
             if draws(program.graph_module):
                 self._state_expectation()
-            self.known = references(self.original, program, module=program.module)
+            try:
+                self.known = references(self.original, program, module=program.module)
+            except RuntimeError as error:
+                _refuse_what_fails(program, error)
+                raise
 
     def _state_expectation(self) -> None:
         """Compares with the mean of what the program draws, where that is known."""

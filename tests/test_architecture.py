@@ -53,7 +53,14 @@ def within(module: str, *packages: str) -> bool:
 
 # The floors of the house, the lowest first: a module imports its own floor and those below.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("refold.errors", "refold._version", "refold.options", "refold.plugins"),
+    (
+        "refold.errors",
+        "refold._version",
+        "refold.options",
+        "refold.plugins",
+        "refold.reading",
+        "refold.scratch",
+    ),
     ("refold.algebra",),
     ("refold.ops",),
     ("refold.graph",),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import json
 import os
 import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from refold.cli.arguments import bind, expected, target_options
 from refold.cli.exit_codes import ERROR, OK
 from refold.errors import UsageError
+from refold.reading import unreadable
+from refold.scratch import Scratch
 
 if TYPE_CHECKING:
     import torch
@@ -39,13 +41,19 @@ def export(arguments: argparse.Namespace, progress: Progress) -> int:
     require(target)
     output = Path(arguments.output or f"model{target.suffix}")
     # Said before minutes of work, and checked again when the file is written.
-    check_output(output, force=arguments.force, marker=target.capabilities.marker)
+    check_output(
+        arguments.output or output,
+        force=arguments.force,
+        marker=target.capabilities.marker,
+        inputs=_files_read(arguments),
+    )
     expect = dict(expected(e) for e in arguments.expect)
     options = target_options(arguments, target)
     if arguments.target == "trt":
         options["build"] = False  # the engine is built where it will run
     named, inputs, shapes = _prepare(arguments, progress)
-    compiled = compile_for_inference(
+    compiled = _quietly(
+        compile_for_inference,
         named.model,
         inputs,
         target=arguments.target,
@@ -62,7 +70,8 @@ def export(arguments: argparse.Namespace, progress: Progress) -> int:
         **options,
     )
     progress("write")
-    path = compiled.save(output, force=arguments.force)
+    keep = (*_files_read(arguments), *named.files)
+    path = compiled.save(output, force=arguments.force, keep=keep)
     progress.close()
     report = compiled.report
     report.model = named.name
@@ -85,7 +94,8 @@ def explain(arguments: argparse.Namespace, progress: Progress) -> int:
     from refold.compiler import explain
 
     named, inputs, shapes = _prepare(arguments, progress)
-    report = explain(
+    report = _quietly(
+        explain,
         named.model,
         inputs,
         dynamic_shapes=shapes,
@@ -119,7 +129,8 @@ def verify(arguments: argparse.Namespace, progress: Progress) -> int:
     if static and shapes is not None:
         raise UsageError(f"{path} has fixed shapes: write them in --shape as numbers alone")
     progress("trace")
-    program = trace(
+    program = _quietly(
+        trace,
         named.model,
         inputs or (),
         {},
@@ -131,7 +142,8 @@ def verify(arguments: argparse.Namespace, progress: Progress) -> int:
     progress("load")
     candidate = _load_artifact(path, loader, program, trust=arguments.trust)
     progress("verify")
-    known = references(program.graph_module, program, module=program.module).leaving_inputs()
+    known = _quietly(references, program.graph_module, program, module=program.module)
+    known = known.leaving_inputs()
     result, _ = verify_widely(program.graph_module, candidate, program, known)
     progress.close()
     if arguments.json:
@@ -170,15 +182,16 @@ def check(arguments: argparse.Namespace, progress: Progress) -> int:
     version = ops.Version.parse(number)
     require(find_target(name))
     given = Path(arguments.model)
-    with tempfile.TemporaryDirectory(prefix="refold-") as folder:
+    with Scratch() as folder:
         if given.is_dir():
+            artifact.read(given)
             model = given / artifact.MODEL
         elif given.suffix == ".onnx":
             model = given
         else:
-            model = _lowered(arguments, progress, Path(folder)) / artifact.MODEL
-        if not model.is_file():
-            raise UsageError(f"{model}: no such file")
+            model = _lowered(arguments, progress, folder) / artifact.MODEL
+        if reason := unreadable(model):
+            raise UsageError(f"{model}: {reason}")
         progress("check")
         found = check.preflight(model, version, library.find(arguments.library))
     progress.close()
@@ -201,7 +214,8 @@ def _lowered(arguments: argparse.Namespace, progress: Progress, folder: Path) ->
     from refold.compiler import compile_for_inference
 
     named, inputs, shapes = _prepare(arguments, progress)
-    compiled = compile_for_inference(
+    compiled = _quietly(
+        compile_for_inference,
         named.model,
         inputs,
         target="trt",
@@ -234,6 +248,7 @@ def refit(arguments: argparse.Namespace, progress: Progress) -> int:
         bind=bind(arguments),
         recipe=arguments.recipe,
         force=arguments.force,
+        keep=(*arguments.weights, *(text.partition("=")[2] for text in arguments.bind)),
     )
     progress.close()
     if arguments.json:
@@ -277,8 +292,8 @@ def _loader(path: Path) -> Any:
     """The target that loads a file; None for an exported program, which needs none."""
     from refold.backends.registry import file_targets, require
 
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file")
+    if reason := unreadable(path):
+        raise UsageError(f"{path}: {reason}")
     if path.suffix == _PROGRAM:
         return None
     known = file_targets()
@@ -416,8 +431,11 @@ def _prepare(
 
     from refold.cli import model_spec
 
+    if not -(1 << 63) <= arguments.seed < 1 << 64:
+        raise UsageError(f"--seed {arguments.seed}: expected a number of 64 bits")
     torch.manual_seed(arguments.seed)
-    named = model_spec.load_model(arguments.model)
+    with _aside():
+        named = model_spec.load_model(arguments.model)
     texts: list[InputText] = list(arguments.inputs or [])
     if isinstance(named.model, Path):
         if arguments.checkpoint or arguments.randomize_bn or arguments.dtype:
@@ -429,16 +447,37 @@ def _prepare(
             raise UsageError(f"{named.name}: give its input shapes, e.g. --shape 1x3x224x224")
         texts = [model_spec.InputText(named.input_sizes)]
     dtype = model_spec.parse_dtype(arguments.dtype) if arguments.dtype else torch.float32
+    if not dtype.is_floating_point:
+        raise UsageError(f"--dtype {arguments.dtype}: a model computes in a floating-point dtype")
     inputs = tuple(t.example(dtype) for t in texts)
     if not isinstance(named.model, Path):
         if arguments.checkpoint:
             model_spec.load_checkpoint(named.model, arguments.checkpoint)
         if arguments.randomize_bn:
             wide = [dataclasses.replace(t, sizes=(max(t.sizes[0], 4), *t.sizes[1:])) for t in texts]
-            _randomize(named, [t.example(torch.float32) for t in wide])
+            with _aside():
+                _randomize(named, [t.example(torch.float32) for t in wide])
         if arguments.dtype:
             named.model.to(dtype)
     return named, inputs, _dynamic_shapes(texts)
+
+
+def _aside() -> contextlib.redirect_stdout[Any]:
+    """What a model prints goes to the error stream: the answer is alone on the other."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+def _quietly(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls what runs the model."""
+    with _aside():
+        return work(*args, **kwargs)
+
+
+def _files_read(arguments: argparse.Namespace) -> tuple[Path, ...]:
+    """The files that the arguments name as models, weights and values."""
+    texts = [arguments.model, arguments.checkpoint or ""]
+    texts += [text.partition("=")[2] for text in arguments.bind]
+    return tuple(path for text in texts if not unreadable(path := Path(text)))
 
 
 def _randomize(named: NamedModel, inputs: list[torch.Tensor]) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
+import math
 import os
+import pickle
 import re
 import sys
-from collections.abc import Sequence
+import sysconfig
+import traceback
+import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +22,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from refold.errors import FrontendError, MissingDependencyError, UsageError, did_you_mean
+from refold.errors import (
+    FrontendError,
+    MissingDependencyError,
+    RefoldError,
+    UsageError,
+    did_you_mean,
+    first_line,
+)
+from refold.reading import damaged_zip, memory, unreadable
 
 _DIM = re.compile(r"(?P<size>\d+)|(?P<name>[A-Za-z]\w*)(=(?P<example>\d+))?")
 # Where a dynamic leading dimension comes without a size: 2 is the least that does not specialise.
@@ -30,11 +45,13 @@ class NamedModel:
         model: a module in eval mode, or the path of a ``.pt2``.
         name: what reports call it.
         input_sizes: the sizes of one example input that the model's maker names, if any.
+        files: the user's source files that it was read from.
     """
 
     model: nn.Module | Path
     name: str
     input_sizes: tuple[int, ...] | None = None
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,17 @@ class InputText:
     def example(self, dtype: torch.dtype) -> torch.Tensor:
         """A random tensor: normal, or uniform integers from ``low`` to ``high``."""
         wanted = self.dtype or dtype
+        text = f"{'x'.join(map(str, self.sizes))} of {str(wanted).removeprefix('torch.')}"
+        if math.prod(self.sizes) * wanted.itemsize > memory():
+            raise UsageError(f"an input {text} is larger than the memory of this machine")
+        try:
+            return self._random(wanted)
+        except (RuntimeError, ValueError, TypeError) as error:  # torch's own words for a bad range
+            range_ = "" if wanted.is_floating_point else f" from {self.low} to {self.high}"
+            said = first_line(error)[:200]
+            raise UsageError(f"an input {text}{range_} cannot be made: {said}") from error
+
+    def _random(self, wanted: torch.dtype) -> torch.Tensor:
         if wanted is torch.bool:
             return torch.rand(self.sizes) < 0.5
         if wanted.is_floating_point:
@@ -150,12 +178,12 @@ def parse_binding(text: str) -> tuple[str, Any]:
             except ValueError:
                 continue
         raise UsageError(f"--bind {text!r}: {value} is no number, .npy or .safetensors file")
-    if not file.is_file():
-        raise UsageError(f"--bind {text!r}: {file}: no such file")
+    if reason := unreadable(file):
+        raise UsageError(f"--bind {text!r}: {file}: {reason}")
     if file.suffix == ".npy":
         try:
             return name, torch.from_numpy(np.load(file, allow_pickle=False))
-        except (ValueError, TypeError, OSError) as error:
+        except Exception as error:  # its reader raises whatever the damage leads to
             raise FrontendError(f"--bind {text!r}: {file} cannot be read: {error}") from error
     tensors = read_tensors(file)
     if name not in tensors and len(tensors) != 1:
@@ -171,14 +199,16 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state = read_tensors(Path(path))
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise FrontendError(f"checkpoint {path} does not fit the model: {error}") from error
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Reads the tensors of a checkpoint; no code is run."""
-    if not file.is_file():
-        raise UsageError(f"checkpoint {file}: no such file")
+    if reason := unreadable(file):
+        raise UsageError(f"checkpoint {file}: {reason}")
+    if zipfile.is_zipfile(file) and (reason := damaged_zip(file, checksums=False)):
+        raise FrontendError(f"checkpoint {file} cannot be read: {reason}")
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -190,14 +220,24 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         raise MissingDependencyError(
             "safetensors is not installed: pip install safetensors"
         ) from None
+    except pickle.UnpicklingError as error:
+        raise FrontendError(
+            f"checkpoint {file} cannot be read: it is damaged, or holds more than tensors, and "
+            "loading that could run any code. Where you trust it, load it yourself and save the "
+            "tensors with safetensors.torch.save_file"
+        ) from error
     except Exception as error:
         # Readers of damaged or hostile files raise whatever the damage leads to.
-        raise FrontendError(f"checkpoint {file} cannot be read: {error}") from error
+        said = first_line(error)[:300]
+        raise FrontendError(f"checkpoint {file} cannot be read: {said}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict):
         raise FrontendError(f"checkpoint {file} holds a {type(state).__name__}, not a state dict")
+    odd = next((key for key in state if not isinstance(key, str)), None)
+    if odd is not None:
+        raise FrontendError(f"checkpoint {file} is no state dict: {odd!r} is no name of a tensor")
     return state
 
 
@@ -261,27 +301,70 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 def _from_module(spec: str) -> NamedModel:
     module_name, _, path = spec.partition(":")
+    if not module_name or module_name.startswith(".") or not path:
+        raise UsageError(f"model {spec!r}: write package.module:callable")
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"model {spec!r}: {error}") from error
-    for part in path.split("."):
-        if not hasattr(found, part):
-            names = [n for n in vars(found) if not n.startswith("_")]
-            raise UsageError(f"model {spec!r}: no {part!r} there{_nearest(part, names)}")
-        found = getattr(found, part)
-    if not isinstance(found, nn.Module):
-        if not callable(found):
-            raise UsageError(f"model {spec!r} is a {type(found).__name__}, not a model or callable")
+    with _their_errors(spec):
         try:
-            found = found()
-        except TypeError as error:
-            raise UsageError(
-                f"model {spec!r} must be callable without arguments: {error}"
-            ) from error
-    if not isinstance(found, nn.Module):
-        raise UsageError(f"model {spec!r} made a {type(found).__name__}, not an nn.Module")
-    return NamedModel(found.eval(), spec)
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise UsageError(f"model {spec!r}: {error}{_at(error)}") from error
+        found: Any = module
+        for part in path.split("."):
+            if not hasattr(found, part):
+                names = [n for n in vars(found) if not n.startswith("_")]
+                raise UsageError(f"model {spec!r}: no {part!r} there{_nearest(part, names)}")
+            found = getattr(found, part)
+        if not isinstance(found, nn.Module):
+            if not callable(found):
+                kind = type(found).__name__
+                raise UsageError(f"model {spec!r} is a {kind}, not a model or callable")
+            found = _made(spec, found)
+        if not isinstance(found, nn.Module):
+            raise UsageError(f"model {spec!r} made a {type(found).__name__}, not an nn.Module")
+        source = getattr(module, "__file__", None)
+        return NamedModel(found.eval(), spec, files=(Path(source),) if source else ())
+
+
+def _made(spec: str, factory: Any) -> Any:
+    try:
+        made = factory()
+    except TypeError as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+            raise  # not of this call, but of one inside
+        raise UsageError(f"model {spec!r} must be callable without arguments: {error}") from error
+    if inspect.iscoroutine(made):
+        made.close()  # nobody will wait for it, and Python would complain
+    return made
+
+
+@contextlib.contextmanager
+def _their_errors(spec: str) -> Iterator[None]:
+    """Names the user's own line where a model's module or maker fails, or ends the process."""
+    try:
+        yield
+    except (RefoldError, KeyboardInterrupt):
+        raise
+    except SystemExit as error:
+        code = "" if error.code is None else f" with {error.code!r}"
+        raise FrontendError(f"model {spec!r} ends the process{code}{_at(error)}") from error
+    except BaseException as error:
+        kind, said = type(error).__name__, first_line(error)
+        said = kind if said == kind else f"{kind}: {said}"
+        raise FrontendError(f"model {spec!r} raises {said}{_at(error)}") from error
+
+
+def _at(error: BaseException) -> str:
+    """The last line of the user's own that an error went through, if there is one."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"\n  at {error.filename}:{error.lineno}: {(error.text or '').strip()}"
+    places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    others = tuple(f"{place}{os.sep}" for place in (*places, Path(__file__).parents[1]))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith((*others, "<"))]
+    if not own:
+        return ""
+    last = own[-1]
+    return f"\n  at {last.filename}:{last.lineno} in {last.name}: {last.line}"

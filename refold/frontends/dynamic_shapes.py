@@ -12,6 +12,8 @@ from torch import fx
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
+from refold.errors import FrontendError
+
 
 def batch_size(example: Any) -> int | None:
     """The leading size that most tensors share, the first one's where that is undecided."""
@@ -83,11 +85,19 @@ def requests(program: ExportedProgram, asked: Any, example: Any) -> list[_Reques
     nodes = user_placeholders(program)
     if len(wanted) != len(nodes):
         return []
-    return [
+    found = [
         _Request(node, axis, dim)
         for node, spec in zip(nodes, wanted, strict=True)
         for axis, dim in (spec.items() if isinstance(spec, dict) else enumerate(spec or ()))
     ]
+    for request in found:  # torch.export says nothing of those that are not there
+        rank = request.node.meta["val"].dim()
+        if not isinstance(request.axis, int) or not -rank <= request.axis < rank:
+            raise FrontendError(
+                f"dynamic_shapes names dimension {request.axis!r} of {request.node.name}, which "
+                f"has {rank}"
+            )
+    return found
 
 
 def static_despite(requests: Sequence[_Request]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
 from refold.errors import FrontendError
@@ -161,6 +162,7 @@ def _from_program(
         bound, remaining = binding.replace_inputs(gm, bind, whole)
         args, kwargs = remaining or (args, kwargs)
     _check_structure(gm, args, kwargs)
+    _check_inputs(gm, args, kwargs)
     notes = [*_graph_notes(gm), *binding.warnings_of(bind)]
     if redone:
         notes.append("in-place writes were resolved by run_decompositions({})")
@@ -182,6 +184,35 @@ def _check_structure(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str
             f"the exported program takes {expected.num_leaves} inputs, {spec.num_leaves} were "
             "given; pass example_inputs as it was exported, or none if it carries its own"
         )
+
+
+def _check_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Compares inputs with those of the trace, as far as they have to be alike."""
+    unusual.check_inputs((args, kwargs))
+    spec = gm.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
+    try:
+        leaves = fx_pytree.tree_flatten_spec((args, kwargs), spec)
+    except (KeyError, IndexError, RuntimeError, TypeError, AttributeError) as error:
+        raise FrontendError(
+            "the inputs are nested differently than those of the exported program: expected "
+            f"{spec}, got {pytree.tree_structure((args, kwargs))}"
+        ) from error
+    for node, leaf in zip(gm.graph.find_nodes(op="placeholder"), leaves, strict=False):
+        traced = node.meta.get("val")
+        if not isinstance(traced, torch.Tensor):
+            continue
+        sizes = list(traced.shape)
+        if (
+            not isinstance(leaf, torch.Tensor)
+            or leaf.dtype != traced.dtype
+            or leaf.dim() != traced.dim()
+            or any(type(n) is int and n != m for n, m in zip(sizes, leaf.shape, strict=True))
+        ):
+            given = f"{leaf.dtype} {list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else leaf
+            raise FrontendError(
+                f"input {node.name!r} of the exported program is {traced.dtype} {sizes}, got "
+                f"{given}; pass example_inputs as it was exported, or none if it carries its own"
+            )
 
 
 # --- modules --------------------------------------------------------------------------------------

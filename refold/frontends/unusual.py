@@ -5,6 +5,7 @@ They are refused by name at the door: deeper down they are raw errors about stor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -96,11 +97,32 @@ def check_program(program: ExportedProgram) -> None:
         kind = _stored(value)
         if kind is not None:
             raise _refusal(f"the tensor {name!r}", kind)
+    for name, tensor, traced in stored_and_traced(program):
+        if (tensor.dtype, tensor.shape) != (traced.dtype, traced.shape):
+            raise FrontendError(
+                f"the tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, and the program was "
+                f"traced with {traced.dtype} {list(traced.shape)}\n  fix: export it again with "
+                "these weights"
+            )
     for node in program.graph.nodes:
         kind = _made(node)
         if kind is not None:
             where = provenance.source_line(node)
             raise _refusal(f"the result of {node.name}{f' at {where}' if where else ''}", kind)
+
+
+def stored_and_traced(
+    program: ExportedProgram,
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """The tensors of a program by name, each with what its graph was traced with."""
+    specs = program.graph_signature.input_specs
+    for node, spec in zip(program.graph.find_nodes(op="placeholder"), specs, strict=True):
+        if spec.target is None:
+            continue
+        value = program.state_dict.get(spec.target, program.constants.get(spec.target))
+        traced = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and isinstance(traced, torch.Tensor):
+            yield spec.target, value, traced
 
 
 def _made(node: fx.Node) -> str | None:

@@ -7,13 +7,14 @@ imports nothing of refold: packages are built where torch is not.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 LIBRARY = HERE / "_bcq.so"
@@ -53,8 +54,8 @@ def build(output: Path = LIBRARY, extra: tuple[str, ...] = ()) -> Path:
     command = compiler()
     if command is None:
         raise BuildError("no C compiler (cc, gcc or clang) is installed")
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        made = Path(folder) / output.name
+    with _scratch().Scratch(output.parent) as folder:
+        made = folder / output.name
         source = f'-DBCQ_SOURCE="{fingerprint()}"'
         files = [str(HERE / name) for name in _SOURCES if name.endswith(".c")]
         arguments = [*command, *_FLAGS, source, *extra, *files, "-o", str(made)]
@@ -66,3 +67,13 @@ def build(output: Path = LIBRARY, extra: tuple[str, ...] = ()) -> Path:
             raise BuildError(f"{command[0]} failed:\n{done.stderr.strip()}")
         os.replace(made, output)
     return output
+
+
+def _scratch() -> Any:
+    """The module of temporary folders, read from its file: it imports nothing of refold either."""
+    spec = importlib.util.spec_from_file_location("scratch", HERE.parent / "scratch.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -85,8 +85,11 @@ class Recipe:
         Raises:
             RefitError: keys are missing, unknown, or of another shape or dtype.
         """
+        if bind is not None and not isinstance(bind, Mapping):
+            raise UsageError(f"bind is {bind!r}: expected values by name of the input")
         new = self._bound(bind or {})
         if weights is not None:
+            _check_tensors(weights)
             self._check_keys(weights, strict=strict)
             for name, source in self.sources.items():
                 given = {k: weights[k] for k in source.keys if k in weights}
@@ -159,6 +162,18 @@ class Recipe:
                 f"{listed(source.keys)} was written after the model was compiled: pass all weights"
             )
         return value
+
+
+def _check_tensors(weights: Mapping[str, torch.Tensor]) -> None:
+    for key, value in weights.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise RefitError(
+                f"the weights have {key!r}: {type(value).__name__}; expected tensors by name, as "
+                "state_dict() gives them"
+            )
+        if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+            kind = "has no values" if value.is_meta else "is sparse, quantised or nested"
+            raise RefitError(f"the weight {key!r} {kind}: give a plain tensor")
 
 
 def _fitting(source: Source, given: Mapping[str, torch.Tensor]) -> torch.Tensor:

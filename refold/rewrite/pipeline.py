@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
@@ -79,6 +79,8 @@ class Pipeline:
     passes: tuple[Pass, ...]
 
     def __post_init__(self) -> None:
+        if isinstance(self.passes, str) or not isinstance(self.passes, Iterable):
+            raise UsageError(f"pipeline {self.name!r}: {self.passes!r} is no list of passes")
         object.__setattr__(self, "passes", tuple(self.passes))
         for item in self.passes:
             if isinstance(item, type) or not isinstance(item, Pass):

@@ -98,7 +98,8 @@ def average_checkpoints(
         raise UsageError(f"{len(fisher)} Fisher files for {len(checkpoints)} checkpoints: one each")
     if (model is None) != (calibration is None):
         raise UsageError("model= and calibration= go together: statistics are estimated with both")
-    check_output(Path(output), force=force)
+    inputs = (*checkpoints, *(fisher or ()))
+    check_output(output, force=force, inputs=inputs)
     with ExitStack() as stack:
         files = [stack.enter_context(_open(Path(path))) for path in checkpoints]
         fishers = [stack.enter_context(_open(Path(path))) for path in fisher or ()]
@@ -125,7 +126,7 @@ def average_checkpoints(
                     found = _estimate(copy.deepcopy(model), soup, stale, calibration)
                 _overwrite(folder / name, places, found)
 
-        path = write_atomically(output, write, force=force)
+        path = write_atomically(output, write, force=force, inputs=inputs)
         weighted = fishers[0].layout if fishers else files[0].layout
         return AveragedCheckpoint(
             path=path,

@@ -142,6 +142,16 @@ def test_the_build_imports_nothing_of_refold() -> None:
     assert done.stdout.strip() == build.fingerprint()
 
 
+def test_what_a_killed_build_left_goes_with_the_next(tmp_path: Path) -> None:
+    if build.compiler() is None:
+        pytest.skip("no C compiler")
+    left = tmp_path / ".refold-tmp-killed_1" / "new"
+    left.mkdir(parents=True)
+    (left / "_bcq.so").write_bytes(b"half")
+    build.build(tmp_path / "_bcq.so", ("-O0",))
+    assert [p.name for p in tmp_path.iterdir()] == ["_bcq.so"]
+
+
 @pytest.mark.parametrize("name", ["planes", "scales", "bias", "group_size", "rows", "strides"])
 def test_shapes_that_do_not_fit_never_reach_the_kernel(kernel: KernelLibrary, name: str) -> None:
     packed = layer(3, 70, 100, 32).packed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from refold.backends.base import Artifact, Capabilities, Runner, Target
 from refold.backends.edge.static import StaticProgram, ThreadOptions, quiet
 from refold.errors import BackendError
 from refold.rewrite import cost
+from refold.scratch import Scratch
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
@@ -65,10 +65,10 @@ class LiteRtTarget(Target):
 
 
 def _convert(static: StaticProgram) -> bytes:
-    with quiet(), tempfile.TemporaryDirectory(prefix="refold-") as folder:
+    with quiet(), Scratch() as folder:
         import litert_torch
 
-        path = Path(folder) / "model.tflite"
+        path = folder / "model.tflite"
         try:
             litert_torch.convert(static.module.eval(), static.tensors).export(str(path))
         except Exception as error:

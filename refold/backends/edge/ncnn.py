@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from refold.backends.base import Artifact, Capabilities, Runner, Target
 from refold.backends.edge.static import StaticProgram, ThreadOptions, quiet
 from refold.errors import BackendError, UsageError
 from refold.rewrite import cost
+from refold.scratch import Scratch
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
@@ -122,8 +122,7 @@ def _check_inputs(static: StaticProgram) -> None:
 def _convert(static: StaticProgram) -> NcnnContent:
     import pnnx
 
-    with tempfile.TemporaryDirectory(prefix="refold-") as name:
-        folder = Path(name)
+    with Scratch() as folder:
         with quiet(), torch.no_grad():
             traced = torch.jit.trace(static.module.eval(), static.tensors, check_trace=False)
         traced.save(str(folder / "model.pt"))
@@ -183,8 +182,8 @@ def open_network(content: NcnnContent, *, threads: int = 1) -> Any:
         if name.startswith(("use_fp16", "use_bf16")) or name == "use_winograd_convolution":
             setattr(network.opt, name, False)
     network.opt.num_threads = threads
-    with tempfile.TemporaryDirectory(prefix="refold-") as folder:
-        param, data = Path(folder) / "model.param", Path(folder) / "model.bin"
+    with Scratch() as folder:
+        param, data = folder / "model.param", folder / "model.bin"
         param.write_text(content.param)
         data.write_bytes(content.weights)
         if network.load_param(str(param)) or network.load_model(str(data)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from refold.backends.onnx import export
 from refold.backends.onnx.targets import OnnxOptions
 from refold.errors import BackendError, UsageError
 from refold.rewrite import cost
+from refold.scratch import Scratch
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
@@ -131,10 +131,10 @@ def _read(model: Any) -> Any:
 
     from refold._version import __version__
 
-    with tempfile.TemporaryDirectory(prefix="refold-") as folder:
-        export.save(model, Path(folder), "model.onnx")
+    with Scratch() as folder:
+        export.save(model, folder, "model.onnx")
         try:
-            read = openvino.Core().read_model(str(Path(folder) / "model.onnx"))
+            read = openvino.Core().read_model(str(folder / "model.onnx"))
         except RuntimeError as error:
             text = _last_line(error)
             raise BackendError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from refold.backends.base import Artifact, Runner, Target
 from refold.backends.onnx import export, session
 from refold.backends.onnx.targets import OnnxRuntimeOptions, OnnxRuntimeTarget
 from refold.errors import BackendError, UsageError, first_line
+from refold.scratch import Scratch
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
@@ -81,9 +81,9 @@ def _convert(model: Any, hint: str) -> bytes:
     """
     import onnxruntime as runtime
 
-    with tempfile.TemporaryDirectory(prefix="refold-") as folder:
-        source, written = Path(folder) / "model.onnx", Path(folder) / "model.ort"
-        export.save(model, Path(folder), source.name)
+    with Scratch() as folder:
+        source, written = folder / "model.onnx", folder / "model.ort"
+        export.save(model, folder, source.name)
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         options.optimized_model_filepath = str(written)

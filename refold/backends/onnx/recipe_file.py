@@ -7,17 +7,18 @@ Weights of the model are not in it; tensors that the model keeps outside of its 
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from refold._version import __version__
-from refold.backends.onnx import initializers
-from refold.backends.write import write_atomically
-from refold.errors import RefitError, UsageError, first_line
+from refold.backends.onnx import file, initializers
+from refold.backends.write import check_output, write_atomically
+from refold.errors import RefitError, RefoldError, UsageError, first_line
+from refold.reading import damaged_zip, unreadable
 from refold.refit.recipe import Recipe, Source
 from refold.refit.tape import StepValue, Tape, TapeStep
 
@@ -31,11 +32,22 @@ _NAMED: dict[str, type] = {
     "layout": torch.layout,
     "memory_format": torch.memory_format,
 }
+_AGAIN = "write it again with refold export --recipe"
+_FOREIGN = "is not what the recipe was written for"
 _SCALARS = (bool, int, float, str, type(None))
 
 
-def write(path: Path, recipe: Recipe, related: initializers.Initializers) -> None:
-    """Writes a recipe and what becomes of its constants in an ONNX file."""
+@dataclass(frozen=True)
+class Stored:
+    """What a file says: a recipe, what becomes of its constants, and which graph they are for."""
+
+    recipe: Recipe
+    related: initializers.Initializers
+    graph: str
+
+
+def write(path: Path, recipe: Recipe, related: initializers.Initializers, model: Path) -> None:
+    """Writes a recipe, and what becomes of its constants in the file of a ``model``."""
     tape = recipe.tape
     seen = {i: s.seen for i, s in enumerate(tape.steps) if isinstance(s.seen, torch.Tensor)}
     described = {
@@ -52,6 +64,7 @@ def write(path: Path, recipe: Recipe, related: initializers.Initializers) -> Non
         "shapes": {name: list(shape) for name, shape in recipe.shapes.items()},
         "written": list(related.written),
         "refused": related.refused,
+        "graph": initializers.fingerprint(file.read(model), related.written),
     }
     torch.save(
         {
@@ -73,33 +86,42 @@ def write_beside(
 ) -> bool:
     """Writes the recipe of a file, if its weights follow from the graph's constants."""
     if related is not None:
-        write(folder / f"{name}{SUFFIX}", recipe, related)
+        write(folder / f"{name}{SUFFIX}", recipe, related, folder / name)
     return related is not None
 
 
-def read(path: Path) -> tuple[Recipe, initializers.Initializers]:
+def read(path: Path) -> Stored:
     """Reads what :func:`write` wrote.
 
     Raises:
         UsageError: there is no such file, or it is no recipe of this version.
     """
-    if not path.is_file():
-        raise UsageError(f"{path}: no such recipe; refold export --recipe writes one")
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        described = json.loads(stored["recipe"])
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} is no recipe: {first_line(error)}") from error
-    if described.get("format") != FORMAT:
-        raise UsageError(
-            f"{path} is a recipe of format {described.get('format')}, this version reads {FORMAT}"
-        )
-    steps = [_step(s, stored["seen"].get(i)) for i, s in enumerate(described["steps"])]
+    if reason := unreadable(path):
+        raise UsageError(f"{path}: {reason}; refold export --recipe writes a recipe")
+    reason = damaged_zip(path)
+    if not reason:
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            described = json.loads(stored["recipe"])
+            if described["format"] == FORMAT:
+                return _read(stored, described)
+        except RefoldError:
+            raise
+        except Exception as error:  # damage leads to anything
+            reason = f"{type(error).__name__}: {first_line(error)}"
+    if reason:
+        raise UsageError(f"{path} is no recipe, or damaged ({reason[:200]}): {_AGAIN}")
+    raise UsageError(
+        f"{path} is a recipe of format {described['format']}, this version reads {FORMAT}: {_AGAIN}"
+    )
+
+
+def _read(stored: Mapping[str, Any], described: Mapping[str, Any]) -> Stored:
     tape = Tape(
-        steps,
-        described["sources"],
-        stored["literals"],
-        described["results"],
+        [_step(s, stored["seen"].get(i)) for i, s in enumerate(described["steps"])],
+        dict(described["sources"]),
+        dict(stored["literals"]),
+        dict(described["results"]),
         frozenset(described["unknown"]),
     )
     sources = {
@@ -110,10 +132,13 @@ def read(path: Path) -> tuple[Recipe, initializers.Initializers]:
     related = initializers.Initializers(
         stored["program"].numpy().tobytes(),
         tuple(described["written"]),
-        stored["fixed"],
+        dict(stored["fixed"]),
         described["refused"],
     )
-    return Recipe(tape, sources, shapes, stored["values"]), related
+    # Recipes of earlier versions do not say which graph they are for.
+    return Stored(
+        Recipe(tape, sources, shapes, stored["values"]), related, described.get("graph", "")
+    )
 
 
 def refit_file(
@@ -124,6 +149,7 @@ def refit_file(
     bind: Mapping[str, Any] | None = None,
     recipe: str | os.PathLike[str] | None = None,
     force: bool = False,
+    keep: Sequence[str | os.PathLike[str]] = (),
 ) -> Path:
     """Writes an ONNX file with new weights.
 
@@ -133,7 +159,8 @@ def refit_file(
         output: file to write.
         bind: new values of bound inputs; others stay.
         recipe: by default the file's name with ``.recipe``.
-        force: overwrite ``output``.
+        force: overwrite ``output``, if it is none of the files that are read.
+        keep: further files that are not overwritten, such as those of ``weights``.
 
     Raises:
         RefitError: keys, shapes or values that do not fit the folded graph.
@@ -143,22 +170,48 @@ def refit_file(
     from refold.backends.onnx.export import save
 
     source = Path(model)
-    if not source.is_file():
-        raise UsageError(f"{source}: no such file")
-    known, related = read(Path(recipe) if recipe else source.with_name(source.name + SUFFIX))
-    loaded = onnx_ir.load(source)
-    missing = [n for n in related.written if n not in loaded.graph.initializers]
-    if missing:
-        raise RefitError(
-            f"{source} is not what the recipe was written for: no {missing[0]!r} in it"
-        )
-    values = related.values(known.assign(weights, bind).constants())
-    for name, value in values.items():
+    if reason := unreadable(source):
+        raise UsageError(f"{source}: {reason}")
+    path = Path(recipe) if recipe else source.with_name(source.name + SUFFIX)
+    stored = read(path)
+    loaded = file.read(source)
+    inputs = (source, path, *file.external_data(loaded), *keep)
+    check_output(output, force=force, inputs=inputs)
+    _check_graph(loaded, source, stored)
+    for name, value in _computed(path, stored, weights, bind).items():
         kept = loaded.graph.initializers[name].const_value
         if tuple(kept.shape) != value.shape:
-            raise RefitError(f"{source} is not what the recipe was written for: {name!r} differs")
+            raise RefitError(f"{source} {_FOREIGN}: {name!r} differs")
         loaded.graph.initializers[name].const_value = onnx_ir.tensor(value, name=name)
-    return write_atomically(output, lambda folder, name: save(loaded, folder, name), force=force)
+    return write_atomically(
+        output, lambda folder, name: save(loaded, folder, name), force=force, inputs=inputs
+    )
+
+
+def _check_graph(model: Any, source: Path, stored: Stored) -> None:
+    written = stored.related.written
+    missing = [n for n in written if n not in model.graph.initializers]
+    if missing:
+        raise RefitError(f"{source} {_FOREIGN}: no {missing[0]!r} in it")
+    if stored.graph and stored.graph != initializers.fingerprint(model, written):
+        raise RefitError(f"{source} {_FOREIGN}: its graph is another")
+
+
+def _computed(
+    path: Path,
+    stored: Stored,
+    weights: Mapping[str, torch.Tensor],
+    bind: Mapping[str, Any] | None,
+) -> initializers.Arrays:
+    try:
+        return stored.related.values(stored.recipe.assign(weights, bind).constants())
+    except RefoldError:
+        raise
+    except Exception as error:  # a recipe is data: what it computes may fail in any way
+        raise RefitError(
+            f"{path} cannot be computed ({type(error).__name__}: {first_line(error)[:200]}): it is "
+            f"damaged, or no recipe of these weights; {_AGAIN}"
+        ) from error
 
 
 def _written(step: TapeStep) -> list[Any]:
@@ -223,7 +276,7 @@ def _operand(value: Any) -> Any:
         return {k: _operand(v) for k, v in content.items()}
     if kind == "device":
         return torch.device(content)
-    found = getattr(torch, content, None)
+    found = getattr(torch, str(content), None)
     if kind not in _NAMED or not isinstance(found, _NAMED[kind]):
         raise UsageError(f"the recipe names an unknown {kind}: {content!r}")
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from refold.backends import flat
 from refold.backends.base import Runner, missing
 from refold.backends.onnx import export
 from refold.errors import BackendError, MissingDependencyError, first_line
+from refold.scratch import Scratch
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
@@ -39,10 +39,10 @@ def load(
                 f"input {value.name} is bfloat16, which NumPy and so ONNX Runtime's Python API "
                 "cannot hold: compile a float32 or float16 model for this target"
             )
-    with tempfile.TemporaryDirectory(prefix="refold-") as folder:
-        export.save(content.model, Path(folder), "model.onnx")
+    with Scratch() as folder:
+        export.save(content.model, folder, "model.onnx")
         session = open_session(
-            Path(folder) / "model.onnx",
+            folder / "model.onnx",
             threads=threads,
             accuracy_level=accuracy_level,
             dense=dense,

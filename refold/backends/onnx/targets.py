@@ -126,7 +126,7 @@ class OnnxRuntimeOptions(OnnxOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.threads < 0:
+        if not 0 <= self.threads < 1 << 31:
             raise UsageError(
                 f"threads must be 0 (ONNX Runtime chooses) or more, got {self.threads}"
             )

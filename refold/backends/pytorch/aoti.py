@@ -7,7 +7,6 @@ Python loads it with ``torch._inductor.aoti_load_package``, C++ with
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from refold.graph import constants
 from refold.graph.ops import census
 from refold.native.lower import lower
 from refold.rewrite import cost
+from refold.scratch import Scratch
 
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
@@ -58,7 +58,7 @@ class AotiOptions:
 
 @dataclass(frozen=True)
 class _AotiContent:
-    folder: tempfile.TemporaryDirectory[str]  # lives as long as the artifact
+    folder: Scratch  # lives as long as the artifact
     layouts: Layouts
     own: OwnOutputs
     outputs: tuple[Any, ...]  # the graph's: nodes, and numbers, which a package makes tensors
@@ -74,7 +74,7 @@ class _AotiContent:
 
     @property
     def path(self) -> Path:
-        return Path(self.folder.name) / "model.pt2"
+        return self.folder.path / "model.pt2"
 
 
 class AotiTarget(Target):
@@ -107,7 +107,7 @@ class AotiTarget(Target):
         exported = re_export(gm, program.args, program.kwargs)
         outputs = pytree.tree_leaves(gm.graph.output_node().args)
         content = _AotiContent(
-            tempfile.TemporaryDirectory(prefix="refold-"),
+            Scratch(),
             Layouts.of(gm),
             OwnOutputs(gm),
             tuple(outputs),

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from refold.backends.base import missing
-from refold.errors import BackendError, MissingDependencyError, UsageError
+from refold.backends.onnx.file import check_external_data
+from refold.backends.write import write_atomically
+from refold.errors import BackendError, UsageError
 
 SCHEMA = 1
 MARKER = "build.json"
@@ -76,8 +75,8 @@ class Build:
 def digest(path: Path) -> str:
     """SHA-256 of a file."""
     sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
+    with path.open("rb") as content:
+        while block := content.read(_BLOCK):
             sha.update(block)
     return sha.hexdigest()
 
@@ -113,7 +112,11 @@ def read(folder: Path) -> Build:
         path = _inside(folder, name)
         if not path.is_file():
             raise BackendError(f"{folder} is incomplete: {name} is missing; copy all of it again")
-        if path.stat().st_size != told["bytes"] or digest(path) != told["sha256"]:
+        try:
+            same = path.stat().st_size == told["bytes"] and digest(path) == told["sha256"]
+        except OSError as error:
+            raise BackendError(f"{path} cannot be read: {error.strerror or error}") from error
+        if not same:
             raise BackendError(f"{path} was changed or damaged after export; copy it again")
     if MODEL not in build.files:
         raise BackendError(f"{marker} does not list {MODEL}; export the model again")
@@ -145,7 +148,7 @@ def _parse(marker: Path) -> Build:
             flags = {str(name): bool(on) for name, on in data["flags"].items()}
             plain = {"opset": int(data["opset"]), "minimum_version": str(data["minimum_version"])}
             return Build(**{**data, **tensors, **plain, "files": files, "flags": flags})
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
         raise BackendError(f"{marker} cannot be read: {error}; export the model again") from error
     raise UsageError(
         f"{marker} has schema {schema}, this refold reads {SCHEMA}: use the refold that wrote it, "
@@ -165,63 +168,11 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def check_external_data(model: Path, listed: set[str] | None = None) -> None:
-    """Raises if an ONNX file takes weights from outside of its own directory.
-
-    Args:
-        model: an ONNX file.
-        listed: the files of the directory that are known to be what they were.
-    """
-    reason = missing(("onnx",), "onnx")
-    if reason:
-        raise MissingDependencyError(reason)
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        proto = onnx.load(str(model), load_external_data=False)
-    except DecodeError as error:
-        raise BackendError(f"{model} is not an ONNX file: {error}") from error
-    for tensor in tensors(proto):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        path = model.parent / location
-        home = model.parent.resolve()
-        if not location or not path.resolve().is_relative_to(home) or path.resolve() == home:
-            raise BackendError(
-                f"{model} takes the weight {tensor.name!r} from {location!r}, outside of its own "
-                "directory: not read"
-            )
-        if not path.is_file():
-            raise BackendError(f"{model} needs {location} beside it: copy it too")
-        if listed is not None and Path(location).as_posix() not in listed:
-            raise BackendError(
-                f"{model} takes weights from {location}, which {MARKER} does not list"
-            )
-
-
-def tensors(proto: Any) -> Iterator[Any]:
-    """All tensors of a protobuf message, those in attributes and subgraphs too."""
-    for descriptor, value in proto.ListFields():
-        if descriptor.message_type is None:
-            continue
-        for item in value if hasattr(value, "add") else [value]:
-            if item.DESCRIPTOR.name == "TensorProto":
-                yield item
-            else:
-                yield from tensors(item)
-
-
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Writes a file beside its place, then moves it there: whole, or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        os.replace(beside, path)
     except OSError as error:
         reason = error.strerror or str(error)
         raise BackendError(f"cannot write {path}: {reason}; nothing was written") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    write_atomically(path, lambda folder, name: write(folder / name), force=True)

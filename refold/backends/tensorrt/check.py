@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from refold.backends.tensorrt import artifact, ops
+from refold.backends.onnx import file
 from refold.backends.tensorrt import library as libraries
+from refold.backends.tensorrt import ops
 
 _ORIGIN = ("modules", "source", "nodes", "rules")
 # Inputs that hold positions, sizes or conditions, not data: their dtype is not the layer's.
@@ -95,10 +96,7 @@ def preflight(path: Path, version: ops.Version, library: libraries.Library | Non
         version: whose table is used.
         library: whose parser shall read the file too.
     """
-    import onnx_ir
-
-    artifact.check_external_data(path)
-    model = onnx_ir.load(path)
+    model = file.read(path)
     found = list(_by_table(model, version))
     if library is not None:
         known = {r.node for r in found}

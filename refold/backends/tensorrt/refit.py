@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from refold.backends.onnx import file
 from refold.backends.tensorrt import artifact
 from refold.backends.tensorrt import build as builds
 from refold.backends.tensorrt import library as libraries
@@ -74,7 +75,7 @@ def _without_weights(model: Path) -> bytes:
     proto = onnx.load(str(model), load_external_data=False)
     del proto.metadata_props[:]
     fixed = {onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL}
-    for tensor in artifact.tensors(proto):
+    for tensor in file.tensors(proto):
         # Sizes, axes and masks make the graph what it is.
         if tensor.data_type not in fixed:
             _empty(tensor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from refold.backends.tensorrt import artifact as directory
 from refold.backends.tensorrt import check, precision, reference
 from refold.errors import BackendError, MissingDependencyError, UsageError
 from refold.rewrite import cost
+from refold.scratch import Scratch
 
 if TYPE_CHECKING:
     from refold.graph.program import Program
@@ -99,7 +99,7 @@ class EngineContent:
     layers: list[precision.LayerRange]
     verification: reference.Verification | None = None
     weights: dict[str, dict[str, Any]] = field(default_factory=dict)
-    folder: tempfile.TemporaryDirectory[str] | None = None
+    folder: Scratch | None = None
 
 
 class TensorRTTarget(Target):
@@ -180,8 +180,8 @@ class TensorRTTarget(Target):
             return _load_onnx(content)
         from refold.backends.tensorrt import build, runner
 
-        content.folder = tempfile.TemporaryDirectory(prefix="refold-")
-        folder = Path(content.folder.name) / "artifact"
+        content.folder = Scratch()
+        folder = content.folder.path / "artifact"
         write(content, folder)
         engine = runner.Engine(build.build(folder), cuda_graph=options.cuda_graph)
         signature = content.onnx.signature

@@ -9,11 +9,9 @@ they may be as far from exact ones as rounding makes that run, four times over.
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +28,7 @@ from refold.errors import VerificationError
 from refold.graph.copies import copy_sharing_tensors
 from refold.graph.evaluate import Oracle, flat_inputs
 from refold.ops.bcq_linear import dequantise
+from refold.scratch import Scratch
 
 if TYPE_CHECKING:
     from refold.graph.program import Call
@@ -222,9 +221,9 @@ def _traffic(
     graph.outputs.extend(values[name] for name in wanted if name not in present)
     try:
         names = [v.name for v in graph.outputs]
-        with tempfile.TemporaryDirectory(prefix="refold-") as folder:
-            export.save(content.model, Path(folder), "model.onnx")
-            session = onnx_runtime.open_session(Path(folder) / "model.onnx")
+        with Scratch() as folder:
+            export.save(content.model, folder, "model.onnx")
+            session = onnx_runtime.open_session(folder / "model.onnx")
     finally:
         del graph.outputs[kept:]
     seen: list[dict[str, torch.Tensor]] = []
