@@ -429,8 +429,6 @@ def apply_taps(outer: AffineMap, vector: torch.Tensor) -> torch.Tensor:
 
 
 def _taps(kernel: Ints) -> list[Ints]:
-    if not kernel:
-        return [()]
     grid = torch.cartesian_prod(*(torch.arange(k) for k in kernel)).reshape(-1, len(kernel))
     return [tuple(row) for row in grid.tolist()]
 
@@ -447,7 +445,7 @@ def _block_product(outer: AffineMap, inner: AffineMap) -> tuple[int, Product, in
     g_out, g_in = outer.groups, inner.groups
     out, in_per, middle_per = outer.out_channels, inner.weight.shape[1], outer.weight.shape[1]
 
-    if inner.groups == middle and in_per == 1 and inner.in_channels == middle:
+    if inner.groups == middle and in_per == 1:
 
         def scale_columns(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             columns = b.reshape(g_out, 1, middle_per, *b.shape[2:])
@@ -456,7 +454,7 @@ def _block_product(outer: AffineMap, inner: AffineMap) -> tuple[int, Product, in
 
         return g_out, scale_columns, middle_per
 
-    if outer.groups == middle and middle_per == 1 and out == middle:
+    if outer.groups == middle and out == middle:
 
         def scale_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             return a.reshape(-1, *(1,) * (b.dim() - 1)) * b
@@ -473,7 +471,6 @@ def _block_product(outer: AffineMap, inner: AffineMap) -> tuple[int, Product, in
                 a_ = a.reshape(groups, out // groups, extra_in, -1)
                 b_ = b.reshape(groups, extra_in, a_.shape[3], -1)
                 full = torch.einsum("gonm,gnmx->gonx", a_, b_)
-                full = full.reshape(groups, out // groups, extra_in, in_per, *taps)
             else:
                 a_ = a.reshape(groups, extra_out, -1, middle_per)
                 b_ = b.reshape(groups, extra_out, middle_per, -1)

@@ -110,14 +110,19 @@ def test_a_sum_takes_a_product_in_or_what_is_known_of_it() -> None:
     del calls[:]
     scaled = product.times(torch.tensor(2.0, dtype=torch.float64))
 
-    def total() -> torch.Tensor:
+    def sum_of(*terms: Lazy) -> torch.Tensor:
         out = torch.zeros(3, 2, dtype=torch.float64)
-        for term in (product, product, scaled):
+        for term in terms:
             term.add_to(out)
         return out
 
-    both = Lazy((3, 2), total, parents=(product, product, scaled))
+    terms = (product, product, scaled)
+    both = Lazy((3, 2), lambda: sum_of(*terms), parents=terms)
     assert torch.allclose(both.evaluate(), 4 * value, rtol=0, atol=1e-12)
+    assert len(calls) == 1
+    del calls[:]
+    twice = Lazy((3, 2), lambda: sum_of(product, product), parents=(product, product))
+    assert torch.allclose(twice.evaluate(), 2 * value, rtol=0, atol=1e-12)
     assert len(calls) == 1
     assert (product.fresh, scaled.fresh, Lazy.of(value).fresh) == (True, True, False)
     assert product.numel() == 6
@@ -146,3 +151,29 @@ def test_what_is_made_of_a_weight_is_laid_out_as_it_is(shape: tuple[int, ...]) -
         assert told.memory_format == torch.contiguous_format
     flat = Lazy((2, 3), lambda: random(2, 3), parents=(turned,))
     assert flat.memory_format == torch.contiguous_format
+
+
+def test_scaling_rows_or_all_of_a_product_leaves_it_one() -> None:
+    product = Lazy.product(Lazy.of(random(4, 2)), Lazy.of(random(2, 2)))
+    value = product.get()
+    for shape, factored in (
+        ((), True), ((1,), True), ((4, 1), True), ((4, 2), False),
+        ((2,), False), ((1, 2), False),
+    ):  # fmt: skip
+        factor = random(*shape)
+        scaled = product.times(factor)
+        assert (scaled._factors is not None) is factored, shape
+        assert torch.allclose(scaled.get(), value * factor, rtol=0, atol=1e-12)
+
+
+def test_what_long_chains_share_is_computed_once() -> None:
+    base, calls = counted(random(2))
+    chain = base
+    for _ in range(50):
+        chain = chain.map((2,), lambda t: t + 1)
+    left, right = chain.map((2,), torch.neg), chain.map((2,), torch.abs)
+    for parents in ((left, right, Lazy.of(random(2))), (Lazy.of(random(2)), left, right)):
+        both = Lazy((2,), lambda: left.get() + right.get(), parents=parents)
+        del calls[:]
+        both.get()
+        assert len(calls) == 1
