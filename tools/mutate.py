@@ -736,7 +736,7 @@ class Coverage:
         chosen, spent = {}, 0.0
         for distance, _, t, name in sorted(ranked):
             spent += t
-            if distance == 2 and spent > BUDGET:
+            if spent > BUDGET:
                 break
             chosen[name] = t
         return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -23,7 +24,7 @@ from refold.passes.prepare.defer_expands import DeferExpands
 from refold.passes.prepare.fold_constants import FoldConstants
 from refold.passes.scale_shift.absorb_scale_shift import AbsorbScaleShift
 from refold.passes.scale_shift.push.pusher import Pusher
-from refold.rewrite.edit import Edit, Editor
+from refold.rewrite.edit import Edit, Editor, GraphSnapshot, difference
 from refold.rewrite.result import Decline, Pass
 from tests.models.experts import FFN, WIDTH, RandomPartition
 from tests.tracing import find, ops, trace
@@ -500,6 +501,276 @@ def test_a_failure_inside_an_edit_of_a_pass_leaves_the_graph_as_it_was(
     ]
     assert [d for d in result.declined if d.failed] == failures
     failures.clear()
+
+
+# --- what an edit does, call by call --------------------------------------------------------------
+
+
+def editing(gm: fx.GraphModule, change: Callable[[Edit], object]) -> Edit:
+    """Makes one edit, and returns it once it took effect."""
+    with Editor(gm, "test").edit() as edit:
+        change(edit)
+    gm.graph.lint()
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (T, T, None),
+        (T, T.clone(), None),
+        (T, [T, T], "2 values instead of 1"),
+        ([T, T], T, "1 values instead of 2"),
+        (T, 3, "would be int, not Tensor"),
+        (3, T, "would be Tensor, not int"),
+        (3, 4, "would be 4, not 3"),
+        (3, 3, None),
+        (T, T.double(), "would be torch.float64, not torch.float32"),
+        (T, T.to("meta"), "would be on meta, not cpu"),
+        (T, T[:1], r"would be \[1, 4, 3, 5\], not \[2, 4, 3, 5\]"),
+        ([T, T], [T, T.double()], "would be torch.float64"),
+        ([T, 3, T], [T.clone(), 3, T[:1]], "would be "),
+        ([T, 3, T], [T.clone(), 3, T.clone()], None),
+    ],
+)
+def test_how_a_value_differs_from_what_it_replaces(old, new, words) -> None:
+    reason = difference(old, new)
+    assert (reason is None) == (words is None)
+    if words is not None:
+        assert re.search(words, reason)
+
+
+def test_arguments_are_set_by_their_place_in_the_schema() -> None:
+    """Those between have their defaults, and what was given by name keeps its value."""
+    gm = trace(Fn(lambda s, x: s.c(x), c=nn.Conv2d(4, 4, 1, stride=2)), T)
+    call = find(gm, "conv2d")
+    weight = call.args[1]
+    editing(gm, lambda e: e.set_arguments(call, {5: [1, 1], 6: 1}))
+    assert call.args == (given(gm), weight, call.args[2], [2, 2], [0, 0], [1, 1], 1)
+    call.args, call.kwargs = call.args[:3], {"stride": [2, 2], "groups": 1}
+    editing(gm, lambda e: e.set_arguments(call, {4: [0, 0]}))
+    assert call.args[3:] == ([2, 2], [0, 0])
+    assert call.kwargs == {"groups": 1}
+    before = call.args
+    editing(gm, lambda e: e.set_arguments(call, {3: [2, 2]}))
+    assert call.args == before
+
+
+def given(gm: fx.GraphModule) -> fx.Node:
+    return next(n for n in gm.graph.nodes if n.op == "placeholder")
+
+
+def test_one_reader_reads_another_value_and_the_others_do_not() -> None:
+    gm = trace(Fn(lambda s, x: torch.relu(x.abs()) + torch.sigmoid(x.abs())), T)
+    relu = find(gm, "relu")
+    first = relu.args[0]
+    editing(gm, lambda e: e.set_operand(relu, first, given(gm)))
+    assert relu.args == (given(gm),)
+    assert relu not in first.users
+    torch.testing.assert_close(run_of(gm, T), torch.relu(T) + torch.sigmoid(T.abs()))
+
+
+def run_of(gm: fx.GraphModule, x: torch.Tensor) -> torch.Tensor:
+    gm.recompile()
+    return gm(x)
+
+
+def test_what_is_removed_goes_where_nothing_reads_it_any_more() -> None:
+    gm = trace(Fn(RELU), T)
+    relu, absolute = find(gm, "relu"), find(gm, "abs")
+    edit = editing(gm, lambda e: e.remove([absolute]))  # relu reads it
+    assert edit.gone == []
+    edit = editing(gm, lambda e: (e.replace(relu, absolute), e.remove([absolute, relu])))
+    assert edit.gone == [relu]
+    record = edit.record("why")
+    assert (record.removed, record.added, record.detail) == (("relu",), (), "why")
+    assert record.kinds == ("relu",)
+
+
+def test_dead_calls_go_from_the_last_to_the_first_and_the_record_has_their_order() -> None:
+    gm = trace(Fn(lambda s, x: torch.relu(x.abs().neg() * s.c) + 1, c=torch.ones(3, 1)), T)
+    relu, kept = find(gm, "relu"), find(gm, "add")
+
+    def change(e: Edit) -> None:
+        with e.before(relu):
+            spare = e.call(aten.sin.default, (given(gm),), sources=[relu])
+            new = e.call(aten.exp.default, (given(gm),), sources=[relu])
+        e.replace(relu, new)
+        e.sweep([relu, spare])
+
+    edit = editing(gm, change)
+    assert edit.record().removed == ("abs_1", "neg", "mul", "relu")
+    assert edit.record().added == ("exp_default",)
+    assert [n.name for n in edit.survivors] == ["x"]
+    assert [n.op for n in gm.graph.nodes if n.op == "get_attr" and not n.users] == []
+    torch.testing.assert_close(run_of(gm, T), T.exp() + 1)
+    assert kept.args[0].target is aten.exp.default
+
+
+@pytest.mark.parametrize("how", ["kept", "pinned", "read"])
+def test_a_sweep_stops_at_what_is_kept_excluded_or_read(how: str) -> None:
+    gm = trace(Fn(lambda s, x: (torch.relu(x.abs().neg()), x.abs().sum() if s.read else x.sum()),
+                  read=how == "read"), T)  # fmt: skip
+    relu, negated = find(gm, "relu"), find(gm, "neg")
+    absolute = negated.args[0]
+    if how == "pinned":
+        absolute.meta["refold_pinned"] = True
+
+    def change(e: Edit) -> None:
+        with e.before(relu):
+            new = e.call(aten.exp.default, (given(gm),), sources=[relu])
+        e.replace(relu, new)
+        if how == "read":
+            total = find(gm, "sum")
+            e.set_operand(total, total.args[0], absolute)
+        e.sweep([relu], kept=[absolute] if how == "kept" else ())
+
+    edit = editing(gm, change)
+    assert edit.gone[:2] == [relu, negated]
+    assert edit.survivors[:1] == [absolute]
+    assert not absolute._erased
+
+
+def test_impure_calls_go_where_they_are_covered() -> None:
+    for covered in (False, True):
+        gm = trace(Fn(lambda s, x: torch.relu(x)), T)
+        relu = find(gm, "relu")
+        with gm.graph.inserting_before(relu):
+            drawn = gm.graph.call_function(aten.rand_like.default, (given(gm),))
+        drawn.meta["val"] = relu.meta["val"]
+        assert drawn.is_impure()
+        edit = editing(gm, lambda e, n=drawn, c=covered: e.sweep([n], covered=[n] if c else ()))
+        assert (drawn in edit.gone) is covered
+        assert (drawn in edit.survivors) is not covered
+
+
+def test_numbers_that_are_learned_are_read_as_literals_but_by_excluded_calls() -> None:
+    net = Fn(lambda s, x: (lambda n: (x * n, x + n))(torch.relu(x).sum().item()))
+    gm = trace(net, torch.ones(2))
+    number = next(n for n in gm.graph.nodes if n.name == "item")
+    add = find(gm, "add")
+    add.meta["refold_pinned"] = True
+    with pytest.raises(Declined, match="would be"):
+        editing(gm, lambda e: e.learn({number: torch.ones(())}))
+    editing(gm, lambda e: e.learn({number: 2.0}))
+    assert find(gm, "mul").args[1] == 2.0
+    assert add.args[1] is number
+    assert number.meta["val"] == 2.0
+
+
+def test_an_edit_that_ended_is_not_undone_and_none_ends_twice() -> None:
+    gm = trace(Fn(RELU), T)
+    editor = Editor(gm, "test")
+    with editor.edit() as edit:
+        edit.replace(find(gm, "relu"), find(gm, "abs"))
+    after = state(gm)
+    edit.roll_back()
+    assert state(gm) == after
+    with editor.edit() as edit:
+        edit.set(find(gm, "abs"), target=aten.neg.default)
+        edit.roll_back()
+    assert state(gm) == after  # nothing is checked, nor removed, behind a rollback
+
+
+def test_what_is_made_and_changed_before_it_takes_effect_is_no_change_of_the_original() -> None:
+    gm = trace(Fn(RELU), T)
+    relu, before = find(gm, "relu"), state(trace(Fn(RELU), T))
+    assert state(gm)[0] == before[0]
+
+    def change(e: Edit) -> None:
+        with e.before(relu):
+            new = e.call(aten.neg.default, (given(gm),), sources=[relu], like=relu)
+            last = e.call(aten.exp.default, (new,), sources=[relu])
+        e.set(new, target=aten.abs.default, value=relu.meta["val"])
+        e.stamp(new, [relu], value=None)
+        e.replace(relu, last)
+        assert [n.target for n in e.made] == [aten.abs.default, aten.exp.default]
+        raise KeyError
+
+    kept = state(gm)
+    with pytest.raises(KeyError):
+        editing(gm, change)
+    assert state(gm) == kept
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "reads_alike"),
+    [
+        (lambda x, w, b: (x, w, b), {}, True),
+        (lambda x, w, b: (x, w), {}, True),  # a bias less
+        (lambda x, w, b: (x, w, None, [1, 1]), {}, True),  # literals compare by value
+        (lambda x, w, b: (x, w, None, [2, 2]), {}, False),
+        (lambda x, w, b: (x, w, None), {"groups": 1}, True),
+    ],
+)
+def test_a_call_that_reads_alike_gives_what_it_gave(args, kwargs, reads_alike) -> None:
+    """What it gives is asked of the operator only where it reads something of another kind."""
+    gm = trace(Fn(lambda s, x: s.c(x), c=nn.Conv2d(4, 4, 1, bias=False)), T)
+    call = find(gm, "conv2d")
+    x, w = call.args[:2]
+    with gm.graph.inserting_before(call):
+        b = constants.add(gm, "b", torch.zeros(4), w.meta["val"])
+    if reads_alike:
+        editing(gm, lambda e: e.set(call, args=args(x, w, b), kwargs=kwargs))
+        assert call.args == args(x, w, b)
+    else:
+        with pytest.raises(Declined, match="shape would be"):
+            editing(gm, lambda e: e.set(call, args=args(x, w, b), kwargs=kwargs))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda e, c, x, w, b: e.set(c, args=(x, e.constant("w", torch.zeros(4, 4, 2, 1), w))),
+        lambda e, c, x, w, b: e.set(c, args=(x, e.constant("w", torch.zeros(5, 4, 1, 1), w))),
+        lambda e, c, x, w, b: e.set(c, args=(w, w)),
+        lambda e, c, x, w, b: e.set(c, args=(x, w, b, [2, 2])),
+        lambda e, c, x, w, b: e.set(c, kwargs={"stride": [2, 2]}),
+        lambda e, c, x, w, b: e.set(c, target=aten.conv2d.padding, args=(x, w, b, [2, 2], "valid")),
+    ],
+)
+def test_a_call_that_reads_something_else_must_give_what_it_gave(wrong) -> None:
+    gm = trace(Fn(lambda s, x: s.c(x) * 2, c=nn.Conv2d(4, 4, 1)), T)
+    before, call = state(gm), find(gm, "conv2d")
+
+    def change(e: Edit) -> None:
+        with e.before(call):
+            wrong(e, call, *call.args[:3])
+
+    with pytest.raises(Declined, match="shape would be"):
+        editing(gm, change)
+    assert state(gm) == before
+
+
+def test_a_snapshot_brings_back_nodes_arguments_and_tensors() -> None:
+    net = Fn(lambda s, x: torch.relu(s.c(x).neg()) + s.g, c=nn.Conv2d(4, 4, 1), g=torch.ones(3, 1))
+    gm = trace(net, T)
+    before, expected = state(gm), gm(T)
+    order = [*gm.graph.nodes]
+    snapshot = GraphSnapshot(gm)
+    relu, negated = find(gm, "relu"), find(gm, "neg")
+
+    def change(e: Edit) -> None:
+        with e.before(relu):
+            data = e.constant("spare", torch.ones(3, 1))
+            new = e.call(aten.mul.Tensor, (negated.args[0], data), sources=[relu])
+        e.replace(relu, new)
+        e.sweep([relu])
+
+    editing(gm, change)
+    gm.plain = torch.ones(2)
+    find(gm, "conv2d").meta["said"] = True
+    next(iter(gm.parameters())).data.mul_(1)
+    for name in ("spare",):
+        assert any(name in held for held in gm.state_dict()), sorted(gm.state_dict())
+    snapshot.restore()
+    gm.graph.lint()
+    assert [*gm.graph.nodes] == order
+    assert len(gm.graph.nodes) == len(order)
+    assert state(gm) == before
+    assert not hasattr(gm, "plain")
+    assert [*gm.graph.find_nodes(op="call_function", target=aten.relu.default)] == [relu]
+    torch.testing.assert_close(run_of(gm, T), expected)
 
 
 # --- deep graphs ----------------------------------------------------------------------------------
