@@ -11,7 +11,7 @@ from refold.backends.base import Target
 from refold.backends.registry import find_target, target_names
 from refold.passes.branches.fold_branches import FoldBranches
 from refold.rewrite.context import Context
-from refold.rewrite.cost import FREE, CostModel, Price, reference
+from refold.rewrite.cost import FREE, CostModel, Price, Rates, reference
 from tests.folding import Net, image, run
 from tests.tracing import trace
 
@@ -106,3 +106,157 @@ def test_the_target_hands_its_costs_to_the_passes() -> None:
     ).report
     (record,) = (d for d in report.declined if d.rule == "fold-branches")
     assert "what calls cost on TensorRT is not measured" in record.reason
+
+
+# --- what each call is counted as -----------------------------------------------------------------
+
+F = torch.nn.functional
+LANES = 16
+MAP, ROWS = torch.randn(2, 8, 6, 5), torch.randn(3, 7, 8)
+
+
+def last(forward, *inputs: torch.Tensor, **parts) -> torch.fx.Node:
+    """The last call of a function of its parts and its inputs."""
+    model = nn.Module()
+    for name, part in parts.items():
+        setattr(model, name, nn.Parameter(part) if isinstance(part, torch.Tensor) else part)
+    model.forward = lambda *given: forward(model, *given)
+    calls = [n for n in trace(model, *inputs).graph.nodes if n.op == "call_function"]
+    return calls[-1]
+
+
+def counted(node: torch.fx.Node) -> tuple[float, float, float]:
+    """Operations, bytes and calls."""
+    arithmetic, traffic, calls = CostModel("somewhere").of(node).parts
+    return round(arithmetic * 1e5, 3), round(traffic * 5e4, 3), calls
+
+
+def conv(inputs: int, outputs: int, kernel: int, **options) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
+
+
+@pytest.mark.parametrize(
+    ("node", "flops", "moved"),
+    [
+        # eight channels are computed as sixteen, up to four as they are; twenty as thirty-two
+        (lambda: last(lambda s, x: s.c(x), MAP, c=conv(8, 16, 3)),
+         2 * 60 * 16 * 16 * 9, 4 * (60 * 16 + 60 * 8 + 16 * 8 * 9)),
+        (lambda: last(lambda s, x: s.c(x), MAP, c=conv(8, 20, 1)),
+         2 * 60 * 32 * 16, 4 * (60 * 20 + 60 * 8 + 20 * 8)),
+        (lambda: last(lambda s, x: s.c(x), MAP[:, :4], c=conv(4, 16, 1)),
+         2 * 60 * 16 * 4, 4 * (60 * 16 + 60 * 4 + 16 * 4)),
+        (lambda: last(lambda s, x: s.c(x), MAP[:, :5], c=conv(5, 17, 1)),
+         2 * 60 * 32 * 16, 4 * (60 * 17 + 60 * 5 + 17 * 5)),
+        (lambda: last(lambda s, x: s.c(x), MAP, c=conv(8, 12, 3, groups=2)),
+         2 * 60 * 12 * 4 * 9, 4 * (60 * 12 + 60 * 8 + 12 * 4 * 9)),
+        (lambda: last(lambda s, x: s.c(x), MAP, c=conv(8, 8, 3, groups=8)),
+         2 * 60 * 16 * 9, 4 * (60 * 8 + 60 * 8 + 8 * 9)),
+        (lambda: last(lambda s, x: s.c(x), MAP[:, :1], c=conv(1, 8, 3)),
+         2 * 60 * 16 * 9, 4 * (60 * 8 + 60 + 8 * 9)),
+        (lambda: last(lambda s, x: s.c(x), MAP.double(), c=conv(8, 16, 1).double()),
+         2 * 60 * 16 * 16, 8 * (60 * 16 + 60 * 8 + 16 * 8)),
+        (lambda: last(lambda s, x: s.c(x), MAP, c=conv(8, 16, 3, stride=2)),
+         2 * 18 * 16 * 16 * 9, 4 * (18 * 16 + 60 * 8 + 16 * 8 * 9)),
+        # turned round, and of another stride: each input writes its taps
+        (lambda: last(lambda s, x: s.c(x), MAP, c=nn.ConvTranspose2d(8, 6, 3, 1, 1, groups=2)),
+         2 * 60 * 6 * 4 * 9, 4 * (60 * 6 + 60 * 8 + 6 * 4 * 9)),
+        (lambda: last(lambda s, x: s.c(x), MAP, c=nn.ConvTranspose2d(8, 6, 2, 2)),
+         2 * 60 * 16 * 16 * 4, 4 * (60 * 8 + 60 * 8 + 8 * 6 * 4)),
+        (lambda: last(lambda s, x: s.w @ x, ROWS, w=torch.randn(20, 7)),
+         2 * 3 * 8 * 32 * 16, 4 * (3 * 20 * 8 + 3 * 7 * 8 + 20 * 7)),
+        (lambda: last(lambda s, x: s.l(x), ROWS, l=nn.Linear(8, 5)),
+         2 * 21 * 5 * 8, 4 * (21 * 13 + 5 * 8)),
+        (lambda: last(lambda s, x: s.l(x), ROWS[0, 0], l=nn.Linear(8, 5)),
+         2 * 5 * 8, 4 * (13 + 5 * 8)),
+        (lambda: last(lambda s, x: x @ x.transpose(1, 2), ROWS),
+         2 * 3 * 7 * 7 * 8, 4 * (21 * (7 + 8) + 7 * 8)),
+        (lambda: last(lambda s, x: x @ x, ROWS[0, 0]), 2 * 8, 4 * (9 + 8)),
+        (lambda: last(lambda s, x: x @ x[0], ROWS[0]), 2 * 7 * 8, 4 * (15 * 1 + 7 * 8)),
+        (lambda: last(lambda s, x, y: torch.einsum("abc,cd,de->abe", x, y, y.t()),
+                      ROWS, torch.randn(8, 5)),
+         2 * (3 * 7 * 8 * 5 + 3 * 7 * 5 * 8), 4 * (3 * 7 * 8 + 3 * 7 * 8 + 40 + 40)),
+        (lambda: last(lambda s, x: torch.einsum("abc->cb", x), ROWS), 0, 4 * (56 + 168)),
+        (lambda: last(lambda s, x: x.relu(), MAP), 0, 4 * (480 + 480)),
+        (lambda: last(lambda s, x: x + s.g, MAP, g=torch.randn(8, 1, 1)), 0, 4 * (480 + 8 + 480)),
+        (lambda: last(lambda s, x: x > 0, MAP), 0, 480 + 480),
+        (lambda: last(lambda s, x: torch.cat([x, x.relu()], 1), MAP), 0, 4 * (960 + 960)),
+        (lambda: last(lambda s, x: x.repeat(1, 2, 1, 1), MAP), 0, 4 * (480 + 960)),
+        (lambda: last(lambda s, x: F.avg_pool2d(x, (3, 2)), MAP), 0, 4 * (480 * 6 + 2 * 8 * 2 * 2)),
+        (lambda: last(lambda s, i: s.e(i), torch.tensor([[1, 2, 3]]), e=nn.Embedding(9, 5)),
+         0, 4 * (15 + 15)),
+    ],
+)  # fmt: skip
+def test_operations_and_bytes_of_a_call(node, flops, moved) -> None:
+    assert counted(node()) == (flops, moved, 1.0)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        lambda: last(lambda s, x: x.relu().reshape(-1), MAP),
+        lambda: last(lambda s, x: x.relu().permute(0, 2, 3, 1), MAP),
+        lambda: last(lambda s, x: x.relu().chunk(2, 1)[1], MAP),
+        lambda: last(lambda s, x: x.relu(), MAP).args[0],
+        lambda: last(lambda s, x: x[:, 0].sum().item() * 2, MAP).args[0],
+    ],
+)
+def test_views_inputs_and_numbers_cost_nothing(node) -> None:
+    assert CostModel("somewhere").of(node()) == FREE
+
+
+RATES = Rates(
+    conv_1x1=1.0, conv_kxk=2.0, conv_grouped=4.0, conv_depthwise=8.0, linear=16.0, launch=0.25
+)
+
+
+@pytest.mark.parametrize(
+    ("shape", "per_group", "groups", "taps", "rate", "flops"),
+    [
+        ((1, 16, 5), 16, 1, (1,), 1.0, 2 * 5 * 256),
+        ((1, 16, 5), 16, 1, (3,), 2.0, 2 * 5 * 256 * 3),
+        ((1, 16, 5), 1, 1, (3,), 2.0, 2 * 5 * 16 * 3),
+        ((1, 16, 5), 2, 2, (1,), 4.0, 2 * 5 * 16 * 2),
+        ((1, 12, 5), 2, 2, (3,), 4.0, 2 * 5 * 12 * 2 * 3),
+        ((1, 16, 5), 1, 16, (3,), 8.0, 2 * 5 * 16 * 3),
+        ((1, 12, 5), 1, 2, (1,), 8.0, 2 * 5 * 16),
+    ],
+)
+def test_families_of_convolutions_have_rates_of_their_own(
+    shape, per_group, groups, taps, rate, flops
+) -> None:
+    price = CostModel("here", RATES).convolution(shape, shape, per_group, groups, taps, 4)
+    assert price.parts == (pytest.approx(0.25 + flops / rate * 1e-3),)
+    assert CostModel("here", RATES).matrix(3, 4, 5, 4).total == 0.25 + 120 / 16 * 1e-3
+
+
+def test_a_call_takes_its_arithmetic_or_its_traffic_and_a_resize_its_own() -> None:
+    slow = CostModel("here", Rates(linear=16.0, bytes=0.5, resize=2.0, launch=1.0))
+    assert slow.matrix(3, 4, 5, 4).total == 1 + 4 * (3 * 9 + 20) / 0.5 * 1e-3
+    assert slow.elementwise((2, 3), 2, 4).total == 1 + 4 * 18 / 0.5 * 1e-3
+    assert slow.elementwise((2, 3), 2, 4, 7).total == 1 + 4 * 25 / 0.5 * 1e-3
+    assert slow.resize((2, 3), (2, 1), 4).total == 1 + 4 * 8 / 2.0 * 1e-3
+    up = last(lambda s, x: F.interpolate(x, scale_factor=2.0, mode="nearest"), MAP)
+    assert slow.of(up).total == 1 + 4 * (480 + 4 * 480) / 2.0 * 1e-3
+
+
+def test_what_is_said_of_a_dearer_price() -> None:
+    here, nowhere = CostModel("here", RATES), CostModel("nowhere")
+    told = here.dearer(Price((1.25,)), Price((2.0,)))
+    assert told == "would cost 2.0 us instead of 1.2 us (cost table)"
+    told = nowhere.dearer(Price((1.0, 1.0, 1.0)), Price((2.0, 1.0, 2.0)))
+    assert told == (
+        "would take more arithmetic and calls, and what calls cost on nowhere is not measured"
+    )
+    assert nowhere.apart == "what a call takes on nowhere is not known"
+    given = CostModel("x", apart="they are apart", unmeasured="nobody looked")
+    assert (given.apart, given.unmeasured) == ("they are apart", "nobody looked")
+
+
+def test_prices_of_fewer_measures_have_none_of_the_others() -> None:
+    assert (Price((1.0,)) + Price((1.0, 2.0))).parts == (2.0, 2.0)
+    assert (Price((1.0, 2.0)) + Price((1.0,))).parts == (2.0, 2.0)
+    assert Price((1.0, 2.0)).over(FREE) == 3.0
+    assert FREE.total == 0.0
+    # a share of 1e-9 is rounding, two of them are growth
+    assert Price((1.0, 1.0)).over(Price((1.0 + 0.9e-9, 0.5))) > 0
+    assert Price((1.0, 1.0)).over(Price((1.0 + 1.1e-9, 0.5))) < 0

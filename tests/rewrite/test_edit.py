@@ -773,6 +773,54 @@ def test_a_snapshot_brings_back_nodes_arguments_and_tensors() -> None:
     torch.testing.assert_close(run_of(gm, T), expected)
 
 
+TWICE: Callable[..., object] = lambda s, x: (lambda y: torch.relu(y).neg() + torch.sigmoid(y))(
+    x.abs()
+)
+
+
+def test_readers_stand_in_the_order_in_which_they_stood() -> None:
+    gm = trace(Fn(TWICE), T)
+    before, relu, absolute = state(gm), find(gm, "relu"), find(gm, "abs")
+
+    def change(e: Edit) -> None:
+        e.set_operand(relu, absolute, given(gm))
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        editing(gm, change)
+    assert [u.name for u in absolute.users] == ["relu", "sigmoid"]
+    assert state(gm) == before
+
+
+def test_what_stands_for_a_value_stands_before_all_that_read_it() -> None:
+    gm = trace(Fn(TWICE), T)
+    before, absolute, negated = state(gm), find(gm, "abs"), find(gm, "neg")
+
+    def change(e: Edit) -> None:
+        with e.before(negated):  # behind one of its readers, in front of the other
+            new = e.call(aten.abs.default, (given(gm),), sources=[absolute])
+        e.replace(absolute, new)
+
+    with pytest.raises(Declined, match="comes after what reads it"):
+        editing(gm, change)
+    assert state(gm) == before
+
+
+def test_what_stands_for_a_value_may_be_made_of_it() -> None:
+    gm = trace(Fn(RELU), T)
+    relu = find(gm, "relu")
+
+    def change(e: Edit) -> None:
+        with e.before(relu.next):
+            half = e.call(aten.mul.Tensor, (relu, 0.5), sources=[relu])
+            new = e.call(aten.add.Tensor, (half, relu), sources=[relu])
+        e.replace(relu, new)
+
+    editing(gm, change)
+    assert len(relu.users) == 2
+    torch.testing.assert_close(run_of(gm, T), T.abs() * 1.5 + 1)
+
+
 # --- deep graphs ----------------------------------------------------------------------------------
 
 
