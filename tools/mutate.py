@@ -734,7 +734,7 @@ class Coverage:
                 spent += t
                 ranked.append((distance, spent, t, name))
         chosen, spent = {}, 0.0
-        for distance, _, t, name in sorted(ranked):
+        for _, _, t, name in sorted(ranked):
             spent += t
             if spent > BUDGET:
                 break
