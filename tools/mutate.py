@@ -344,7 +344,8 @@ def _droppable(node: ast.stmt) -> bool:
 
 
 def _nothing(value: ast.expr | None) -> bool:
-    return value is None or (isinstance(value, ast.Constant) and value.value is None)
+    """None, or what is as false as it."""
+    return value is None or (isinstance(value, ast.Constant) and value.value in (None, False))
 
 
 def _opposed(test: ast.expr) -> bool:

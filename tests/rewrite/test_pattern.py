@@ -17,6 +17,7 @@ from refold.rewrite.pattern import (
     Pattern,
     Sum,
     Var,
+    _same_value,
     maybe,
     root_targets,
 )
@@ -212,3 +213,148 @@ def test_tensor_of_a_constant_that_the_graph_computes_declines() -> None:
 def test_a_pattern_without_an_operator_is_refused() -> None:
     with pytest.raises(RefoldError, match="operator at its root"):
         root_targets([Var("x")])
+
+
+NEG, RELU = Call(aten.neg, x), Call(aten.relu, Call(aten.neg, y))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "depth", "targets"),
+    [
+        (x, 0, None),
+        (Const("c"), 0, None),
+        (NEG, 1, {aten.neg}),
+        (RELU, 2, {aten.relu}),
+        (Call((aten.add, aten.sub), x, RELU), 3, {aten.add, aten.sub}),
+        (Call(aten.add, NEG, RELU, alpha=x), 3, {aten.add}),
+        (Call(aten.add, x, y, alpha=NEG), 2, {aten.add}),
+        (RELU.named("r"), 2, {aten.relu}),
+        (RELU.where(lambda n: True), 2, {aten.relu}),
+        (NEG | RELU, 2, {aten.neg, aten.relu}),
+        (RELU | NEG, 2, {aten.neg, aten.relu}),
+        (NEG | x, 1, None),
+        (maybe(Call(aten.relu, NEG)), 2, {aten.relu, aten.neg}),
+        (Call(aten.cat, [x, RELU, NEG], 1), 3, {aten.cat}),
+        (Call(aten.cat, [Many("a", RELU), x], 1), 3, {aten.cat}),
+        (Call(aten.cat, [Many("a")], 1), 1, {aten.cat}),
+        (Sum(NEG, Many("rest")), 2, {aten.add.Tensor}),
+        (Sum(x, Many("rest", RELU)), 3, {aten.add.Tensor}),
+        (Sum(x, y), 1, {aten.add.Tensor}),
+    ],
+)
+def test_how_deep_a_pattern_looks_and_where_it_starts(pattern, depth, targets) -> None:
+    """A rewrite below may make it match: nodes so many calls above are looked at again."""
+    assert pattern.depth() == depth
+    assert pattern.targets() == targets
+
+
+def test_lists_match_element_by_element_around_the_one_that_takes_many() -> None:
+    graph = trace(lambda a, b, c: torch.cat([-a, b, c, torch.relu(a)], 1), T, T, T)
+
+    def found(*elements):
+        return [
+            {name: len(v) if isinstance(v, tuple) else v.name for name, v in m.bindings.items()}
+            for m in matches(Call(aten.cat, list(elements), 1), graph)
+        ]
+
+    last = Call(aten.relu, Var("l"))
+    assert found(Call(aten.neg, x), Many("m"), last) == [{"x": "args_0", "l": "args_0", "m": 2}]
+    assert found(Many("m"), y, last) == [{"y": "args_2", "l": "args_0", "m": 2}]
+    assert found(Call(aten.neg, x), y, Var("z"), last, Many("m"))[0]["m"] == 0
+    assert len(found(x, y, Var("z"), last)) == 1
+    assert not found(x, y, Var("z"))
+    assert not found(x, y, Var("z"), last, Var("v"))
+    assert not found(x, y, Var("z"), last, Var("v"), Many("m"))
+    assert not found(Many("m"), last, x)
+    assert not matches(Call(aten.neg, [x]), trace(lambda v: -v, T))
+
+
+def test_numbers_of_users_are_counted_inside_and_outside() -> None:
+    graph = trace(lambda v: (lambda n: (torch.relu(n), n * 2))(-v), T)
+    for count, fits in ((1, False), (2, True), (3, False)):
+        assert bool(matches(Call(aten.relu, NEG.users(count)), graph)) is fits
+    assert not matches(Call(aten.relu, NEG), graph)
+    assert matches(Call(aten.relu, NEG.shared()), graph)
+    assert not NEG.shared()._exclusive
+    assert NEG._exclusive  # it is a pattern of its own
+
+
+def test_arguments_by_name_and_those_that_nobody_mentioned() -> None:
+    graph = trace(lambda v: torch.add(v, v.relu(), alpha=2), T)
+    assert matches(Call(aten.add, x, Call(aten.relu, x), alpha=2), graph)
+    assert matches(Call(aten.add, x, other=Call(aten.relu, x), alpha=2), graph)
+    assert matches(Call(aten.add, x, ...), graph)
+    assert matches(Call(aten.add, ..., alpha=2), graph)
+    assert not matches(Call(aten.add, x, y, alpha=3), graph)
+    assert not matches(Call(aten.add, x, y), graph)
+    assert not matches(Call(aten.add, x, y, other=y, alpha=2), graph)  # told twice
+    assert not matches(Call(aten.add, x, y, alpha=2, beta=1), graph)  # not of this operator
+    assert not matches(Call(aten.add, x, ..., beta=1), graph)
+    assert not matches(Call(aten.add, x, y, 2, 3), graph)
+    chunk = trace(lambda v: torch.chunk(v, 2, 1)[1], T)
+    part = Call(aten.chunk, x, 2, 1).shared()
+    assert not matches(Call(operator.getitem, part), chunk)
+    assert not matches(Call(operator.getitem, part, 0), chunk)
+    assert not matches(Call(operator.getitem, part, index=1), chunk)
+
+
+def test_values_that_are_bound_twice_are_the_same_value() -> None:
+    graph = trace(lambda v: torch.clamp(v, 2, 2) + v.clamp(1, 3), T)
+    same = Call(aten.clamp, x, Attr("n"), Attr("n"))
+    assert matches(same, graph, "clamp") == []
+    assert matches(Call(aten.add, same, y), graph)
+    twice = trace(lambda v: v.neg() + v.neg(), T)
+    assert not matches(Call(aten.add, NEG.named("n"), NEG.named("n")), twice)
+    once = trace(lambda v: (lambda n: n + n)(v.neg()), T)
+    (first, *_) = matches(Call(aten.add, NEG.named("n"), NEG.named("n")), once)
+    assert first["n"] is find(once, "neg")
+    assert first.get("n") is first["n"]
+    assert (first.get("m"), first.get("m", 3)) == (None, 3)
+
+
+def test_attributes_are_what_is_no_tensor() -> None:
+    graph = trace(lambda v: torch.cat([v, v], 1), T)
+    assert matches(Call(aten.cat, Var("list"), Attr("axis")), graph) == []
+    assert matches(Call(aten.cat, Attr("list"), 1), graph) == []
+    turned = trace(lambda v: v.permute(0, 2, 3, 1), T)
+    (match,) = matches(Call(aten.permute, x, Attr("order")), turned)
+    assert match["order"] == [0, 2, 3, 1]
+    assert not matches(Call(aten.permute, x, [0, 2, 1, 3]), turned)
+    assert not matches(Call(aten.mul, x, Const("c")), trace(lambda v: v * v.relu(), T))
+
+
+def test_a_number_that_is_bound_is_a_tensor_too() -> None:
+    (match,) = matches(Call(aten.mul, x, Const("c")), trace(lambda v: v * 2.5, T))
+    assert match.tensor("c").item() == 2.5
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        (1, 1.0, True), (1, True, False), (False, 0, False), (True, True, True), ("a", "a", True),
+        ("a", "b", False), ("1", 1, False), (1, "1", False), ([1, 2], (1, 2), True),
+        ([1, 2], [1], False), ([1, 2], [1, 3], False), ([1, True], [1, 1], False),
+        (None, None, True), (None, 0, False), ([1], 1, False),
+        (torch.contiguous_format, 0, True), (0, torch.contiguous_format, True),
+        (torch.channels_last, 0, False), (torch.channels_last, torch.channels_last, True),
+        (torch.channels_last, torch.contiguous_format, False),
+    ],
+)  # fmt: skip
+def test_which_arguments_are_the_same(a, b, same) -> None:
+    assert _same_value(a, b) is same
+
+
+def test_sums_of_another_dtype_and_excluded_ones_are_terms() -> None:
+    terms = Sum(Many("terms"))
+    widened = trace(lambda a, b: a + (b.half() + b.half()), T, T)
+    assert len(matches(terms, widened)[0]["terms"]) == 2
+    graph = trace(lambda a, b: a + (b + a) + b, T, T)
+    assert [n.name for n in matches(terms, graph)[0]["terms"]] == [
+        "args_0", "args_1", "args_0", "args_1",
+    ]  # fmt: skip
+    next(n for n in graph.graph.nodes if n.name == "add").meta["refold_pinned"] = True
+    assert len(matches(terms, graph)[0]["terms"]) == 3
+    assert not matches(Sum(x, y, x), graph)
+    find(graph, "add").meta["refold_pinned"] = True
+    assert not matches(terms, graph)
+    assert not matches(Sum(x, y), trace(lambda a, b: torch.add(a, b, alpha=2), T, T))
