@@ -174,7 +174,7 @@ def _sweep(calls: Sequence[Call], *, dynamic: bool = True) -> None:
     assert not faults, "\n".join(faults)
 
 
-_QUICK_SHARDS = 4
+_QUICK_SHARDS = 10
 
 
 @pytest.mark.parametrize("shard", few(range(_QUICK_SHARDS), 1))

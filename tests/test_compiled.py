@@ -155,6 +155,7 @@ def test_runtimes_with_weights_of_their_own_stay(target: str, tmp_path) -> None:
         assert done.save(path).exists()
 
 
+@pytest.mark.slow
 def test_refit_takes_the_changed_weights_over() -> None:
     net = small()
     done, _ = old_and_new(net, _scale, recipe=True)
@@ -266,6 +267,7 @@ def test_deep_copy_has_state_of_its_own(target: str) -> None:
     assert other.report.target == target
 
 
+@pytest.mark.slow
 def test_copy_of_a_model_without_state_is_as_good() -> None:
     done = refold.compile_for_inference(small(), X)
     for other in (copy.copy(done), copy.deepcopy(done)):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import refold
 from tests.compare import SINGLE, relative_error
+from tests.examples import few
 from tests.small_nets import seeded
 
 SIZES = ((2, 8, 10), (1, 8, 10), (3, 9, 12), (5, 32, 16), (2, 10, 8), (4, 5, 5))
@@ -38,8 +39,7 @@ def shapes() -> dict[str, dict[int, Dim]]:
 
 @pytest.mark.parametrize(
     "target",
-    ["torch", "onnx", "ort"]
-    + [pytest.param(t, marks=pytest.mark.slow) for t in ("inductor", "aoti")],
+    few(["torch", "onnx", "ort", "inductor", "aoti"], 1),
 )
 def test_every_size(target: str) -> None:
     model = seeded(Branches())

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 import refold
 from refold.cli.torchvision_shim import declare_torchvision_ops
 from tests.compare import EXACT, SINGLE, call, relative_error
+from tests.examples import few
 from tests.models.systems import peft_adapters
 
 declare_torchvision_ops()  # where torchvision is built for another torch, peft cannot be imported
 peft = pytest.importorskip("peft")
 
 
-@pytest.mark.parametrize("name", peft_adapters.SYSTEMS)
+@pytest.mark.parametrize("name", few(peft_adapters.SYSTEMS, 2))
 def test_equals_merge_and_unload(name: str) -> None:
     model = peft_adapters.SYSTEMS[name].model().double()
     inputs = (torch.randn(2, 5, peft_adapters.WIDTH, dtype=torch.float64),)

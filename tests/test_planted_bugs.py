@@ -35,6 +35,7 @@ from refold.passes.shift_add import codes as layer_codes
 from refold.passes.shift_add.substitute_shift_add import SubstituteShiftAdd
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Decline, Pass
+from tests.examples import few
 from tests.folding import Net
 from tests.models.experts import spread
 from tests.passes.branches import test_defer_resizes as resizes
@@ -303,6 +304,7 @@ def planted(rule: str, case: Case, failures: list[Decline]) -> Outcome:
 # --- tests ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_rule_of_every_pipeline_has_bugs() -> None:
     """Those that passes give to the driver, and those whose ids they write down."""
     missing = set(EVERY) - set(CASES)
@@ -321,7 +323,8 @@ def test_every_rule_of_every_pipeline_has_bugs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "at"), [(rule, at) for rule, cases in CASES.items() for at in range(len(cases))]
+    ("rule", "at"),
+    few([(rule, at) for rule, cases in CASES.items() for at in range(len(cases))], 12),
 )
 def test_bugs_in_a_rule_are_refused(rule: str, at: int, failures: list[Decline]) -> None:
     found = planted(rule, CASES[rule][at], failures)

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -21,6 +23,7 @@ def _normal(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.strip().splitlines()]
 
 
+@pytest.mark.slow
 def test_example_prints_what_the_readme_shows(tmp_path):
     out = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _block("python")],

@@ -509,6 +509,7 @@ def test_a_trace_that_is_not_the_model_is_said() -> None:
     assert program.inputs[0].batch == 0  # what differs at any batch says nothing of batch 1
 
 
+@pytest.mark.slow
 def test_padded_rows_of_a_fused_encoder_are_said() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.TransformerEncoder(layer, 1).eval()
@@ -596,6 +597,7 @@ def test_archive(archive: Path) -> None:
         assert program.args[0].shape == (2, 3, 8, 8)
 
 
+@pytest.mark.slow
 def test_archive_of_a_model_with_dynamic_sizes_is_not_refused(tmp_path: Path) -> None:
     class Sizes(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

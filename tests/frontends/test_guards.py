@@ -16,6 +16,7 @@ import refold
 from refold.errors import UsageError
 from refold.frontends.export import trace
 from refold.graph.guards import Guard, Guards, evaluate, names_in
+from tests.examples import few
 
 AUTO = Dim.AUTO
 
@@ -142,7 +143,7 @@ BRANCHES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", BRANCHES)
+@pytest.mark.parametrize("kind", few(BRANCHES, 11))
 def test_sizes_of_another_branch_are_refused(kind: str) -> None:
     formula, dynamic, example, good, bad = BRANCHES[kind]
     model = Formula(formula).eval()

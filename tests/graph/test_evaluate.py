@@ -172,6 +172,7 @@ def test_oracle(name: str) -> None:
     assert (got - expected).abs().max() <= EXACT * max(1.0, float(expected.abs().max()))
 
 
+@pytest.mark.slow
 def test_oracle_sees_through_autocast_and_cond() -> None:
     fc = nn.Linear(4, 4)
 

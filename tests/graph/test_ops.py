@@ -153,6 +153,7 @@ def combined(call: Call, base: float = 0.0, reach: float = 1.0) -> float:
                  [b + c for b, c in zip(one, two, strict=True)])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_linear_operators_are_linear() -> None:
     """In one of their tensors, the others fixed: that is affine."""
     for label, calls in rows(ops.LINEAR | ops.BILINEAR):

@@ -66,6 +66,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect as Linux has it")
 def test_no_byte_beyond_the_buffers(library_path: Path) -> None:
     command = [sys.executable, "-c", _SCRIPT, str(library_path)]

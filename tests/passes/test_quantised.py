@@ -20,6 +20,7 @@ from refold.graph.ops import op_name
 from refold.passes import PIPELINES
 from refold.rewrite.result import Decline
 from tests.compare import EXACT, relative_error
+from tests.examples import few
 from tests.folding import left, randomise_norms
 
 assert _decomposed is not None
@@ -118,7 +119,7 @@ def weight_of(gm: fx.GraphModule, name: str = "conv2d") -> tuple[torch.Tensor, .
 SIZES = {"conv1d": (3, 9), "conv2d": (3, 7, 6), "conv3d": (3, 5, 4, 5), "linear": (3,)}
 
 
-@pytest.mark.parametrize("form", ["channel", "tensor", "in the graph"])
+@pytest.mark.parametrize("form", few(["channel", "tensor", "in the graph"], 4))
 @pytest.mark.parametrize("kind", SIZES)
 def test_a_norm_folds_into_the_scales(kind: str, form: str) -> None:
     net = Layer(kind, form=form)

@@ -44,7 +44,7 @@ NETS: dict[str, tuple[Callable[[Net, Tensor], Tensor], dict[str, nn.Module]]] = 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", few(NETS, 16))
+@pytest.mark.parametrize("name", few(NETS, 4))
 @pytest.mark.parametrize("last", [True, False], ids=["weights last", "weights contiguous"])
 @pytest.mark.parametrize("input_last", [True, False], ids=["input last", "input contiguous"])
 def test_results_have_the_strides_of_the_model(name: str, last: bool, input_last: bool) -> None:

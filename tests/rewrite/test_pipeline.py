@@ -274,6 +274,7 @@ def test_without_the_weights_there_is_no_graph_to_go_back_to(
     assert "compile it without consume=True" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [False, True])
 def test_an_unfolded_graph_is_compiled_and_said(
     recipe: bool, monkeypatch: pytest.MonkeyPatch, failures: list[Decline]

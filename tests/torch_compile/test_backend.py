@@ -269,7 +269,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("native", few(["1", "0"], 1))
-@pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__.strip("_"))
+@pytest.mark.parametrize("change", few(CHANGES, 7), ids=lambda c: c.__name__.strip("_"))
 def test_changed_weights_are_noticed(
     change: Callable[[Conv], Conv], native: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -763,7 +763,7 @@ def test_written_parameter_view_of_the_input() -> None:
             assert relative_error(got, twin(pixels)) <= SINGLE
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", few([torch.float16, torch.bfloat16, torch.float64], 1))
 def test_dtypes(dtype: torch.dtype) -> None:
     model = Conv().to(dtype)
     fast, inner = compiled(model)
@@ -772,6 +772,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert inner.norms == [0]
 
 
+@pytest.mark.slow
 def test_ambient_autocast() -> None:
     model = Conv()
     fast, inner = compiled(model)

@@ -80,6 +80,7 @@ def test_numbers_of_small_networks(net: type[torch.nn.Module], edge: Edge) -> No
     runtimes.check_numbers(net, edge.name, edge.batch)
 
 
+@pytest.mark.slow
 @every_edge
 def test_zero_pad_before_max_pool(edge: Edge) -> None:
     runtimes.check_zero_pad(edge.name, edge.batch)
@@ -136,6 +137,7 @@ def test_full_disk(edge: Edge, tmp_path: Path) -> None:
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_two_writers_of_one_directory(tmp_path: Path) -> None:
     """Each finds a whole artifact, its own or the other's, or says that it wrote nothing."""
     compiled, path = compiled_net("trt"), tmp_path / "net.trt"

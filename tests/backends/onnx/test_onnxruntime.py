@@ -89,6 +89,7 @@ def test_missing_runtime_names_the_extra(no_runtime):
         refold.compile_for_inference(ConvNet(), torch.randn(1, 3, 8, 8), target="ort")
 
 
+@pytest.mark.slow
 def test_onnx_is_written_without_a_runtime(no_runtime, tmp_path):
     compiled = refold.compile_for_inference(ConvNet(), torch.randn(1, 3, 8, 8), target="onnx")
     assert compiled.save(tmp_path / "net.onnx").is_file()

@@ -202,6 +202,7 @@ def test_wrong_profiles(sizes):
         TensorRTOptions(profile={"batch": sizes}, build=False)
 
 
+@pytest.mark.slow
 def test_profile_of_an_unknown_dimension(model):
     with pytest.raises(UsageError, match=r"dimension 'size'; dynamic are: batch"):
         lowered(model, example(), profile={"size": (1, 2, 3)})
@@ -410,6 +411,7 @@ class Several(nn.Module):
         return {"scores": scores, "best": x.flatten(1).argmax(1), "again": scores}
 
 
+@pytest.mark.slow
 def test_nested_results(tmp_path):
     path = compiled(Several(), example()).save(tmp_path / "net.trt")
     told = artifact.read(path)
@@ -865,6 +867,7 @@ HOLDERS = ("library", "build", "refit", "runner")
 NET = "tests.small_nets:ConvNet"
 
 
+@pytest.mark.slow
 def test_commands(run, tmp_path, no_library):
     path = tmp_path / "net.trt"
     code, out, _ = run(

@@ -142,6 +142,7 @@ def test_float8_values(precision: str | None) -> None:
     assert float((run(made, x) - model(x)).detach().abs().max()) < tolerance * scale
 
 
+@pytest.mark.slow
 def test_a_narrower_clamp_is_another_function() -> None:
     model = seeded(Float8Net(bound=100.0))
     made = lowered(model, example())

@@ -16,7 +16,7 @@ from refold.passes import PIPELINES
 from refold.passes.branches.fold_branches import FoldBranches
 from refold.rewrite.context import Context
 from tests import golden
-from tests.examples import examples
+from tests.examples import examples, few
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
 
@@ -94,7 +94,7 @@ def test_merges(forward, parts, calls) -> None:
 
 @pytest.mark.parametrize(
     ("forward", "parts", "reason"),
-    [
+    few([
         (lambda s, x: s.a(x)[..., :9, :9] + s.b(x)[..., :9, :9], {"a": up(), "b": up(s=3)},
          "share no grid"),
         (lambda s, x: s.a(x) + s.b(x.relu()), {"a": up(), "b": up()}, ""),
@@ -119,7 +119,7 @@ def test_merges(forward, parts, calls) -> None:
         (lambda s, x: s.c(s.a(x)), {"a": up(s=1, k=3), "c": conv(6, 5, k=3, padding=1)},
          "pads with zeros"),
         (lambda s, x: s.a(s.c(x)), {"a": up(s=1, k=3), "c": conv(4, 4)}, "pads with zeros"),
-    ],
+    ], 10),
 )  # fmt: skip
 def test_stays(forward, parts, reason) -> None:
     net = Net(forward, **parts)

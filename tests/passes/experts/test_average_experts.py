@@ -168,7 +168,7 @@ def test_unequal_parts(count: int, split: str, size: tuple[int, int], seen: int)
     assert error(gm, averaged(list(model.experts)[:seen]), x) <= EXACT
 
 
-@pytest.mark.parametrize("gates", few([False, True], 4))
+@pytest.mark.parametrize("gates", few([False, True], 1))
 @pytest.mark.parametrize("how", STACKED)
 def test_stacked_weights(how: str, gates: bool) -> None:
     model, x = Stacked(3, how, gates=gates).double(), tokens()
@@ -275,6 +275,7 @@ def test_calibration_inputs_are_given_like_the_examples() -> None:
             AverageExperts(mode="average", calibration=[wrong]).run(gm)
 
 
+@pytest.mark.slow
 def test_past_the_tolerance_the_layer_is_kept() -> None:
     model = Ensemble(experts(3, by=0.3))
     _, result = join(model, tokens(), mode="average", tolerance=ANY)
@@ -306,12 +307,15 @@ def test_figures() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [
-        RandomPartition(spread(FFN(), 3, 0)),
-        Ensemble(spread(SwiGLU(), 3, 0)),
-        Ensemble(spread(Normed(), 3, 0), "stack"),
-        Ensemble(spread(FFN(), 3, 0), "softmax", torch.randn(3)),
-    ],
+    few(
+        [
+            RandomPartition(spread(FFN(), 3, 0)),
+            Ensemble(spread(SwiGLU(), 3, 0)),
+            Ensemble(spread(Normed(), 3, 0), "stack"),
+            Ensemble(spread(FFN(), 3, 0), "softmax", torch.randn(3)),
+        ],
+        2,
+    ),
     ids=["partition", "sum", "stack", "softmax"],
 )
 def test_equal_experts_are_one_without_asking(model: Mixture) -> None:
@@ -369,6 +373,7 @@ def test_the_mean_of_the_experts_is_the_expectation() -> None:
         assert ((drawn.mean(0) - model.mean(x)).abs() <= allowed + 1e-9).all()
 
 
+@pytest.mark.slow
 def test_verification_takes_the_mean_of_the_experts() -> None:
     model, x = RandomPartition(experts(3, by=0.1)).double(), tokens()
     pipeline = PIPELINES["default"].with_(
@@ -443,7 +448,7 @@ def test_in_the_default_pipeline(mode: str, place: dict[str, str]) -> None:
 # --- routed experts -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", few(["swiglu", "fused", "normed"], 3))
+@pytest.mark.parametrize("kind", few(["swiglu", "fused", "normed"], 2))
 @pytest.mark.parametrize("form", [SoftGated, TopK])
 def test_routed_experts_are_averaged_by_name(form, kind: str) -> None:
     model, x = form(experts(3, by=0.05, kind=kind)).double(), tokens(3)
@@ -484,7 +489,7 @@ def test_gates_that_do_not_add_up_are_kept_as_a_factor() -> None:
     assert error(gm, lambda v: factor * mean(v), x) <= EXACT
 
 
-@pytest.mark.parametrize("form", [SoftGated, TopK])
+@pytest.mark.parametrize("form", few([SoftGated, TopK], 1))
 def test_routed_experts_are_kept_otherwise(form) -> None:
     gm, _ = join(form(experts(3)), tokens())
     for options in (
@@ -594,6 +599,7 @@ def test_affine_experts_are_left_to_exact_folds() -> None:
     assert not result.declined
 
 
+@pytest.mark.slow
 def test_hidden_sizes_that_differ() -> None:
     parts = nn.ModuleList([FFN(8), FFN(10)]).double()
     for mode in ("keep", "average", "concat"):
@@ -617,6 +623,7 @@ def test_concat_declines_what_does_not_split(make) -> None:
     assert "of an expert" in reasons(result) or "hidden units" in reasons(result)
 
 
+@pytest.mark.slow
 def test_index_add_onto_something() -> None:
     class Onto(TopK):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from refold.passes.prepare.decided_sizes import decide_sizes
 from refold.rewrite.edit import Edit, Editor
 from refold.rewrite.result import Decline, PassResult
 from tests.compare import EXACT, call, relative_error
+from tests.examples import few
 from tests.tracing import find
 
 MASK = torch.tensor([True, False] * 4)
@@ -69,7 +70,7 @@ FOLDED: dict[str, tuple[Callable[..., Any], dict[str, int]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FOLDED)
+@pytest.mark.parametrize("name", few(FOLDED, 10))
 def test_folds_what_constants_decide(name: str) -> None:
     forward, wanted = FOLDED[name]
     net = _Net(forward)
