@@ -192,7 +192,7 @@ def test_quantised_graph_is_compared_or_refused(edge: Edge) -> None:
 
 
 @pytest.mark.edge
-def test_fixed_shapes_are_not_named(run: Any, tmp_path: Path) -> None:
+def test_fixed_shapes_of_executorch_are_not_named(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "net.pte"
     path.write_bytes(b"")
     code, _, err = run("verify", "tests.small_nets:ConvNet", path, "--shape", "1x3xH=8x8")
