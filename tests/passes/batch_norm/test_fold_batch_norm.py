@@ -231,3 +231,17 @@ def test_an_instance_norm_of_its_input_stays() -> None:
     norm = nn.InstanceNorm2d(4, affine=True)
     gm, _ = run(FoldBatchNorm(), Net(lambda s, x: s.b(s.c(x)), c=conv(padding=1), b=norm), image())
     assert left(gm) == {"conv": 1, "instance-norm": 1}
+
+
+@pytest.mark.parametrize(("growth", "folds"), [(1.6, False), (2.2, True)])
+def test_all_readers_of_a_norm_share_what_weights_may_grow(growth: float, folds: bool) -> None:
+    """Two weights of 40 kB, each read a second time elsewhere: a copy of one is not enough."""
+    net = Net(
+        lambda s, x: (lambda y: s.c(y) + s.d(y).tanh() + s.c(x).sin() + s.d(x).cos())(
+            s.b(x.tanh())
+        ),
+        b=nn.BatchNorm2d(70), c=nn.Conv2d(70, 70, 1), d=nn.Conv2d(70, 70, 1),
+    )  # fmt: skip
+    gm, declined = run(FoldBatchNorm(max_growth=growth), net, image(70))
+    assert ("batch-norm" not in left(gm)) is folds
+    assert any("past max_growth" in d.reason for d in declined) is not folds

@@ -317,6 +317,86 @@ def test_declines(forward, parts, reason) -> None:
     assert any(re.search(reason, d.reason) for d in declined), (declined, gm.graph)
 
 
+def attention(s, x, **options):
+    return F.scaled_dot_product_attention(s.q(x), s.k(x), s.v(x), **options)
+
+
+def pooled(x, **options):
+    return F.avg_pool2d(x, 3, 1, **options)
+
+
+HEADS = {"q": nn.Linear(6, 6), "k": nn.Linear(6, 6), "v": nn.Linear(6, 6)}
+
+
+@pytest.mark.parametrize(
+    ("forward", "parts"),
+    [
+        (lambda s, x: pooled(s.c(x)) * s.g + s.h, {"g": mixed(4, 1, 1)}),
+        (lambda s, x: pooled(s.c(x), padding=1) * s.g, {"g": mixed(4, 1, 1)}),
+        (lambda s, x: pooled(s.c(x), divisor_override=5) * s.g, {"g": mixed(4, 1, 1)}),
+        (lambda s, x: F.adaptive_avg_pool2d(s.c(x), 2) * s.g + s.h, {"g": mixed(4, 1, 1)}),
+        (lambda s, x: F.interpolate(s.c(x), scale_factor=2, mode="bilinear") * s.g + s.h,
+         {"g": mixed(4, 1, 1)}),
+        (lambda s, x: F.interpolate(s.c(x), scale_factor=2, mode="nearest") * s.g + s.h,
+         {"g": mixed(4, 1, 1)}),
+        (lambda s, x: s.c(x).mean((2, 3), keepdim=True) * s.g + s.h, {"g": mixed(4, 1, 1)}),
+        (lambda s, x: s.c(x).mean((-1, 2)) * s.g.flatten() + s.h.flatten(), {"g": mixed(4, 1, 1)}),
+        (lambda s, x: s.c(x).mean(3) * s.g, {"g": mixed(4, 1)}),
+        (lambda s, x: F.pad(s.c(x), (1, 0, 2, 0)) * s.g, {"g": mixed(4, 1, 1)}),
+        (lambda s, x: F.max_pool2d(s.c(x), 2, return_indices=True)[0] * s.g + s.h,
+         {"g": positive(4, 1, 1)}),
+        (lambda s, x: (s.c(x) @ s.d(x).transpose(2, 3)) * s.g, {"g": mixed(4, 1, 1)}),
+        (lambda s, x: (s.c(x) @ s.d(x).transpose(2, 3)) * 0.5, {}),
+        (lambda s, x: (s.q(x) @ s.k(x).transpose(2, 3)) @ s.v(x) * s.g, {"g": mixed(6)}),
+        (lambda s, x: attention(s, x) * s.g, {"g": mixed(6)}),
+        (lambda s, x: attention(s, x) * -0.5, {}),
+    ],
+)  # fmt: skip
+def test_what_a_scale_and_shift_crosses(forward, parts) -> None:
+    net = Net(forward, c=conv(), d=conv(), h=mixed(4, 1, 1), **HEADS, **parts)
+    gm, declined = run(AbsorbScaleShift(), net, image(4, 7, 6))
+    assert not {"mul", "add"} & left(gm).keys(), (declined, gm.graph)
+
+
+@pytest.mark.parametrize(
+    ("forward", "parts", "reason"),
+    [
+        (lambda s, x: pooled(s.c(x), padding=1) + s.h, {}, "averages zero padding in"),
+        (lambda s, x: pooled(s.c(x), divisor_override=5) + s.h, {}, "divides by another number"),
+        (lambda s, x: pooled(s.c(x)) * s.g, {"g": mixed(1, 1, 4)}, ""),
+        (lambda s, x: F.max_pool2d(s.c(x), 2) * s.g, {"g": positive(1, 3, 1)}, ""),
+        (lambda s, x: F.max_pool2d(s.c(x), 2) * s.g, {"g": mixed(4, 1, 1)}, "negative or zero"),
+        (lambda s, x: sum(F.max_pool2d(s.c(x), 2, return_indices=True)) * s.g,
+         {"g": positive(4, 1, 1)}, ""),
+        (lambda s, x: F.adaptive_avg_pool2d(s.c(x), 2) * s.g, {"g": mixed(2, 1)}, ""),
+        (lambda s, x: F.interpolate(s.c(x), scale_factor=2, mode="bilinear") * s.g,
+         {"g": mixed(1, 14, 1)}, ""),
+        (lambda s, x: s.c(x).mean(2, keepdim=True) * s.g, {"g": mixed(6)}, ""),
+        (lambda s, x: F.pad(s.c(x), (1, 1), value=2.0) * s.g, {"g": mixed(4, 1, 1)}, "pads with 2"),
+        (lambda s, x: F.pad(s.c(x), (1, 1, 0, 0), mode="reflect") * s.g, {"g": mixed(8)}, ""),
+        (lambda s, x: F.pad(s.c(x), (1, 1)) * s.g, {"g": mixed(8)}, ""),
+        (lambda s, x: s.n(x) * s.g, {"n": nn.LayerNorm(6), "g": mixed(4, 1, 1)},
+         "another axis than layer-norm's weight"),
+        (lambda s, x: torch.cat([s.c(x), s.d(x).float()], 1) * s.g, {"g": mixed(8, 1, 1)},
+         "promotes a dtype"),
+        (lambda s, x: (s.c(x) @ s.d(x).transpose(2, 3)) * s.g, {"g": mixed(7, 7)}, "both axes"),
+        (lambda s, x: (s.c(x)[:1] @ s.d(x)[:, :1].transpose(2, 3)) * s.g,
+         {"g": mixed(1, 4, 1, 1)}, ""),
+        (lambda s, x: attention(s, x) * s.g, {"g": mixed(7, 1)}, "along the queries"),
+        (lambda s, x: F.scaled_dot_product_attention(s.q(x), s.k(x), s.v(x)[:, :1].expand(
+            -1, 4, -1, -1)) * s.g, {"g": mixed(4, 1, 1)}, ""),
+        (lambda s, x: attention(s, x) + s.g, {"g": mixed(6)}, ""),
+    ],
+)  # fmt: skip
+def test_what_a_scale_and_shift_does_not_cross(forward, parts, reason) -> None:
+    """The numbers hold where it stops half-way, too; sizes of axes differ here."""
+    net = Net(forward, c=nn.Conv2d(4, 4, 3, padding=1), d=nn.Conv2d(4, 4, 3, padding=1),
+              h=mixed(4, 1, 1), **HEADS, **parts)  # fmt: skip
+    gm, declined = run(AbsorbScaleShift(), net, image(4, 7, 6))
+    assert {"mul", "add"} & left(gm).keys(), gm.graph
+    assert any(re.search(reason, d.reason) for d in declined), (declined, gm.graph)
+
+
 EINSUMS = {  # equation, scale of the result, whether an operand takes it
     "scores": ("bhid,bhjd->bhij", (), True),
     "scores, heads": ("bhid,bhjd->bhij", (2, 1, 1), True),

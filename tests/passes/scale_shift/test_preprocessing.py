@@ -192,6 +192,31 @@ def test_integers_cannot_be_padded_with_what_they_are_not(mean: float) -> None:
     assert "pads with zeros" in reasons(declined)
 
 
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    return (x.double() - 128) / 64
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        stem(lambda s, x: shifted(x), out=32, padding="same"),
+        stem(lambda s, x: shifted(x.short()), out=32, padding=1),
+        Net(lambda s, x: s.c(shifted(x)), c=nn.ConvTranspose2d(3, 32, 3, padding=1)),
+        Net(lambda s, x: (lambda y: s.c(y) + s.d(y).tanh())(shifted(x)),
+            c=nn.Conv2d(3, 32, 3, padding=1), d=nn.Conv2d(3, 32, 5, padding=2)),
+        Net(lambda s, x: (lambda y: s.c((y - 128) / 64) * y.mean())(x.double()),
+            c=nn.Conv2d(3, 32, 3, padding=1)),
+        Net(lambda s, x: s.c((x.double() - 128) * s.g),
+            c=nn.Conv2d(3, 32, 3, padding=1), g=torch.rand(1, 1, 40, 1) + 0.5),
+    ],
+    ids=["same", "wider", "transposed", "two layers", "two readers", "rows"],
+)  # fmt: skip
+def test_integers_stay_unpadded_where_the_pad_would_not_be_the_layers_own(net: Net) -> None:
+    """The numbers are compared in ``folded``."""
+    gm, _ = folded(net, pixels(2, 3, 40, 40))
+    assert "pad" not in left(gm)
+
+
 def wide(forward: Callable[..., Any], **options: Any) -> Net:
     """A padded stem whose output is much smaller than the image."""
     return stem(forward, out=4, kernel=7, stride=4, padding=3, **options)
