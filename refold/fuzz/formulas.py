@@ -265,18 +265,29 @@ def _finite(field: Residues, given: Given) -> Tensor:
     return torch.ones_like(given["self"], dtype=torch.bool)
 
 
-# --- activations that are products ----------------------------------------------------------------
+# --- gates, and activations that are products -----------------------------------------------------
+
+
+@formula("sigmoid")
+def _sigmoid(field: Residues, given: Given) -> Tensor:
+    return _gate(field, given["self"])
 
 
 @formula("silu")
 def _silu(field: Residues, given: Given) -> Tensor:
-    return multiplied(given["self"], field.function("sigmoid", given["self"]))
+    return multiplied(given["self"], _gate(field, given["self"]))
 
 
 @formula("glu")
 def _glu(field: Residues, given: Given) -> Tensor:
     value, gate = given["self"].chunk(2, given["dim"])
-    return multiplied(value, field.function("sigmoid", gate))
+    return multiplied(value, _gate(field, gate))
+
+
+def _gate(field: Residues, x: Tensor) -> Tensor:
+    """A positive function, which is 1 / 2 at zero."""
+    value = field.function("sigmoid", x)
+    return torch.where(x == 0, field.number(0.5), multiplied(value, value))
 
 
 # --- products -------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ _COPIES = (
     "_assert_tensor_metadata max_unpool2d max_unpool3d _unsafe_index _unsafe_index_put"
 )
 _SUMS = "sum cumsum diff trace col2im index_add scatter_add neg sum_to_size"
-_POSITIVE = "exp exp2 sigmoid softplus cosh erfc hypot"  # whatever they read
+_POSITIVE = "exp exp2 softplus cosh erfc hypot"  # whatever they read
 
 _KERNELS = ops.names(ops.MOVES | ops.NEAREST) | frozenset((*_COPIES.split(), *_SUMS.split()))
 

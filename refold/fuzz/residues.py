@@ -33,13 +33,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from refold.algebra.affine_map import ROUNDING
+
 P = 880871
 _GENERATOR = 41  # every residue but 0 is a power of it
 _EXACT = 2.0**53  # integers of float64 up to here are exact
 _FRACTIONS = 2**4 * 3**2 * 5**2 * 7**2 * 11 * 13  # a denominator that small ones divide
 _LARGEST = 2.0**45  # numerators up to which a float is read as a fraction
 _SPLIT = 1024.0
-ROUNDING = 64 * 2.0**-52  # the largest number that only bounds what rounding may do
 PAIRS = 1 << 24  # comparisons of elements with each other that are still cheap
 
 
@@ -210,11 +211,11 @@ class Residues:
     def number(self, value: float) -> float:
         """Of a Python number; that of an integer is always exact.
 
-        Exact arithmetic has no rounding: a number that bounds one is zero.
+        Exact arithmetic has no rounding: the bound on it is zero.
         """
         if isinstance(value, int):
             return float(value % P)
-        if abs(value) <= ROUNDING:
+        if value == ROUNDING:
             return 0.0
         found = self._numbers.get(value)
         if found is None:
