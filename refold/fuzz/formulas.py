@@ -235,18 +235,18 @@ def _minimum(field: Residues, given: Given) -> Tensor:
     return _lesser(field.read(given["self"]), field.read(given["other"]))
 
 
-def _comparison(compare: Callable[[Tensor], Tensor]) -> Formula:
+def _comparison(compare: Callable[..., Tensor]) -> Formula:
     def compared(field: Residues, given: Given) -> Tensor:
-        return compare(sign(mod(field.read(given["self"]) - field.read(given["other"]))))
+        other = given["other"]
+        if isinstance(other, float) and not math.isfinite(other):  # which no residue is
+            return compare(torch.zeros_like(field.read(given["self"])), other)
+        return compare(sign(mod(field.read(given["self"]) - field.read(other))), 0)
 
     return compared
 
 
-for _named, _compare in (
-    ("eq", lambda s: s == 0), ("ne", lambda s: s != 0), ("gt", lambda s: s > 0),
-    ("ge", lambda s: s >= 0), ("lt", lambda s: s < 0), ("le", lambda s: s <= 0),
-):  # fmt: skip
-    FORMULAS[_named] = _comparison(_compare)
+for _compare in (torch.eq, torch.ne, torch.gt, torch.ge, torch.lt, torch.le):
+    FORMULAS[_compare.__name__] = _comparison(_compare)
 
 
 @formula("logical_not")

@@ -87,7 +87,7 @@ def _compare(label: str) -> int:
     return compared
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_every_formula_gives_the_residue_of_the_value() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -133,6 +133,9 @@ KERNEL = torch.arange(4 * 2 * 3 * 3).reshape(4, 2, 3, 3).remainder(5).double() /
         (aten.index_add.default, (IMAGE, 1, torch.tensor([0, 0, 3]), IMAGE[:, :3])),
         (aten.cumsum.default, (IMAGE, 1)),
         (aten.gt.Scalar, (IMAGE, 2.5)),
+        (aten.ne.Scalar, (IMAGE, float("inf"))),
+        (aten.ge.Scalar, (IMAGE, float("-inf"))),
+        (aten.ne.Scalar, (IMAGE, float("nan"))),
     ],
 )  # fmt: skip
 def test_formulas(target: Any, args: tuple[Any, ...]) -> None:
