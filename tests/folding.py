@@ -9,7 +9,10 @@ import torch
 from torch import fx, nn
 
 from refold.frontends.export import trace
+from refold.fuzz.modular import DIFFERENT, judge_graphs
+from refold.graph.copies import copy_sharing_tensors
 from refold.graph.ops import census
+from refold.refit.recipe import record
 from refold.rewrite.context import Context
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Decline, Pass
@@ -52,11 +55,18 @@ def run(
     passes: Pass | Sequence[Pass], model: nn.Module, x: torch.Tensor, *, dynamic: bool = True,
     context: Context = Context(),
 ) -> tuple[fx.GraphModule, list[Decline]]:  # fmt: skip
-    """Folds, checks the numbers at two batch sizes, and returns the graph and what declined."""
+    """Folds, checks the numbers at several batch sizes, and returns the graph and what declined.
+
+    Beside the numbers it asks the exact judge, which knows no tolerance.
+    """
     with torch.no_grad():
-        gm = trace(model, (x,), {}, dynamic_batch=dynamic).graph_module
+        program = trace(model, (x,), {}, dynamic_batch=dynamic)
+        gm = copy_sharing_tensors(program.graph_module)
         chosen = tuple(passes) if isinstance(passes, Sequence) else (passes,)
-        result = Pipeline("test", chosen).run(gm, context, debug=True)
+        pipeline = Pipeline("test", chosen)
+        result, recipe = record(program, gm, lambda _: pipeline.run(gm, context, debug=True))
+        exact = judge_graphs(program.graph_module, gm, recipe.tape, ((x,), {}))
+        assert exact.kind != DIFFERENT or result.allowed, f"{exact.reason}\n{gm.graph}"
         for batch in (1, 2, 3) if dynamic else (2,):
             probe = torch.randn(batch, *x.shape[1:], dtype=x.dtype)
             error = relative_error(gm(probe), model(probe))

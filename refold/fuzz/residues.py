@@ -41,6 +41,8 @@ _EXACT = 2.0**53  # integers of float64 up to here are exact
 _FRACTIONS = 2**4 * 3**2 * 5**2 * 7**2 * 11 * 13  # a denominator that small ones divide
 _LARGEST = 2.0**45  # numerators up to which a float is read as a fraction
 _SPLIT = 1024.0
+# What a fold compares with to tell a value from its rounding: sums that cancel, whole thresholds.
+_BOUNDS = frozenset({ROUNDING, 4 * torch.finfo(torch.float64).eps})
 PAIRS = 1 << 24  # comparisons of elements with each other that are still cheap
 
 
@@ -211,11 +213,11 @@ class Residues:
     def number(self, value: float) -> float:
         """Of a Python number; that of an integer is always exact.
 
-        Exact arithmetic has no rounding: the bound on it is zero.
+        Exact arithmetic has no rounding: a bound on it is zero.
         """
         if isinstance(value, int):
             return float(value % P)
-        if value == ROUNDING:
+        if value in _BOUNDS:
             return 0.0
         found = self._numbers.get(value)
         if found is None:

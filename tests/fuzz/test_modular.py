@@ -12,6 +12,7 @@ import refold
 from refold.fuzz.modular import DIFFERENT, EQUAL, UNJUDGED, Judgement, judge, judge_graphs
 from refold.graph.copies import copy_sharing_tensors
 from refold.refit.tape import StepValue, TapeStep
+from tests.examples import few
 from tests.folding import Net, image
 from tests.models.patterns import PATTERNS
 from tests.models.random_graphs import RandomGraph
@@ -30,7 +31,7 @@ def judged(model: nn.Module, *inputs: Tensor, **options: Any) -> Judgement:
     return judge(compiled(model, *inputs, **options)._done, (inputs, {}))
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", few(PATTERNS, 8))
 def test_patterns_fold_to_what_is_equal(name: str) -> None:
     pattern = PATTERNS[name]
     torch.manual_seed(0)
@@ -39,7 +40,7 @@ def test_patterns_fold_to_what_is_equal(name: str) -> None:
     assert judged(model, x.double()) == Judgement(EQUAL)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", few(range(12), 4))
 def test_random_graphs_fold_to_what_is_equal(seed: int) -> None:
     model = RandomGraph(seed, steps=6 + seed % 10)
     assert judged(model, model.example) == Judgement(EQUAL)

@@ -116,3 +116,14 @@ def test_a_function_is_known_by_its_name_and_arguments() -> None:
     ):
         assert int((field.function("f", x) == other).sum()) <= 1
     assert 400 < int(field.coin("f", x).sum()) < 600
+
+
+def test_a_bound_on_rounding_is_zero_and_another_small_number_is_not() -> None:
+    field, eps = Residues(signed=True), torch.finfo(torch.float64).eps
+    assert [field.number(n * eps) == 0 for n in (1, 4, 5, 64, 65)] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
