@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 import refold
 from refold.errors import FrontendError
+from refold.fuzz.calls import Call, calls_of, operators
 from tests.examples import few
-from tests.models.aten_operators import Call, calls_of, operators
 
 # What rounding may do to a value that a few operators amplify, of the largest value; float64. A
 # dropped bias, or a scale that went to another axis, is at least 1e-3.

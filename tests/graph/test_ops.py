@@ -1,6 +1,6 @@
 """The table of operators: every operator of ATen has a place, and the traits are facts.
 
-The facts are asked of PyTorch, by calling each operator as ``tests/models/aten_operators.py`` does.
+The facts are asked of PyTorch, by calling each operator as ``refold.fuzz.calls.py`` does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from refold.frontends import canonical
 from refold.graph import ops
-from tests.models.aten_operators import Call, calls_of, operators
+from refold.fuzz.calls import Call, calls_of, operators
 
 aten = torch.ops.aten
 

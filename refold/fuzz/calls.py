@@ -19,6 +19,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 # Four everywhere: an axis that is taken for another one is noticed by the numbers alone.
+KINDS = ("floats", "integers", "complex")
 SHAPES = ((2, 4, 4, 4), (2, 4, 4), (2, 4), (4, 4), (2, 4, 4, 4, 4), (4,), ())
 _TRIES = 96
 _KEPT = 3  # calls of each operator, of different shapes
@@ -47,7 +48,7 @@ LEFT_OUT = {
     r"_transform_bias.*|_triton.*|_validate.*|_cast_.*|_transformer_encoder.*|_native_multi.*|"
     r"_rowwise_prune|_embedding_bag.*|special_.*polynomial.*": "internal, of training, or "
     "of another kind of tensor",
-    r"_cholesky_solve_helper|_weight_norm_interface": "ends the process on sizes that the operator "
+    r"_cholesky_solve_helper|_weight_norm.*": "ends the process on sizes that the operator "
     "in front of it would have refused",
     r"empty.*|new_empty.*|_empty.*|_compute_linear_combination|slow_conv.*|linalg_lstsq": "reads "
     "memory that nothing was written to",
@@ -71,8 +72,9 @@ class Call:
         return f"{self.operator} of {list(self.shape)} as {self.place}"
 
     def __call__(self, data: torch.Tensor) -> Any:
+        as_data = data.is_floating_point()
         args, kwargs = pytree.tree_map(
-            lambda v: data if v is DATA else v.to(data.dtype) if _floating(v) else v,
+            lambda v: data if v is DATA else v.to(data.dtype) if as_data and _floating(v) else v,
             (self.args, self.kwargs),
         )
         return self.operator(*args, **kwargs)
@@ -129,24 +131,36 @@ def _unsuited(name: str, schema: Any) -> str | None:
 def calls_of(operator: Any) -> list[Call]:
     """A few calls of an operator that eager PyTorch takes, of data of different shapes."""
     found: list[Call] = []
-    tensors = [a.name for a in operator._schema.arguments if "Tensor" in str(a.type)]
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        for shape in SHAPES:
-            call = next(
-                (c for place in tensors[:3] for c in _guesses(operator, shape, place) if _runs(c)),
-                None,
-            )
-            if call is not None:
-                found.append(call)
-            if len(found) == _KEPT:
-                break
+    for shape in SHAPES:
+        found += calls_on(operator, shape)[:1]
+        if len(found) == _KEPT:
+            break
     return found
 
 
-def _runs(call: Call) -> bool:
+_FRAGILE = {torch.ops.aten.embedding_bag}  # ends the process on sizes that do not fit
+
+
+@functools.cache
+def calls_on(
+    operator: Any, shape: tuple[int, ...], most: int = 1, kind: str = "floats"
+) -> tuple[Call, ...]:
+    """Calls of an operator that eager PyTorch takes, of data of one shape and kind.
+
+    The kinds are ``floats`` (between 0.25 and 1.25), ``integers`` (from 0 to 3) and ``complex``.
+    """
+    tensors = [a.name for a in operator._schema.arguments if "Tensor" in str(a.type)]
+    most = 1 if operator.overloadpacket in _FRAGILE else most
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        guesses = (c for place in tensors[:3] for c in _guesses(operator, shape, place))
+        fitting = (call for call in guesses if _runs(call, _data(shape, kind)))
+        return tuple(itertools.islice(fitting, most))
+
+
+def _runs(call: Call, data: torch.Tensor) -> bool:
     try:
-        first, second = (pytree.tree_leaves(call(_data(call.shape))) for _ in range(2))
+        first, second = (pytree.tree_leaves(call(data)) for _ in range(2))
         if not first or not all(isinstance(v, torch.Tensor) for v in first):
             return False
         if not all(v.layout is torch.strided and not v.is_quantized for v in first):
@@ -161,8 +175,12 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _data(shape: tuple[int, ...]) -> torch.Tensor:
+def _data(shape: tuple[int, ...], kind: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
+    if kind == "integers":
+        return torch.randint(0, 4, shape, generator=generator)
+    if kind == "complex":
+        return torch.randn(shape, generator=generator, dtype=torch.complex128)
     return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.25
 
 
@@ -184,6 +202,8 @@ def _options(argument: Any, shape: tuple[int, ...], *, required: bool, is_data: 
     if is_data:
         lists = {"List[Tensor]", "List[Optional[Tensor]]"}
         return [[DATA, DATA], [DATA]] if kind in lists else [DATA]
+    if name in _AS_THEY_ARE:
+        return [argument.default_value]
     optional = kind.startswith("Optional") or not required
     guesses = _by_type(kind, name, shape)
     if optional and name not in _WANTED:
@@ -191,6 +211,8 @@ def _options(argument: Any, shape: tuple[int, ...], *, required: bool, is_data: 
     return guesses
 
 
+# Numbers for these are no formats, layouts and devices; some end the process.
+_AS_THEY_ARE = {"memory_format", "layout", "device", "pin_memory"}
 _WANTED = {"dim", "weight", "bias", "output_size", "scale_factors", "align_corners"}
 
 

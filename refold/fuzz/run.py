@@ -1,0 +1,272 @@
+"""Runs many cases in several processes, and adds up what they found.
+
+A case is a seed: the same seed draws the same network and the same setting anywhere, whatever ran
+before it. A process that ends, or hangs, costs the case that it was at, which is counted as a
+crash.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from typing import Any
+
+import torch
+
+from refold.fuzz import cases
+from refold.fuzz.cases import ALARM, CRASH, REFUSED, UNJUDGED, WRONG, Mix, Outcome, Setting
+from refold.fuzz.generate import callable_alone, drawable
+from refold.fuzz.network import Network
+from refold.fuzz.shrink import shrunk
+from refold.passes import PIPELINES
+
+FAULTS = (WRONG, CRASH, ALARM)
+_PATIENCE = 300.0  # seconds for one case
+_ALARMS = 1e-3  # the share of verified cases that verification may refuse wrongly
+# Operators are drawn in turn, so that these many rounds over the table reach each.
+_ROUNDS = 3
+_APPROXIMATE = {"substitute-shift-add"}  # only modules take it, and only with its pipeline
+
+
+@dataclass
+class Summary:
+    """What a run found.
+
+    Attributes:
+        cases: how many there were.
+        kinds: by outcome.
+        verified: how many went through verification.
+        exact: what the exact judge said, by verdict.
+        operators: in how many networks each was called.
+        rules: how often each was applied.
+        faults: the cases that are wrong, crashed, or were refused by verification.
+        seconds: of the whole run.
+        first: the first seed.
+    """
+
+    first: int
+    cases: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    ways: Counter[str] = field(default_factory=Counter)
+    verified: int = 0
+    exact: Counter[str] = field(default_factory=Counter)
+    operators: Counter[str] = field(default_factory=Counter)
+    rules: Counter[str] = field(default_factory=Counter)
+    refusals: Counter[str] = field(default_factory=Counter)
+    faults: list[Outcome] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, outcome: Outcome) -> None:
+        self.cases += 1
+        self.kinds[outcome.kind or "right"] += 1
+        self.ways[_way(outcome.setting)] += 1
+        self.verified += outcome.verified
+        if outcome.exact:
+            self.exact[outcome.exact] += 1
+        if outcome.kind in FAULTS:
+            self.faults.append(outcome)
+        if outcome.kind in (REFUSED, UNJUDGED):
+            self.refusals[outcome.what[:60]] += 1
+        if outcome.kind not in (REFUSED, CRASH):
+            self.operators.update(set(outcome.operators))
+            self.rules.update(outcome.rules)
+
+    @property
+    def missing_operators(self) -> list[str]:
+        """What has a row in the table, can be drawn, and was in no network that was judged."""
+        missing = drawable().keys() - self.operators.keys()
+        return sorted(name for name in missing if callable_alone(name))
+
+    @property
+    def missing_rules(self) -> list[str]:
+        """Passes of the pipelines that were never applied."""
+        known = {p.name for pipeline in PIPELINES.values() for p in pipeline.passes}
+        applied = {rule.partition("/")[0] for rule in self.rules}
+        return sorted(known - _APPROXIMATE - applied)
+
+    @property
+    def covers(self) -> bool:
+        """Whether the run is long enough to reach every operator and every rule."""
+        return self.cases >= _ROUNDS * len(drawable())
+
+    @property
+    def alarms_allowed(self) -> float:
+        return max(1.0, _ALARMS * self.verified)
+
+    @property
+    def failed(self) -> bool:
+        if any(o.kind != ALARM for o in self.faults):
+            return True
+        if self.kinds[ALARM] > self.alarms_allowed:
+            return True
+        return self.covers and bool(self.missing_operators or self.missing_rules)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "first_seed": self.first,
+            "cases": self.cases,
+            "seconds": round(self.seconds, 1),
+            "outcomes": dict(self.kinds),
+            "ways": dict(self.ways),
+            "verified": self.verified,
+            "exact": dict(self.exact),
+            "operators": dict(sorted(self.operators.items())),
+            "rules": dict(sorted(self.rules.items())),
+            "missing_operators": self.missing_operators if self.covers else None,
+            "missing_rules": self.missing_rules if self.covers else None,
+            "not_judged": dict(self.refusals.most_common()),
+            "faults": [
+                {"seed": o.seed, "kind": o.kind, "what": o.what, "setting": str(o.setting)}
+                for o in self.faults
+            ],
+        }
+
+
+def _way(setting: Setting) -> str:
+    if setting.way == "module":
+        return f"module, {setting.target}, {setting.pipeline}"
+    sizes = "dynamic" if setting.dynamic else "static"
+    return f"graph, {str(setting.dtype).removeprefix('torch.')}, {sizes}, {setting.pipeline}"
+
+
+def run(
+    first: int,
+    mix: Mix,
+    *,
+    count: int | None = None,
+    seconds: float | None = None,
+    workers: int = 1,
+    progress: Callable[[Summary], None] | None = None,
+) -> Summary:
+    """Runs cases from a first seed on.
+
+    Args:
+        first: the first seed; the others follow it.
+        mix: the settings to draw from.
+        count: how many cases; without it, as many as the time allows.
+        seconds: when to stop.
+        workers: how many processes.
+        progress: called after each case.
+    """
+    summary, start = Summary(first), time.monotonic()
+
+    def seeds() -> Iterator[int]:
+        at = first
+        while (count is None or at < first + count) and (
+            seconds is None or time.monotonic() - start < seconds
+        ):
+            yield at
+            at += 1
+
+    for outcome in _outcomes(seeds(), mix, workers):
+        summary.add(outcome)
+        summary.seconds = time.monotonic() - start
+        if progress is not None:
+            progress(summary)
+    return summary
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """A process that runs one case at a time."""
+
+    def __init__(self, mix: Mix) -> None:
+        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, mix), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.seed: int | None = None
+        self.since = 0.0
+
+    def give(self, seed: int) -> None:
+        self.seed, self.since = seed, time.monotonic()
+        self.pipe.send(seed)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def _work(pipe: Any, mix: Mix) -> None:
+    quiet()
+    while True:
+        try:
+            seed = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        pipe.send(cases.run_case(seed, mix))
+
+
+def quiet() -> None:
+    """One thread, and no warnings of operators that are called with whatever fits."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    torch.set_warn_always(False)
+    logging.disable(logging.CRITICAL)
+
+
+def _outcomes(seeds: Iterator[int], mix: Mix, count: int) -> Iterator[Outcome]:
+    workers = [_Worker(mix) for _ in range(count)]
+    try:
+        for worker in workers:
+            _next(worker, seeds)
+        while any(w.seed is not None for w in workers):
+            busy = [w for w in workers if w.seed is not None]
+            ready = connection.wait([w.pipe for w in busy], timeout=5)
+            for worker in busy:
+                done = None
+                if worker.pipe in ready:
+                    try:
+                        done = worker.pipe.recv()
+                    except EOFError:
+                        done = _lost(worker.seed, mix, "the process ended")
+                elif time.monotonic() - worker.since > _PATIENCE:
+                    done = _lost(worker.seed, mix, f"no end after {_PATIENCE:.0f} s")
+                if done is None:
+                    continue
+                if done.what.startswith(("the process", "no end")):
+                    worker.end()
+                    workers[workers.index(worker)] = worker = _Worker(mix)
+                yield done
+                _next(worker, seeds)
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def _next(worker: _Worker, seeds: Iterator[int]) -> None:
+    seed = next(seeds, None)
+    worker.seed = None
+    if seed is not None:
+        worker.give(seed)
+
+
+def _lost(seed: int | None, mix: Mix, what: str) -> Outcome:
+    assert seed is not None
+    return Outcome(seed, cases.setting_of(seed, mix), CRASH, what)
+
+
+# --- what is shown of a fault ---------------------------------------------------------------------
+
+
+def smallest(outcome: Outcome) -> Network:
+    """The network of a fault, made smaller while it fails in the same way."""
+    setting = outcome.setting
+    first_words = outcome.what[:24]
+
+    def fails(network: Network) -> bool:
+        found = cases.judge(outcome.seed, network, setting)
+        same = found.kind == outcome.kind
+        return same and (found.kind == WRONG or found.what[:24] == first_words)
+
+    return shrunk(cases.network_for(outcome.seed, setting), fails)
