@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 import refold
 from refold.errors import FrontendError
-from refold.fuzz.calls import Call, calls_of, operators
+from refold.fuzz.calls import OperatorCall, calls_of, operators
 from tests.examples import few
 
 # What rounding may do to a value that a few operators amplify, of the largest value; float64. A
@@ -77,7 +77,7 @@ def _layer(shape: Sequence[int]) -> nn.Module:
 class _Between(nn.Module):
     """``norm(op(layer(x)))``, ``layer(op(norm(x)))`` and the two with a scale."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: OperatorCall) -> None:
         super().__init__()
         self.call = call
         self.before = nn.ModuleList([_layer(call.shape), _Affine(call.shape, negative=False)])
@@ -107,7 +107,7 @@ def _is_float(value: Tensor) -> bool:
 
 
 class _Several(nn.Module):
-    def __init__(self, calls: Sequence[Call]) -> None:
+    def __init__(self, calls: Sequence[OperatorCall]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(_Between(c) for c in calls)
 
@@ -115,7 +115,7 @@ class _Several(nn.Module):
         return [part(x) for part, x in zip(self.parts, xs, strict=True)]
 
 
-def _inputs(calls: Sequence[Call]) -> tuple[Tensor, ...]:
+def _inputs(calls: Sequence[OperatorCall]) -> tuple[Tensor, ...]:
     return tuple(torch.rand(c.shape, dtype=torch.float64) + 0.25 for c in calls)
 
 
@@ -123,7 +123,7 @@ def _is_quick(name: str) -> bool:
     return _QUICK.fullmatch(name.rpartition(".")[0]) is not None
 
 
-def _compare(calls: Sequence[Call], *, dynamic: bool) -> None:
+def _compare(calls: Sequence[OperatorCall], *, dynamic: bool) -> None:
     """Compiles the calls as one program, unverified, and compares it with eager PyTorch."""
     torch.manual_seed(0)
     net, xs = _Several(calls), _inputs(calls)
@@ -151,7 +151,7 @@ def _assert_close(a: Tensor, b: Tensor) -> None:
         assert error <= _ROUNDING, f"relative error {error:.1e}"
 
 
-def _sweep(calls: Sequence[Call], *, dynamic: bool = True) -> None:
+def _sweep(calls: Sequence[OperatorCall], *, dynamic: bool = True) -> None:
     """Compares calls, those of one shape together; one by one where that fails, to name it."""
     faults = []
     by_shape = sorted(calls, key=lambda c: len(c.shape))

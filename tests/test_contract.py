@@ -48,9 +48,7 @@ def keeps_the_contract(
 ) -> None:
     """Compares calls of a float64 copy with those of its compilation."""
     model, (inputs, settings) = model.eval().double(), double((inputs, settings or {}))
-    contract.keeps_the_contract(
-        model, inputs, settings, bound=bound, fixed=fixed, strided=strided
-    )
+    contract.keeps_the_contract(model, inputs, settings, bound=bound, fixed=fixed, strided=strided)
 
 
 def drawn(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> tuple[nn.Module, Any]:

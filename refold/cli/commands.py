@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refold.cli.arguments import bind, expected, target_options
-from refold.cli.exit_codes import ERROR, OK
+from refold.cli.exit_codes import ERROR, NUMBERS, OK
 from refold.errors import UsageError
 from refold.reading import unreadable
 from refold.scratch import Scratch
@@ -313,6 +313,47 @@ def _load_artifact(path: Path, loader: Any, program: Any, *, trust: bool) -> Cal
 
     runner = archive.load(path, trust=trust).module()
     return runner
+
+
+_SHRUNK = 5  # faults that are made smaller and printed
+
+
+def fuzz(arguments: argparse.Namespace, progress: Progress) -> int:
+    import random
+
+    from refold.fuzz import run
+    from refold.fuzz.cases import WRONG, Mix
+    from refold.passes import find_pipeline
+
+    if arguments.pipeline is not None:
+        find_pipeline(arguments.pipeline)
+    for name, least in (("count", 1), ("seconds", 0), ("workers", 1), ("seed", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name} {value}: expected {least} or more")
+    if not 0 <= arguments.modules <= 1:
+        raise UsageError(f"--modules {arguments.modules}: expected a share between 0 and 1")
+    count = arguments.count
+    if count is None and arguments.seconds is None:
+        count = 1000
+    seed = arguments.seed if arguments.seed is not None else random.randrange(10**9)
+    mix = Mix(arguments.modules, arguments.pipeline, tuple(arguments.targets or ("torch",)))
+    progress(f"fuzzing from seed {seed}")
+    summary = run.run(seed, mix, count=count, seconds=arguments.seconds, workers=arguments.workers)
+    progress("making what fails smaller")
+    shown = [run.shown(fault, mix) for fault in summary.faults[:_SHRUNK]]
+    progress.close()
+    if arguments.json:
+        faults = [{**record, "module": code} for record, code in shown]
+        print(json.dumps({**summary.to_dict(), "smallest": faults}, indent=2))
+    else:
+        print(summary)
+        for record, code in shown:
+            print(f"\n# {record['kind']}: {record['what']}\n# refold fuzz {record['repeat']}")
+            print(code)
+    if any(fault.kind == WRONG for fault in summary.faults):
+        return NUMBERS
+    return ERROR if summary.failed else OK
 
 
 def passes(arguments: argparse.Namespace, progress: Progress) -> int:

@@ -34,6 +34,21 @@ exit codes: 0 ok, 1 error, 2 usage, 3 numbers past the tolerance, 4 an expected 
 """
 
 
+_FUZZ = """\
+Draws random networks, folds each without verification, and compares it with the original in
+float64, at several sizes, and modulo a prime. What is wrong is made smaller and printed as a module
+that runs. A plugin's passes are tried with --pipeline. The same seed draws the same network.
+"""
+_FUZZ_EXAMPLES = """\
+examples:
+  refold fuzz --count 2000 --workers 2
+  refold fuzz --pipeline default,my-pass --seconds 300
+  refold fuzz --seed 71423 --count 1
+
+exit codes: 0 all right, 1 an error or a false alarm too many, 3 a wrong number
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     parser = _parser()
@@ -198,6 +213,32 @@ def _parser() -> argparse.ArgumentParser:
     arguments.library_argument(build)
     build.add_argument("--json", action="store_true", help="machine-readable output")
     build.set_defaults(run=commands.build)
+
+    fuzz = added.add_parser(
+        "fuzz", help="fold random networks and judge every one", formatter_class=raw,
+        description=_FUZZ, epilog=_FUZZ_EXAMPLES,
+    )  # fmt: skip
+    fuzz.add_argument("--count", type=int, help="how many networks (default 1000)")
+    fuzz.add_argument(
+        "--seconds", type=float, help="stop after so long; without --count, then only"
+    )
+    fuzz.add_argument(
+        "--seed", type=int, help="the first seed; the others follow (default: a fresh one)"
+    )
+    fuzz.add_argument(
+        "--pipeline", metavar="PASSES", help="the passes to try (default: every exact pipeline)"
+    )
+    fuzz.add_argument(
+        "--modules", type=float, default=0.03, metavar="SHARE",
+        help="the share that is traced as a module and called, as users do (default 0.03)",
+    )  # fmt: skip
+    fuzz.add_argument(
+        "--target", dest="targets", action="append", choices=("torch", "ort", "inductor"),
+        help="where modules run, repeatable (default torch)",
+    )  # fmt: skip
+    fuzz.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    fuzz.add_argument("--json", action="store_true", help="machine-readable output")
+    fuzz.set_defaults(run=commands.fuzz)
 
     for name, text, run in (
         ("passes", "list the passes and pipelines", commands.passes),

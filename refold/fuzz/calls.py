@@ -59,7 +59,7 @@ LEFT_OUT = {
 
 
 @dataclass(frozen=True)
-class Call:
+class OperatorCall:
     """``operator`` of a tensor of floats (``None`` among the arguments' leaves) and the rest."""
 
     operator: Any
@@ -104,8 +104,8 @@ def operators() -> tuple[dict[str, Any], dict[str, str]]:
         operator = getattr(getattr(torch.ops.aten, name, None), label.rpartition(".")[2], None)
         if reason is None and operator is None:
             reason = "TorchScript's alone"
-        if reason is None and torch.Tag.nondeterministic_seeded in operator.tags:
-            reason = "draws random numbers"
+        if operator is not None and torch.Tag.nondeterministic_seeded in operator.tags:
+            reason = reason or "draws random numbers"
         if reason is None:
             found[label] = operator
         else:
@@ -128,9 +128,9 @@ def _unsuited(name: str, schema: Any) -> str | None:
     return None
 
 
-def calls_of(operator: Any) -> list[Call]:
+def calls_of(operator: Any) -> list[OperatorCall]:
     """A few calls of an operator that eager PyTorch takes, of data of different shapes."""
-    found: list[Call] = []
+    found: list[OperatorCall] = []
     for shape in SHAPES:
         found += calls_on(operator, shape)[:1]
         if len(found) == _KEPT:
@@ -144,7 +144,7 @@ _FRAGILE = {torch.ops.aten.embedding_bag}  # ends the process on sizes that do n
 @functools.cache
 def calls_on(
     operator: Any, shape: tuple[int, ...], most: int = 1, kind: str = "floats"
-) -> tuple[Call, ...]:
+) -> tuple[OperatorCall, ...]:
     """Calls of an operator that eager PyTorch takes, of data of one shape and kind.
 
     The kinds are ``floats`` (between 0.25 and 1.25), ``integers`` (from 0 to 3) and ``complex``.
@@ -158,7 +158,7 @@ def calls_on(
         return tuple(itertools.islice(fitting, most))
 
 
-def _runs(call: Call, data: torch.Tensor) -> bool:
+def _runs(call: OperatorCall, data: torch.Tensor) -> bool:
     try:
         first, second = (pytree.tree_leaves(call(data)) for _ in range(2))
         if not first or not all(isinstance(v, torch.Tensor) for v in first):
@@ -184,7 +184,7 @@ def _data(shape: tuple[int, ...], kind: str) -> torch.Tensor:
     return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.25
 
 
-def _guesses(operator: Any, shape: tuple[int, ...], place: str) -> Iterator[Call]:
+def _guesses(operator: Any, shape: tuple[int, ...], place: str) -> Iterator[OperatorCall]:
     arguments = operator._schema.arguments
     guesses = [
         _options(a, shape, required=not a.has_default_value(), is_data=a.name == place)
@@ -194,7 +194,7 @@ def _guesses(operator: Any, shape: tuple[int, ...], place: str) -> Iterator[Call
         pairs = list(zip(arguments, values, strict=True))
         args = tuple(v for a, v in pairs if not a.kwarg_only)
         kwargs = {a.name: v for a, v in pairs if a.kwarg_only}
-        yield Call(operator, shape, args, kwargs, place)
+        yield OperatorCall(operator, shape, args, kwargs, place)
 
 
 def _options(argument: Any, shape: tuple[int, ...], *, required: bool, is_data: bool) -> list[Any]:

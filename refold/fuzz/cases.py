@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
-import refold
+from refold.compiled import CompiledModel
+from refold.compiler import compile_for_inference
 from refold.errors import BackendError, FrontendError, RefitError, VerificationError
 from refold.frontends.export import trace
-from refold.fuzz import contract
+from refold.fuzz import contract, modular
 from refold.fuzz.contract import Breach, relative_error
 from refold.fuzz.generate import network_of
-from refold.fuzz.network import Network, Unsuited, leaves, program_of
+from refold.fuzz.network import DrawnNetwork, Unsuited, program_of
 from refold.graph.copies import with_tensors
 from refold.graph.program import Program
-from refold.passes import PIPELINES, find_pipeline
-from refold.report.report import Report
+from refold.passes import find_pipeline
 from refold.rewrite.context import Context
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import Decline, watch_failures
@@ -113,6 +113,15 @@ class Mix:
     pipeline: str | None = None
     targets: tuple[str, ...] = ("torch",)
 
+    @property
+    def arguments(self) -> str:
+        """The options of ``refold fuzz`` that say the same, where they are not the default."""
+        said = f" --modules {self.modules}" if self.modules != Mix.modules else ""
+        said += f" --pipeline {self.pipeline}" if self.pipeline else ""
+        if self.targets != Mix.targets:
+            said += "".join(f" --target {t}" for t in self.targets)
+        return said
+
 
 def setting_of(seed: int, mix: Mix) -> Setting:
     """How the case of a seed is compiled."""
@@ -141,7 +150,7 @@ def setting_of(seed: int, mix: Mix) -> Setting:
     )
 
 
-def network_for(seed: int, setting: Setting) -> Network:
+def network_for(seed: int, setting: Setting) -> DrawnNetwork:
     """The network of a seed, as its setting needs it."""
     return network_of(seed, effects=setting.way == "module", dtype=setting.dtype)
 
@@ -149,10 +158,14 @@ def network_for(seed: int, setting: Setting) -> Network:
 def run_case(seed: int, mix: Mix) -> Outcome:
     """Draws, compiles and judges the case of a seed."""
     setting = setting_of(seed, mix)
-    return judge(seed, network_for(seed, setting), setting)
+    try:
+        network = network_for(seed, setting)
+    except Exception as error:  # of the fuzzer itself: it is seen, and the others go on
+        return Outcome(seed, setting, CRASH, f"nothing was drawn: {type(error).__name__}: {error}")
+    return judge(seed, network, setting)
 
 
-def judge(seed: int, network: Network, setting: Setting) -> Outcome:
+def judge(seed: int, network: DrawnNetwork, setting: Setting) -> Outcome:
     """Compiles and judges one network."""
     outcome = Outcome(seed, setting, operators=tuple(network.operators))
     failures: list[Decline] = []
@@ -196,7 +209,7 @@ class _Unclear(Exception):
 # --- graphs ---------------------------------------------------------------------------------------
 
 
-def _of_graph(network: Network, outcome: Outcome) -> None:
+def _of_graph(network: DrawnNetwork, outcome: Outcome) -> None:
     setting = outcome.setting
     try:
         program = program_of(network, dynamic=setting.dynamic)
@@ -216,6 +229,8 @@ def _of_graph(network: Network, outcome: Outcome) -> None:
         _agree(program.graph_module, gm, inputs)
     if setting.recorded and folded.recipe is not None:
         _agree_refitted(network, program, folded, outcome.seed)
+    if setting.exact and folded.recipe is not None:
+        _judge_exactly(program, folded, outcome)
     if setting.verified:
         outcome.verified = True
         _verify(program, pipeline, folded)
@@ -225,7 +240,7 @@ def _rules(passes: Sequence[Any]) -> tuple[str, ...]:
     return tuple(a.rule for run in passes for a in run.applied)
 
 
-def _inputs(network: Network, dynamic: bool) -> list[list[torch.Tensor]]:
+def _inputs(network: DrawnNetwork, dynamic: bool) -> list[list[torch.Tensor]]:
     own = network.example()
     if not dynamic:
         return [own, network.example(seed=1)]
@@ -277,7 +292,7 @@ class _Noisy(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        return result if n.op == "output" else contract.pytree.tree_map(self._off, result)
+        return result if n.op == "output" else pytree.tree_map(self._off, result)
 
     def _off(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
@@ -302,7 +317,7 @@ def _flips(gm: fx.GraphModule, inputs: list[torch.Tensor], want: Any) -> bool:
     return _noise(gm, inputs, want) == float("inf")
 
 
-def _agree_refitted(network: Network, program: Program, folded: Folded, seed: int) -> None:
+def _agree_refitted(network: DrawnNetwork, program: Program, folded: Folded, seed: int) -> None:
     """Other weights through the recipe give what the original gives with them."""
     assert folded.recipe is not None
     names = dict(program.graph_module.named_parameters()) | dict(
@@ -323,6 +338,20 @@ def _agree_refitted(network: Network, program: Program, folded: Folded, seed: in
     )
 
 
+def _judge_exactly(program: Program, folded: Folded, outcome: Outcome) -> None:
+    assert folded.recipe is not None
+    found = modular.judge_graphs(
+        program.graph_module,
+        folded.graph_module,
+        folded.recipe.tape,
+        (program.args, program.kwargs),
+        seed=outcome.seed,
+    )
+    outcome.exact = found.kind
+    if found.kind == modular.DIFFERENT:
+        raise Breach(f"not equal modulo a prime: {found.reason}")
+
+
 class _Alarm(Exception):
     """Verification refuses what is right."""
 
@@ -340,7 +369,7 @@ def _verify(program: Program, pipeline: Pipeline, folded: Folded) -> None:
 # --- modules --------------------------------------------------------------------------------------
 
 
-def _of_module(network: Network, outcome: Outcome) -> None:
+def _of_module(network: DrawnNetwork, outcome: Outcome) -> None:
     setting = outcome.setting
     model, inputs = network.module(), network.arguments(network.example())
     try:
@@ -374,7 +403,7 @@ def _of_module(network: Network, outcome: Outcome) -> None:
         _refitted(network, compiled, inputs, settings)
 
 
-def _excluded(network: Network) -> list[str]:
+def _excluded(network: DrawnNetwork) -> list[str]:
     parts = sorted({s.part for s in network.steps})
     return [f"part{parts[0]}"] if "class Part" in network.code else []
 
@@ -388,17 +417,21 @@ def _any_sizes(inputs: tuple[Any, ...]) -> Any:
 
 
 def _compile_and_compare(
-    network: Network,
+    network: DrawnNetwork,
     model: nn.Module,
     inputs: tuple[Any, ...],
     settings: dict[str, Any],
     setting: Setting,
-) -> refold.CompiledModel:
+) -> CompiledModel:
     if setting.pipeline == "shift-add" or setting.target != "torch":
         return _compare_roughly(network, model, inputs, settings, setting)
     try:
         return contract.keeps_the_contract(
-            model, inputs, settings, bound=1e-9, strided=False,
+            model,
+            inputs,
+            settings,
+            bound=1e-9,
+            strided=False,
             fixed=None if "sizes" in setting.options else False,
         )
     except Breach as breach:
@@ -408,7 +441,7 @@ def _compile_and_compare(
 
 
 def _settle(
-    network: Network, inputs: tuple[Any, ...], settings: dict[str, Any], breach: Breach
+    network: DrawnNetwork, inputs: tuple[Any, ...], settings: dict[str, Any], breach: Breach
 ) -> None:
     """Looks at a breach of numbers again: rounding alone may have made it.
 
@@ -424,16 +457,14 @@ def _settle(
 
 
 def _compare_roughly(
-    network: Network,
+    network: DrawnNetwork,
     model: nn.Module,
     inputs: tuple[Any, ...],
     settings: dict[str, Any],
     setting: Setting,
-) -> refold.CompiledModel:
+) -> CompiledModel:
     """Compares one call; an approximation has only to run, and a runtime computes in float32."""
-    compiled = refold.compile_for_inference(
-        model, inputs, verify=False, target=setting.target, **settings
-    )
+    compiled = compile_for_inference(model, inputs, verify=False, target=setting.target, **settings)
     want = network.module()(*contract.copied(inputs), **settings.get("bind", {}))
     got = compiled(*contract.copied(inputs))
     if setting.pipeline == "shift-add":
@@ -445,11 +476,9 @@ def _compare_roughly(
     return compiled
 
 
-def _consumed(network: Network, inputs: tuple[Any, ...], settings: dict[str, Any]) -> None:
+def _consumed(network: DrawnNetwork, inputs: tuple[Any, ...], settings: dict[str, Any]) -> None:
     own = {k: v for k, v in settings.items() if k not in ("recipe", "copy_weights")}
-    compiled = refold.compile_for_inference(
-        network.module(), inputs, verify=False, consume=True, **own
-    )
+    compiled = compile_for_inference(network.module(), inputs, verify=False, consume=True, **own)
     want = network.module()(*contract.copied(inputs), **settings.get("bind", {}))
     error = relative_error(compiled(*contract.copied(inputs)), want)
     if error > _EXACT:
@@ -458,7 +487,7 @@ def _consumed(network: Network, inputs: tuple[Any, ...], settings: dict[str, Any
 
 
 def _refitted(
-    network: Network, compiled: Any, inputs: tuple[Any, ...], settings: dict[str, Any]
+    network: DrawnNetwork, compiled: Any, inputs: tuple[Any, ...], settings: dict[str, Any]
 ) -> None:
     other = replace(
         network,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-import refold
+from refold.compiled import CompiledModel
+from refold.compiler import compile_for_inference
 from refold.errors import UsageError
 from refold.graph import constants
 
@@ -114,7 +115,7 @@ def keeps_the_contract(
     bound: float = 1e-10,
     fixed: bool | None = False,
     strided: bool = True,
-) -> refold.CompiledModel:
+) -> CompiledModel:
     """Compares calls of a float64 model with those of its compilation, which it returns.
 
     Args:
@@ -132,7 +133,7 @@ def keeps_the_contract(
     original = functools.partial(model, **settings.get("bind", {}))
     held = [*model.parameters(), *model.buffers()]
     versions = [t._version for t in held]
-    compiled = refold.compile_for_inference(model, inputs, verify=False, **settings)
+    compiled = compile_for_inference(model, inputs, verify=False, **settings)
     if versions != [t._version for t in held]:
         raise Breach("compiling wrote into the model")
     calls = [inputs, inputs]

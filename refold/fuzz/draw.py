@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refold.fuzz.network import Drawn, Held, Step, Value, call, leaves, mapped
+from refold.fuzz.network import Drawn, DrawnCall, Held, Value, call, leaves, mapped
 
 _MOST = 20_000  # elements of a value
 _LARGEST = 1e5  # of a value: beyond it rounding says nothing
 SIZES = (1, 2, 3, 4, 4, 4, 5, 6, 8)
 
-Sketch = Callable[["Draw", Value], "Value | None"]
+Sketch = Callable[["Draw", Value], Value]
 SKETCHES: dict[str, tuple[Sketch, int]] = {}
 EFFECTS: dict[str, tuple[Sketch, int]] = {}  # what writes, or chooses: only tracing takes it
 
@@ -50,7 +50,7 @@ class Draw:
     effects: bool = False
     inputs: list[Drawn] = field(default_factory=list)
     held: dict[str, Drawn] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
+    steps: list[DrawnCall] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     part: int = 0
@@ -117,7 +117,7 @@ class Draw:
             Unfit: eager PyTorch does not take it, or its result is too large.
         """
         target = self._overload(name, args, kwargs) if isinstance(name, str) else name
-        step = Step(target, args, kwargs, self.part)
+        step = DrawnCall(target, args, kwargs, self.part)
         try:
             result = call(step, self.values, self.weights)
         except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
@@ -167,15 +167,15 @@ class Draw:
         given = self.numbers(out) if with_bias else None
         return self.call("linear", x, self.hold("normal", out, width), given)
 
-    def conv(self, x: Value, out: int, kernel: int = 1, groups: int = 1, bias: bool = True) -> Value:
+    def conv(
+        self, x: Value, out: int, kernel: int = 1, groups: int = 1, bias: bool = True
+    ) -> Value:
         """A convolution that keeps sizes; the kernel is odd."""
         rank = self.spatial(x)
         weight = self.hold("normal", out, self.shape(x)[1] // groups, *[kernel] * rank)
         given = self.numbers(out) if bias else None
         ones = [1] * rank
-        return self.call(
-            f"conv{rank}d", x, weight, given, ones, [kernel // 2] * rank, ones, groups
-        )
+        return self.call(f"conv{rank}d", x, weight, given, ones, [kernel // 2] * rank, ones, groups)
 
     def norm(self, x: Value) -> Value:
         """A batch norm as a trace has it."""

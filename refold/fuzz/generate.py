@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refold.fuzz import sketches
-from refold.fuzz.draw import EFFECTS, SIZES, SKETCHES, Draw, fits
-from refold.fuzz.network import Drawn, Network, Value, mapped, renumbered
-from refold.fuzz.calls import DATA, KINDS, SHAPES, Call, calls_on, operators
+from refold.fuzz.calls import DATA, KINDS, SHAPES, OperatorCall, calls_on, operators
+from refold.fuzz.draw import SIZES, Draw, fits
+from refold.fuzz.network import Drawn, DrawnNetwork, Value, mapped, renumbered
+from refold.fuzz.sketches import EFFECTS, SKETCHES
 from refold.graph import ops
 
 _DEPENDS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
@@ -28,7 +28,7 @@ _CALLS = 3  # of an operator on data of one shape
 
 def network_of(
     seed: int, *, effects: bool = False, dtype: torch.dtype = torch.float64
-) -> Network:
+) -> DrawnNetwork:
     """The network of a seed.
 
     Args:
@@ -45,7 +45,7 @@ def drawn(
     effects: bool = False,
     dtype: torch.dtype = torch.float64,
     turn: int | None = None,
-) -> Network:
+) -> DrawnNetwork:
     """A network from a source of random numbers; see :func:`network_of`.
 
     Args:
@@ -67,10 +67,8 @@ def drawn(
                   rng.choice((3, 4, 5)))
         )  # fmt: skip
     draw.values += [d.make() for d in draw.inputs]
-    sketches = list(SKETCHES.values())
-    if effects:
-        sketches += [*EFFECTS.values()]
-    functions, weights = zip(*sketches, strict=True)
+    ideas = [*SKETCHES.values(), *(EFFECTS.values() if effects else ())]
+    functions, weights = zip(*ideas, strict=True)
     wanted = rng.randint(1, 3) if rng.random() < 0.3 else rng.randint(2, 8)
     for _ in range(wanted):
         for _ in range(_TRIES):
@@ -175,7 +173,7 @@ def callable_alone(name: str) -> bool:
 def _any_operator(draw: Draw, x: Value, overload: Any, kind: str) -> Value:
     calls = calls_on(overload, draw.shape(x), _CALLS, kind)
     fits(calls)
-    chosen: Call = draw.one(calls)
+    chosen: OperatorCall = draw.one(calls)
     other = draw.alike(x)
 
     def operand(leaf: Any) -> Any:
@@ -200,7 +198,7 @@ def _any_operator(draw: Draw, x: Value, overload: Any, kind: str) -> Value:
     return made
 
 
-def _finished(draw: Draw, vary: tuple[int, ...]) -> Network:
+def _finished(draw: Draw, vary: tuple[int, ...]) -> DrawnNetwork:
     """The network whose outputs are what nothing reads, and at times something that is read."""
     count = len(draw.inputs)
     tensors = [i for i in range(count, len(draw.values)) if isinstance(draw.values[i], Tensor)]
@@ -218,7 +216,7 @@ def _finished(draw: Draw, vary: tuple[int, ...]) -> Network:
     if draw.effects and draw.chance(0.3):
         tree = {"first": tree[0], "rest": [list(tree[1:])]} if len(tree) > 1 else {"only": tree}
     batched = tuple(bool(d.shape) and d.shape[0] == draw.inputs[0].shape[0] for d in draw.inputs)
-    network = Network(
+    network = DrawnNetwork(
         tuple(draw.inputs), dict(draw.held), tuple(draw.steps), tree, batched, vary, wraps
     )
     return network.pruned()

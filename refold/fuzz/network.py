@@ -1,7 +1,7 @@
 """A random network as data: it runs, it is a graph for the passes, and it prints as Python.
 
-A network is a list of operator calls (:class:`Step`) over numbered values: the inputs first, then
-the result of each step. Its weights are drawn from seeds (:class:`Drawn`), so that the printed
+A network is a list of operator calls (:class:`DrawnCall`) over numbered values: the inputs first,
+then the result of each call. Its weights are drawn from seeds (:class:`Drawn`), so that the printed
 module has the very same numbers.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 import itertools
 import linecache
 import operator
+import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,6 +33,7 @@ from refold.graph import constants
 from refold.graph.program import InputSpec, Program
 
 _sources = itertools.count()
+_HOME = "refold_fuzz_network"
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def draw_tensor(
 
 
 # The same function, as the printed module defines it.
-_DRAW = '''\
+_DRAW = """\
 def draw(kind, shape, dtype, seed, detail=0):
     generator = torch.Generator().manual_seed(seed)
     if kind == "given":
@@ -128,19 +131,19 @@ def draw(kind, shape, dtype, seed, detail=0):
     if kind == "sparse":
         values = values * (torch.rand(shape, generator=generator) > 0.4)
     return values.to(dtype)
-'''
+"""
 
 
 @dataclass(frozen=True)
 class Cond:
     """Stands as the target of a step that takes one of two networks, by a truth value."""
 
-    then: Network
-    otherwise: Network
+    then: DrawnNetwork
+    otherwise: DrawnNetwork
 
 
 @dataclass(frozen=True)
-class Step:
+class DrawnCall:
     """One call: ``target(*args, **kwargs)``, with :class:`Value` and :class:`Held` in it.
 
     Attributes:
@@ -167,7 +170,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Network:
+class DrawnNetwork:
     """Steps over inputs and held tensors.
 
     Attributes:
@@ -183,7 +186,7 @@ class Network:
 
     inputs: tuple[Drawn, ...]
     held: Mapping[str, Drawn]
-    steps: tuple[Step, ...]
+    steps: tuple[DrawnCall, ...]
     outputs: Any
     batched: tuple[bool, ...] = ()
     sizes: tuple[int, ...] = ()
@@ -235,7 +238,7 @@ class Network:
         """Whether no call writes into a tensor, and none is a choice of two networks."""
         return not any(_writes(s.target) or isinstance(s.target, Cond) for s in self.steps)
 
-    def pruned(self) -> Network:
+    def pruned(self) -> DrawnNetwork:
         """Without steps and held tensors that nothing needs, and with values numbered anew."""
         count = len(self.inputs)
         needed = {v.index for v in leaves(self.outputs)}
@@ -248,15 +251,11 @@ class Network:
         order = [*range(count), *(count + at for at in sorted(kept))]
         return self.renumbered({old: new for new, old in enumerate(order)})
 
-    def renumbered(self, numbers: Mapping[int, int]) -> Network:
+    def renumbered(self, numbers: Mapping[int, int]) -> DrawnNetwork:
         """With other numbers for values; steps whose number is not among them are left out."""
         count = len(self.inputs)
 
-        steps = [
-            renumbered(s, numbers)
-            for at, s in enumerate(self.steps)
-            if count + at in numbers
-        ]
+        steps = [renumbered(s, numbers) for at, s in enumerate(self.steps) if count + at in numbers]
         names = {name for s in steps for name in s.holds}
         for step in steps:
             if isinstance(step.target, Cond):
@@ -276,9 +275,10 @@ class Network:
         file = f"<fuzz {next(_sources)}>"
         code = self.code
         linecache.cache[file] = (len(code), None, code.splitlines(keepends=True), file)
-        scope: dict[str, Any] = {"__name__": "fuzz"}
-        exec(compile(code, file, "exec"), scope)
-        made: nn.Module = scope["Net"]()
+        home = types.ModuleType(_HOME)
+        sys.modules[_HOME] = home  # where torch.cond's tracer looks for the names of a function
+        exec(compile(code, file, "exec"), vars(home))
+        made: nn.Module = home.Net()
         return made.eval()
 
     def arguments(self, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
@@ -314,13 +314,13 @@ def _moved(tree: Any, numbers: Mapping[int, int]) -> Any:
     return mapped(tree, lambda v: Value(numbers[v.index]) if isinstance(v, Value) else v)
 
 
-def renumbered(step: Step, numbers: Mapping[int, int]) -> Step:
+def renumbered(step: DrawnCall, numbers: Mapping[int, int]) -> DrawnCall:
     """A step whose operands have other numbers."""
     args, kwargs = _moved(step.args, numbers), _moved(dict(step.kwargs), numbers)
     return replace(step, args=args, kwargs=kwargs)
 
 
-def call(step: Step, values: Sequence[Any], held: Mapping[str, torch.Tensor]) -> Any:
+def call(step: DrawnCall, values: Sequence[Any], held: Mapping[str, torch.Tensor]) -> Any:
     """Runs one step."""
 
     def filled(leaf: Any) -> Any:
@@ -342,14 +342,14 @@ def _writes(target: Any) -> bool:
 # --- as Python ------------------------------------------------------------------------------------
 
 
-def _code(network: Network) -> Iterator[str]:
+def _code(network: DrawnNetwork) -> Iterator[str]:
     yield from ("import torch", "from torch import nn", "", "", *_DRAW.splitlines(), "", "")
     parts: dict[int, list[int]] = {}
     for at, step in enumerate(network.steps):
         parts.setdefault(step.part, []).append(at)
     nested = len(parts) > 1 and _in_order(network)
     inside: dict[int, list[str]] = {p: [] for p in parts}
-    for at, step in enumerate(network.steps):
+    for step in network.steps:
         for name in _held_by(step):
             if not any(name in names for names in inside.values()):
                 inside[step.part if nested else 0 if 0 in inside else step.part].append(name)
@@ -386,7 +386,7 @@ def _code(network: Network) -> Iterator[str]:
     yield from ("", "", f"inputs = [{', '.join(d.code for d in network.inputs)}]")
 
 
-def _in_order(network: Network) -> bool:
+def _in_order(network: DrawnNetwork) -> bool:
     """Whether the steps of each part follow each other, and no part reads another's tensors."""
     order = [s.part for s in network.steps]
     owners: dict[str, int] = {}
@@ -397,14 +397,14 @@ def _in_order(network: Network) -> bool:
     return order == sorted(order)
 
 
-def _held_by(step: Step) -> list[str]:
+def _held_by(step: DrawnCall) -> list[str]:
     names = step.holds
     if isinstance(step.target, Cond):
         names = [*names, *step.target.then.held, *step.target.otherwise.held]
     return names
 
 
-def _borders(network: Network, steps: Sequence[int]) -> tuple[list[int], list[int]]:
+def _borders(network: DrawnNetwork, steps: Sequence[int]) -> tuple[list[int], list[int]]:
     """The values that a part takes, and those that it gives."""
     count = len(network.inputs)
     own = {count + at for at in steps}
@@ -421,7 +421,7 @@ def _register(name: str, drawn: Drawn) -> str:
     return f"        self.{name} = nn.Parameter({drawn.code}, requires_grad=False)"
 
 
-def _lines(step: Step, number: int, owners: Mapping[str, str]) -> Iterator[str]:
+def _lines(step: DrawnCall, number: int, owners: Mapping[str, str]) -> Iterator[str]:
     if isinstance(step.target, Cond):
         for name, branch in (("then", step.target.then), ("otherwise", step.target.otherwise)):
             yield from _function(f"{name}{number}", branch, owners)
@@ -436,7 +436,7 @@ def _lines(step: Step, number: int, owners: Mapping[str, str]) -> Iterator[str]:
     yield f"        v{number} = torch.ops.{step.target}({', '.join(given)})"
 
 
-def _function(name: str, network: Network, owners: Mapping[str, str]) -> Iterator[str]:
+def _function(name: str, network: DrawnNetwork, owners: Mapping[str, str]) -> Iterator[str]:
     takes = ", ".join(f"v{i}" for i in range(len(network.inputs)))
     yield f"        def {name}({takes}):"
     for at, step in enumerate(network.steps):
@@ -468,7 +468,7 @@ class Unsuited(Exception):
     """The network is none of those that can be written as a graph at once."""
 
 
-def program_of(network: Network, *, dynamic: bool) -> Program:
+def program_of(network: DrawnNetwork, *, dynamic: bool) -> Program:
     """The network as the graph that tracing would leave, made without tracing.
 
     Args:
@@ -520,7 +520,7 @@ def program_of(network: Network, *, dynamic: bool) -> Program:
     gm = fx.GraphModule(root, graph)
     constants.own_written(gm)
     write_canonical(gm)
-    ranges = {str(s): (2, None) for s in shapes.var_to_range}
+    ranges: dict[str, tuple[int, int | None]] = {str(s): (2, None) for s in shapes.var_to_range}
     settle_squeezes(gm, dict.fromkeys(ranges, 1))
     check_dialect(gm)
     return Program(
@@ -539,7 +539,7 @@ def program_of(network: Network, *, dynamic: bool) -> Program:
 
 
 def _symbols(
-    network: Network, at: int, value: torch.Tensor, dynamic: bool
+    network: DrawnNetwork, at: int, value: torch.Tensor, dynamic: bool
 ) -> StatelessSymbolicContext:
     kinds = [DimDynamic.STATIC] * value.dim()
     if dynamic and network.batched[at] and value.dim():

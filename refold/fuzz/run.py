@@ -22,11 +22,12 @@ import torch
 from refold.fuzz import cases
 from refold.fuzz.cases import ALARM, CRASH, REFUSED, UNJUDGED, WRONG, Mix, Outcome, Setting
 from refold.fuzz.generate import callable_alone, drawable
-from refold.fuzz.network import Network
+from refold.fuzz.network import DrawnNetwork
 from refold.fuzz.shrink import shrunk
 from refold.passes import PIPELINES
 
 FAULTS = (WRONG, CRASH, ALARM)
+LOST = ("the process ended", "no end")  # what is said of cases whose process did not answer
 _PATIENCE = 300.0  # seconds for one case
 _ALARMS = 1e-3  # the share of verified cases that verification may refuse wrongly
 # Operators are drawn in turn, so that these many rounds over the table reach each.
@@ -106,6 +107,29 @@ class Summary:
         if self.kinds[ALARM] > self.alarms_allowed:
             return True
         return self.covers and bool(self.missing_operators or self.missing_rules)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        last = self.first + self.cases - 1
+        yield f"{self.cases} networks, seeds {self.first} to {last}, in {self.seconds:.0f} s"
+        names = {"right": "right", WRONG: "wrong", CRASH: "crashed", UNJUDGED: "not judged",
+                 REFUSED: "not compiled"}  # fmt: skip
+        for kind, text in names.items():
+            yield f"  {text:<14}{self.kinds[kind]:>8}"
+        yield (f"  verification refused {self.kinds[ALARM]} of {self.verified} that are right"
+               " (false alarms)")  # fmt: skip
+        if self.exact:
+            said = ", ".join(f"{n} {kind}" for kind, n in self.exact.most_common())
+            yield f"  modulo a prime: {said}"
+        yield f"  operators {len(self.operators)}, rules {len(self.rules)}"
+        if not self.covers:
+            yield f"  too few to reach every operator and rule: {_ROUNDS * len(drawable())} are"
+            return
+        for what, missing in (("operator", self.missing_operators), ("rule", self.missing_rules)):
+            if missing:
+                yield f"  never exercised, {what}: {', '.join(missing)}"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -229,12 +253,12 @@ def _outcomes(seeds: Iterator[int], mix: Mix, count: int) -> Iterator[Outcome]:
                     try:
                         done = worker.pipe.recv()
                     except EOFError:
-                        done = _lost(worker.seed, mix, "the process ended")
+                        done = _lost(worker.seed, mix, LOST[0])
                 elif time.monotonic() - worker.since > _PATIENCE:
-                    done = _lost(worker.seed, mix, f"no end after {_PATIENCE:.0f} s")
+                    done = _lost(worker.seed, mix, f"{LOST[1]} after {_PATIENCE:.0f} s")
                 if done is None:
                     continue
-                if done.what.startswith(("the process", "no end")):
+                if done.what.startswith(LOST):
                     worker.end()
                     workers[workers.index(worker)] = worker = _Worker(mix)
                 yield done
@@ -259,12 +283,26 @@ def _lost(seed: int | None, mix: Mix, what: str) -> Outcome:
 # --- what is shown of a fault ---------------------------------------------------------------------
 
 
-def smallest(outcome: Outcome) -> Network:
+def shown(outcome: Outcome, mix: Mix) -> tuple[dict[str, str], str]:
+    """What is said of a fault, and the smallest module that shows it."""
+    setting = outcome.setting
+    record = {
+        "kind": outcome.kind,
+        "what": outcome.what,
+        "setting": str(setting),
+        "repeat": f"--seed {outcome.seed} --count 1{mix.arguments}",
+    }
+    if outcome.what.startswith(LOST):
+        return record, cases.network_for(outcome.seed, setting).code
+    return record, smallest(outcome).code
+
+
+def smallest(outcome: Outcome) -> DrawnNetwork:
     """The network of a fault, made smaller while it fails in the same way."""
     setting = outcome.setting
     first_words = outcome.what[:24]
 
-    def fails(network: Network) -> bool:
+    def fails(network: DrawnNetwork) -> bool:
         found = cases.judge(outcome.seed, network, setting)
         same = found.kind == outcome.kind
         return same and (found.kind == WRONG or found.what[:24] == first_words)

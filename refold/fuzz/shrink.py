@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from refold.fuzz.network import Drawn, Network, Step, Unsuited, Value, call, leaves, mapped
+from refold.fuzz.network import Drawn, DrawnNetwork, Value, call, leaves, mapped
 
 _MOST = 400  # networks that are tried
 
 
-def shrunk(network: Network, fails: Callable[[Network], bool]) -> Network:
+def shrunk(network: DrawnNetwork, fails: Callable[[DrawnNetwork], bool]) -> DrawnNetwork:
     """A smaller network that fails too: fewer outputs, fewer steps, inputs nearer to the fault.
 
     Args:
@@ -33,7 +33,7 @@ def shrunk(network: Network, fails: Callable[[Network], bool]) -> Network:
     return network
 
 
-def _smaller(network: Network) -> Iterator[Network]:
+def _smaller(network: DrawnNetwork) -> Iterator[DrawnNetwork]:
     """Candidates, those that would lose most first."""
     outputs = [v for v in leaves(network.outputs) if isinstance(v, Value)]
     if len(outputs) > 1:
@@ -48,21 +48,21 @@ def _smaller(network: Network) -> Iterator[Network]:
     count = len(network.inputs)
     for at in range(len(network.steps) - 1, -1, -1):
         number = count + at
-        shape = _shape(values[number])
-        if shape is None:
+        value = values[number]
+        if not isinstance(value, Tensor):
             continue
         for source in dict.fromkeys(network.steps[at].reads):
-            if _shape(values[source]) == shape and values[source].dtype == values[number].dtype:
+            if _alike(values[source], value):
                 yield _replaced(network, number, source).pruned()
-        if len(network.inputs) < 4 and values[number].is_floating_point():
-            yield _given(network, number, values[number]).pruned()
+        if len(network.inputs) < 4 and value.is_floating_point():
+            yield _given(network, number, value).pruned()
     used = {v for s in network.steps for v in s.reads} | {v.index for v in outputs}
     for at in range(count - 1, -1, -1):
         if at not in used and count > 1:
             yield _without_input(network, at)
 
 
-def _values(network: Network) -> list[object]:
+def _values(network: DrawnNetwork) -> list[object]:
     values: list[object] = [v.clone() for v in network.example()]
     held = network.weights()
     for step in network.steps:
@@ -73,11 +73,11 @@ def _values(network: Network) -> list[object]:
     return values
 
 
-def _shape(value: object) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, Tensor) else None
+def _alike(value: object, other: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == other.shape and value.dtype == other.dtype
 
 
-def _replaced(network: Network, old: int, new: int) -> Network:
+def _replaced(network: DrawnNetwork, old: int, new: int) -> DrawnNetwork:
     def moved(leaf: object) -> object:
         return Value(new) if leaf == Value(old) else leaf
 
@@ -88,7 +88,7 @@ def _replaced(network: Network, old: int, new: int) -> Network:
     return replace(network, steps=steps, outputs=mapped(network.outputs, moved))
 
 
-def _given(network: Network, number: int, value: Tensor) -> Network:
+def _given(network: DrawnNetwork, number: int, value: Tensor) -> DrawnNetwork:
     """The value of a step becomes an input, so that what made it can go."""
     count = len(network.inputs)
     drawn = Drawn("normal", tuple(value.shape), value.dtype, seed=number)
@@ -103,7 +103,7 @@ def _given(network: Network, number: int, value: Tensor) -> Network:
     return _replaced(moved, number + 1, count)
 
 
-def _without_input(network: Network, at: int) -> Network:
+def _without_input(network: DrawnNetwork, at: int) -> DrawnNetwork:
     numbers = {i: i - (i > at) for i in range(len(network.inputs) + len(network.steps)) if i != at}
     moved = network.renumbered(numbers)
     return replace(
@@ -112,6 +112,3 @@ def _without_input(network: Network, at: int) -> Network:
         batched=tuple(b for i, b in enumerate(network.batched) if i != at),
         sizes=network.sizes if at else (),
     )
-
-
-__all__ = ["Step", "Unsuited", "shrunk"]

@@ -10,8 +10,10 @@ import math
 
 import torch
 
-from refold.fuzz.draw import SIZES, Draw, fits, sketch
-from refold.fuzz.network import Cond, Drawn, Held, Network, Step, Value
+from refold.fuzz.draw import EFFECTS, SIZES, SKETCHES, Draw, fits, sketch
+from refold.fuzz.network import Cond, Drawn, DrawnCall, DrawnNetwork, Held, Value
+
+__all__ = ["EFFECTS", "SKETCHES"]  # which this file fills
 
 # --- layers ---------------------------------------------------------------------------------------
 
@@ -372,7 +374,8 @@ def _pick(d: Draw, x: Value) -> Value:
     shape, axis = d.shape(x), d.axis(x)
     size = shape[axis]
     kind = d.one(("index_select", "flip", "roll", "repeat", "repeat_interleave", "index",
-                  "gather", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold"))  # fmt: skip
+                  "gather", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+                  "unfold"))  # fmt: skip
     if kind in ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"):
         d.spatial(x, 2)
         return d.call(kind, x, 2)
@@ -531,8 +534,8 @@ def _experts(d: Draw, x: Value) -> Value:
     count, out = d.one((2, 3)), d.one((width, 4))
     kind = d.one(("constant", "router", "stacked", "equal"))
     if kind == "equal":
-        weight, bias = d.hold("normal", out, width), d.maybe(out)
-        made = [d.call("linear", x, weight, bias) for _ in range(count)]
+        shared, bias = d.hold("normal", out, width), d.maybe(out)
+        made = [d.call("linear", x, shared, bias) for _ in range(count)]
         total = made[0]
         for one in made[1:]:
             total = d.call("add", total, one)
@@ -560,8 +563,7 @@ def _quantiser(d: Draw, x: Value) -> Value:
     """Fake quantisers on a weight and on a value; the codes are rounded alike, or not at all."""
     out = d.one(SIZES)
     width = d.shape(x)[-1]
-    weight: Value | Held = d.hold("normal", out, width)
-    weight = d.call("fake_quantize_per_channel_affine", weight,
+    weight = d.call("fake_quantize_per_channel_affine", d.hold("normal", out, width),
                     d.hold("full", out, detail=0.125, dtype=torch.float32),
                     d.hold("full", out, detail=0, dtype=torch.int32), 0, -128, 127)  # fmt: skip
     if d.chance(0.4):
@@ -740,7 +742,7 @@ def _choice(d: Draw, x: Value) -> Value:
     shape = d.shape(x)
     first = Value(0)
 
-    def branch() -> Network:
+    def branch() -> DrawnNetwork:
         own = Draw(d.rng, d.dtype)
         own.values = [d.values[x.index].clone()]
         y = own.linear(first, shape[-1])
@@ -751,7 +753,7 @@ def _choice(d: Draw, x: Value) -> Value:
             d.held[new] = own.held[old]
             d.weights[new] = own.weights[old]
         steps = tuple(_renamed(s, names) for s in own.steps)
-        return Network((Drawn("normal", shape),), {names[n]: h for n, h in own.held.items()},
+        return DrawnNetwork((Drawn("normal", shape),), {names[n]: h for n, h in own.held.items()},
                        steps, y)  # fmt: skip
 
     then, otherwise = branch(), branch()
@@ -759,10 +761,12 @@ def _choice(d: Draw, x: Value) -> Value:
     return d.call(Cond(then, otherwise), pick, x)
 
 
-def _renamed(step: Step, names: dict[str, str]) -> Step:
+def _renamed(step: DrawnCall, names: dict[str, str]) -> DrawnCall:
     from refold.fuzz.network import mapped
 
     def moved(leaf: object) -> object:
         return Held(names[leaf.name]) if isinstance(leaf, Held) else leaf
 
-    return Step(step.target, mapped(step.args, moved), mapped(dict(step.kwargs), moved), step.part)
+    return DrawnCall(
+        step.target, mapped(step.args, moved), mapped(dict(step.kwargs), moved), step.part
+    )

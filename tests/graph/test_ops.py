@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from refold.frontends import canonical
+from refold.fuzz.calls import OperatorCall, calls_of, operators
 from refold.graph import ops
-from refold.fuzz.calls import Call, calls_of, operators
 
 aten = torch.ops.aten
 
@@ -90,7 +90,7 @@ def test_aliases_compute_the_same(alias: str) -> None:
         for call in calls_of(target):
             data = torch.rand(call.shape) + 0.25
             expected = call(data)
-            got = Call(renamed, call.shape, call.args, call.kwargs, call.place)(data)
+            got = OperatorCall(renamed, call.shape, call.args, call.kwargs, call.place)(data)
             for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
             compared += 1
@@ -102,7 +102,7 @@ def test_aliases_compute_the_same(alias: str) -> None:
 
 
 @functools.cache
-def rows(traits: int) -> tuple[tuple[str, tuple[Call, ...]], ...]:
+def rows(traits: int) -> tuple[tuple[str, tuple[OperatorCall, ...]], ...]:
     """The overloads of operators with one of some traits, with the calls that fit."""
     found = []
     for label, target in operators()[0].items():
@@ -115,14 +115,14 @@ def rows(traits: int) -> tuple[tuple[str, tuple[Call, ...]], ...]:
     return tuple(found)
 
 
-def first(calls: Iterable[Call]) -> Iterator[Call]:
+def first(calls: Iterable[OperatorCall]) -> Iterator[OperatorCall]:
     """The calls whose data is the first argument."""
     for call in calls:
         if call.place == call.operator._schema.arguments[0].name:
             yield call
 
 
-def draw(call: Call, seed: int) -> Tensor:
+def draw(call: OperatorCall, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(call.shape, generator=generator, dtype=torch.float64)
 
@@ -142,7 +142,7 @@ def apart(a: list[Tensor], b: list[Tensor]) -> float:
     return max(gaps, default=0.0)
 
 
-def combined(call: Call, base: float = 0.0, reach: float = 1.0) -> float:
+def combined(call: OperatorCall, base: float = 0.0, reach: float = 1.0) -> float:
     """How far f(c + x + y) - f(c + x) - f(c + y) + f(c) is from zero: an affine f has zero."""
     x, y, c = reach * draw(call, 1), reach * draw(call, 2), torch.full(call.shape, base).double()
     try:
