@@ -265,6 +265,7 @@ def test_every_place_in_a_pipeline_says_why() -> None:
             assert "  # " in line, f"{line.strip()} does not say why it stands there"
 
 
+@pytest.mark.slow
 def test_pass_pages_are_what_the_docstrings_say() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools/pass_pages.py"), "--check"],

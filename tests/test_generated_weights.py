@@ -127,6 +127,7 @@ def test_the_kernel_of_a_companion_matrix_is_its_powers() -> None:
         assert torch.allclose(layer.kernel(), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_kept_generator_is_one_record_and_says_its_factor() -> None:
     model, x = CompacterNet(256, 128).eval(), (torch.randn(2, 256),)
     kept = [r for r in declined(refold.fold(model, x)) if r.rule == "fold-constants"]

@@ -110,6 +110,7 @@ def test_torch_compile_beside_compilations() -> None:
         run_together(4, work)
 
 
+@pytest.mark.slow
 def test_the_garbage_collector_is_as_it_was_after_a_compilation() -> None:
     assert not gc.get_freeze_count()
     refold.compile_for_inference(conv_net(0), torch.randn(2, 3, 8, 8))
@@ -126,6 +127,7 @@ def test_the_garbage_collector_is_as_it_was_after_a_compilation() -> None:
         gc.unfreeze()
 
 
+@pytest.mark.slow
 def test_a_compilation_does_not_look_through_older_objects(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

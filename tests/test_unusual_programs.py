@@ -17,6 +17,7 @@ from torch import nn
 
 import refold
 from tests.compare import EXACT, call, relative_error
+from tests.examples import few
 from tests.folding import left, randomise_norms
 
 R = torch.randn
@@ -86,7 +87,7 @@ DATA_DEPENDENT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DATA_DEPENDENT)
+@pytest.mark.parametrize("name", few(DATA_DEPENDENT, 8))
 def test_sizes_that_depend_on_data(name: str) -> None:
     net = _Net(DATA_DEPENDENT[name], l=nn.Linear(8, 8), n=nn.LayerNorm(8), g=R(8))
     done = refold.compile_for_inference(deepcopy(net), _rows())
@@ -127,7 +128,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else list(value)
 
 
-@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("name", few(SEVERAL, 11))
 def test_operators_with_several_results(name: str) -> None:
     """Between a layer with a norm and a scale, so that both directions are tried."""
     rank, operator = SEVERAL[name]
@@ -181,7 +182,7 @@ NUMBERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("name", few(NUMBERS, 7))
 def test_products_of_every_rank(name: str) -> None:
     net = _Net(NUMBERS[name], l=nn.Linear(8, 8), g=R(8), one=torch.tensor(0.5))
     _compiled(net, _rows())
@@ -204,7 +205,7 @@ EINSUMS = {
 }
 
 
-@pytest.mark.parametrize("name", EINSUMS)
+@pytest.mark.parametrize("name", few(EINSUMS, 7))
 def test_einsums_that_broadcast_or_skip(name: str) -> None:
     equation, data, weight = EINSUMS[name]
 

@@ -216,6 +216,7 @@ def test_unwritable_directory_is_said_before_any_work(run, tmp_path, monkeypatch
     assert "is not writable" in err
 
 
+@pytest.mark.slow
 def test_interrupt_exits_with_130(run, tmp_path, monkeypatch):
     def interrupted(self, artifact, folder, name):
         (folder / name).write_text("half")

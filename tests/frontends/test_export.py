@@ -247,6 +247,7 @@ def test_autocast_region_stays_as_it_is() -> None:
     torch.testing.assert_close(program.graph_module(x), model(x))
 
 
+@pytest.mark.slow
 def test_cond_stays_as_it_is() -> None:
     class Chooses(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -395,6 +396,7 @@ def test_a_failed_attempt_leaves_nothing_behind() -> None:
     torch.testing.assert_close(program.graph_module(x), x.reshape(1, 16))
 
 
+@pytest.mark.slow
 def test_compiled_module_is_unwrapped() -> None:
     model = conv_net().eval()
     program = trace(torch.compile(model), (image(),))

@@ -287,6 +287,7 @@ def test_an_attention_that_nobody_reads_goes_and_a_draw_stays() -> None:
     assert [n.args[4] for n in kept] == [0.5]
 
 
+@pytest.mark.slow
 def test_vmap_becomes_plain_calls() -> None:
     """Traced as calls that open and close a level, which mean nothing one by one."""
 

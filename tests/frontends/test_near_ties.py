@@ -51,6 +51,7 @@ def flips(x: Tensor) -> bool:
     return not torch.equal(*chosen)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_flipped_ties_leave_the_batch_dynamic() -> None:
     x = near_ties()

@@ -207,6 +207,7 @@ class Causal(nn.Module):
         return self.norm(self.conv(x))
 
 
+@pytest.mark.slow
 def test_state_of_submodules() -> None:
     torch.manual_seed(0)
     lives_on(nn.Sequential(nn.Linear(4, 4), Cell(), nn.Linear(3, 2)))
@@ -255,6 +256,7 @@ def test_targets_without_state_name_it(target: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_buffer_that_two_modules_share() -> None:
     class Part(nn.Module):
         def __init__(self, shared: Tensor) -> None:

@@ -343,6 +343,7 @@ def test_onnx_refit_equals_a_fresh_export(name: str) -> None:
         assert_equal_files(initializers(compiled), initializers(fresh))
 
 
+@pytest.mark.slow
 def test_weights_that_the_exporter_merged_are_refused() -> None:
     pytest.importorskip("onnxruntime")
 

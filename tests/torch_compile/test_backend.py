@@ -745,6 +745,7 @@ def test_written_inputs_that_share_storage() -> None:
             assert relative_error(mine, (result, x)) <= SINGLE
 
 
+@pytest.mark.slow
 def test_written_parameter_view_of_the_input() -> None:
     model = Conv()
 

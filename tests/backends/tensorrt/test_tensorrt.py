@@ -376,6 +376,7 @@ def test_other_weights_fail(folder):
         judge.verify_onnx(folder)
 
 
+@pytest.mark.slow
 def test_verification_needs_data(model, tmp_path):
     path = written(lowered(model, example()), tmp_path)
     assert artifact.read(path).verify is None

@@ -92,6 +92,7 @@ def test_scales_that_half_precision_lacks_stay() -> None:
     assert any("2 quantisers keep their scale in float32" in note for note in made.notes)
 
 
+@pytest.mark.slow
 def test_zero_point_is_rejected_with_its_fix(tmp_path: Any) -> None:
     path = saved(seeded(Int8Net(zero=120)), tmp_path, 2)
     found = rejections(path)

@@ -106,6 +106,7 @@ def test_there_has_to_be_an_engine(base: Path, monkeypatch: pytest.MonkeyPatch) 
         refit(base, base)
 
 
+@pytest.mark.slow
 def test_damage_is_noticed_before(base: Path, tmp_path: Path) -> None:
     other = written(tmp_path / "other.trt", seeded(ConvNet(), 1))
     data = bytearray((other / artifact.MODEL).read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class SamplesAsGroups(nn.Module):
         return F.conv2d(x.reshape(1, -1, 5, 5), weight, groups=x.shape[0])
 
 
+@pytest.mark.slow
 def test_groups_that_vary_with_the_batch_are_no_convolution() -> None:
     x = torch.randn(2, 4, 5, 5)
     assert convolutions.conv(find(trace(SamplesAsGroups(), x, dynamic=True), "conv2d")) is None

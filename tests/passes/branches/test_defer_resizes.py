@@ -12,7 +12,7 @@ from refold.passes import PIPELINES
 from refold.passes.branches.defer_resizes import DeferResizes
 from refold.rewrite.context import Context
 from tests import golden
-from tests.examples import examples
+from tests.examples import examples, few
 from tests.folding import Net, image, left, run
 from tests.tracing import trace
 
@@ -155,17 +155,20 @@ def test_any_pyramid(drawn) -> None:
 
 @pytest.mark.parametrize(
     ("reason", "forward"),
-    [
-        (None, lambda s, x: s.three(up(x))),
-        (None, lambda s, x: s.strided(up(x))),
-        (None, lambda s, x: s.padded(up(x))),
-        (None, lambda s, x: s.f(torch.cat([up(x).relu(), up(x).exp()], 1))),
-        (None, lambda s, x: s.groups2(torch.cat([up(x), up(x.exp())], 1))),
-        (None, lambda s, x: s.back(up(x))),
-        (None, lambda s, x: s.tall(torch.cat([up(x), up(x.exp())], 2))),
-        ("cost", lambda s, x: s.wide(up(x[:, :2]))),
-        ("cost", lambda s, x: (lambda y: s.one(y) + y.sum())(up(x, scale_factor=1.1))),
-    ],
+    few(
+        [
+            (None, lambda s, x: s.three(up(x))),
+            (None, lambda s, x: s.strided(up(x))),
+            (None, lambda s, x: s.padded(up(x))),
+            (None, lambda s, x: s.f(torch.cat([up(x).relu(), up(x).exp()], 1))),
+            (None, lambda s, x: s.groups2(torch.cat([up(x), up(x.exp())], 1))),
+            (None, lambda s, x: s.back(up(x))),
+            (None, lambda s, x: s.tall(torch.cat([up(x), up(x.exp())], 2))),
+            ("cost", lambda s, x: s.wide(up(x[:, :2]))),
+            ("cost", lambda s, x: (lambda y: s.one(y) + y.sum())(up(x, scale_factor=1.1))),
+        ],
+        5,
+    ),
 )
 def test_others_stay(reason, forward) -> None:
     model = net(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from refold.passes.branches.fold_branches import FoldBranches
-from tests.examples import examples
+from tests.examples import examples, few
 from tests.folding import Net, left, run
 from tests.tracing import trace
 
@@ -45,22 +45,25 @@ def test_merges(forward, parts) -> None:
 
 @pytest.mark.parametrize(
     ("forward", "parts", "x"),
-    [
-        (lambda s, x: s.a @ x, {"a": w()}, tokens()),
-        (lambda s, x: s.b @ (s.a @ x).relu(), {"a": w(), "b": w(7, 6)}, tokens()),
-        # another axis
-        (lambda s, x: (s.a @ x) * s.g, {"a": w(), "g": torch.randn(4)}, tokens()),
-        (lambda s, x: s.l(s.a @ x), {"a": w(), "l": nn.Linear(4, 3)}, tokens()),
-        (lambda s, x: s.n(s.a @ x), {"a": w(4, 5), "n": nn.LayerNorm(4)}, tokens()),
-        (lambda s, x: s.b @ (s.a @ x).mT, {"a": w(), "b": w(7, 4)}, tokens()),
-        # more axes before the tokens
-        (lambda s, x: s.b @ (s.a @ x), {"a": w(), "b": w(7, 6)}, tokens(3)),
-        # no constant
-        (lambda s, x: s.a @ x + torch.softmax(x @ x.mT, -1) @ x, {"a": w(5, 5)}, tokens()),
-        (lambda s, x: (s.a * x.mean()) @ x + s.a @ x, {"a": w()}, tokens()),
-        (lambda s, x: s.a @ x + s.b @ x.tanh(), {"a": w(), "b": w()}, tokens()),
-        (lambda s, x: (lambda y: (s.b @ y, y))(s.a @ x), {"a": w(), "b": w(7, 6)}, tokens()),
-    ],
+    few(
+        [
+            (lambda s, x: s.a @ x, {"a": w()}, tokens()),
+            (lambda s, x: s.b @ (s.a @ x).relu(), {"a": w(), "b": w(7, 6)}, tokens()),
+            # another axis
+            (lambda s, x: (s.a @ x) * s.g, {"a": w(), "g": torch.randn(4)}, tokens()),
+            (lambda s, x: s.l(s.a @ x), {"a": w(), "l": nn.Linear(4, 3)}, tokens()),
+            (lambda s, x: s.n(s.a @ x), {"a": w(4, 5), "n": nn.LayerNorm(4)}, tokens()),
+            (lambda s, x: s.b @ (s.a @ x).mT, {"a": w(), "b": w(7, 4)}, tokens()),
+            # more axes before the tokens
+            (lambda s, x: s.b @ (s.a @ x), {"a": w(), "b": w(7, 6)}, tokens(3)),
+            # no constant
+            (lambda s, x: s.a @ x + torch.softmax(x @ x.mT, -1) @ x, {"a": w(5, 5)}, tokens()),
+            (lambda s, x: (s.a * x.mean()) @ x + s.a @ x, {"a": w()}, tokens()),
+            (lambda s, x: s.a @ x + s.b @ x.tanh(), {"a": w(), "b": w()}, tokens()),
+            (lambda s, x: (lambda y: (s.b @ y, y))(s.a @ x), {"a": w(), "b": w(7, 6)}, tokens()),
+        ],
+        6,
+    ),
 )
 def test_stays(forward, parts, x) -> None:
     net = Net(forward, **parts)

@@ -22,7 +22,7 @@ from refold.rewrite.cost import CostModel, LayerCosts, Price
 from refold.rewrite.pipeline import Pipeline
 from refold.rewrite.result import PassResult
 from tests import golden
-from tests.examples import examples
+from tests.examples import examples, few
 from tests.folding import Net, run
 from tests.tracing import trace
 
@@ -127,7 +127,7 @@ FORMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", few(FORMS, 5))
 def test_linears_of_one_input_are_one(name: str) -> None:
     forward, expected = FORMS[name]
     heads = nn.ModuleList(nn.ModuleList(linear() for _ in range(3)) for _ in range(2))

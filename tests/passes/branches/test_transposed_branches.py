@@ -41,7 +41,7 @@ def test_golden() -> None:
 
 @pytest.mark.parametrize(
     ("forward", "parts", "calls"),
-    [
+    few([
         (lambda s, x: s.a(x) + s.b(x), {"a": up(), "b": up(k=2, p=0)}, {"conv-transpose": 1}),
         (lambda s, x: s.a(x) - s.b(x), {"a": up(), "b": up(k=3, output_padding=1)},
          {"conv-transpose": 1}),
@@ -85,7 +85,7 @@ def test_golden() -> None:
         (lambda s, x: s.c(s.a(x)), {"a": up(s=1, k=3, p=2), "c": conv(6, 5, k=3)}, {"conv": 1}),
         (lambda s, x: s.a(x) + s.b(x), {"a": up(s=1, k=3, p=0), "b": up(s=1, k=2, p=0,
          dilation=2)}, {"conv": 1}),
-    ],
+    ], 11),
 )  # fmt: skip
 def test_merges(forward, parts, calls) -> None:
     gm, _ = run(BRANCHES, Net(forward, **parts), image())

@@ -261,6 +261,7 @@ def test_one_token_keeps_the_axis_that_a_squeeze_would_drop() -> None:
     run(SPLIT, model, tokens())
 
 
+@pytest.mark.slow
 def test_a_causal_attention_keeps_its_prompt_constant() -> None:
     def forward(s: Net, x: Tensor) -> Tensor:
         t = prompted(s, x)

@@ -179,6 +179,7 @@ def test_a_bias_that_serves_queries_stays_and_says_what_is_dead() -> None:
         assert relative_error(model(x), expected) > 1e-6
 
 
+@pytest.mark.slow
 def test_what_is_dead_of_a_bias_need_not_be_one_block() -> None:
     class PerHead(Attention):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

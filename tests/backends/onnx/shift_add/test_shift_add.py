@@ -400,6 +400,7 @@ def test_outliers_past_the_bound_are_named_not_refused():
     assert any("as their range explains" in n for n in made.report.notes)
 
 
+@pytest.mark.slow
 def test_dense_sessions_compute_in_floats(tmp_path):
     torch.manual_seed(0)
     layer, x = Layer(4, 256, 64), torch.randn(2, 256)
