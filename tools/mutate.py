@@ -339,7 +339,8 @@ def _droppable(node: ast.stmt) -> bool:
         return True
     if isinstance(node, ast.Assign):
         used = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
-        return all(not isinstance(t, ast.Name) or t.id in used for t in node.targets)
+        names = [n for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+        return all(n.id in used for n in names if isinstance(n.ctx, ast.Store))
     return False
 
 
@@ -647,7 +648,7 @@ class Coverage:
         gc.freeze()
         for n, (file, its) in enumerate(stale.items()):
             start = time.monotonic()
-            kept = KEPT / "part.json"
+            kept = KEPT / f"part-{os.getpid()}.json"
             kept.unlink(missing_ok=True)
             pid = os.fork()
             if pid == 0:
@@ -659,6 +660,7 @@ class Coverage:
             os.waitpid(pid, 0)
             if kept.exists():
                 self.files[file] = {"digest": now[file], **json.loads(kept.read_text())}
+                kept.unlink()
             said = f"coverage {n + 1}/{len(stale)} {file} {time.monotonic() - start:.1f} s"
             print(said, flush=True)
             self.FILE.write_text(json.dumps(self.files))

@@ -42,6 +42,12 @@ def test_what_cancels_to_the_rounding_of_float64_is_zero(large: float) -> None:
     assert torch.allclose(found[3:], off[3:], rtol=1e-3, atol=0)
 
 
+def test_a_bias_that_a_shift_of_one_cancels_is_zero_and_a_small_one_without_a_shift_stays() -> None:
+    moved = shifted(Lazy.of(t(-1 + 2**-52, 2**-52)), t(1, 1), t(1, 0))
+    assert moved is not None
+    assert moved.get().tolist() == [0, 2**-52]
+
+
 def test_the_largest_number_of_half_precision_fits() -> None:
     assert not overflows(Lazy.of(t(65504, -65504)))
     assert overflows(Lazy.of(t(1, 65505)))
