@@ -322,7 +322,8 @@ def fuzz(arguments: argparse.Namespace, progress: Progress) -> int:
     import random
 
     from refold.fuzz import run
-    from refold.fuzz.cases import WRONG, Mix
+    from refold.fuzz.cases import Mix
+    from refold.fuzz.outcome import WRONG
     from refold.passes import find_pipeline
 
     if arguments.pipeline is not None:

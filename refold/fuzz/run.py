@@ -20,10 +20,12 @@ from typing import Any
 import torch
 
 from refold.fuzz import cases
-from refold.fuzz.cases import ALARM, CRASH, REFUSED, UNJUDGED, WRONG, Mix, Outcome, Setting
+from refold.fuzz.cases import Mix
 from refold.fuzz.generate import callable_alone, drawable
 from refold.fuzz.network import DrawnNetwork
+from refold.fuzz.outcome import ALARM, CRASH, REFUSED, UNJUDGED, WRONG, Outcome, Setting
 from refold.fuzz.shrink import shrunk
+from refold.fuzz.source import code_of
 from refold.passes import PIPELINES
 
 FAULTS = (WRONG, CRASH, ALARM)
@@ -293,8 +295,8 @@ def shown(outcome: Outcome, mix: Mix) -> tuple[dict[str, str], str]:
         "repeat": f"--seed {outcome.seed} --count 1{mix.arguments}",
     }
     if outcome.what.startswith(LOST):
-        return record, cases.network_for(outcome.seed, setting).code
-    return record, smallest(outcome).code
+        return record, code_of(cases.network_for(outcome.seed, setting))
+    return record, code_of(smallest(outcome))
 
 
 def smallest(outcome: Outcome) -> DrawnNetwork:

@@ -14,10 +14,12 @@ from torch import fx
 
 import refold.passes
 from refold.errors import VerificationError
-from refold.fuzz import cases, run
-from refold.fuzz.cases import ALARM, CRASH, WRONG, Mix, Setting
+from refold.fuzz import cases, graphs, run
+from refold.fuzz.cases import Mix
 from refold.fuzz.generate import drawn
 from refold.fuzz.network import Drawn, DrawnCall, DrawnNetwork, Value
+from refold.fuzz.outcome import ALARM, CRASH, UNJUDGED, WRONG, Outcome, Setting
+from refold.fuzz.source import code_of
 from refold.graph import ops
 from refold.rewrite.context import Context
 from refold.rewrite.result import PassResult
@@ -32,7 +34,7 @@ def test_whatever_is_drawn_folds_right(rng: random.Random) -> None:
     network = drawn(rng)
     for setting in (Setting(dynamic=True), Setting(exact=True, pipeline="min-nodes")):
         found = cases.judge(0, network, setting)
-        assert found.kind not in run.FAULTS, f"{found.what}\n{network.code}"
+        assert found.kind not in run.FAULTS, f"{found.what}\n{code_of(network)}"
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -125,7 +127,7 @@ def test_a_refusal_of_what_is_right_is_a_false_alarm(monkeypatch: pytest.MonkeyP
     def refuses(*args: object, **kwargs: object) -> None:
         raise VerificationError("too far")
 
-    monkeypatch.setattr(cases.Judge, "judge_folded", refuses)
+    monkeypatch.setattr(graphs.Judge, "judge_folded", refuses)
     found = cases.judge(0, products(), Setting(verified=True))
     assert (found.kind, found.verified) == (ALARM, True)
 
@@ -142,16 +144,16 @@ def test_rounding_is_not_blamed_on_a_rule(altered: Callable[[object], None]) -> 
     )
     network = DrawnNetwork((Drawn("normal", (2, 4)),), {}, steps, (Value(5),), (True,))
     altered(_Alters(lambda v: v * (1 + 2**-52) if v == 3.0 else v))
-    assert cases.judge(0, network, ALTERED).kind in ("", cases.UNJUDGED)
+    assert cases.judge(0, network, ALTERED).kind in ("", UNJUDGED)
 
 
 def test_a_wrong_network_is_made_smaller(altered: Callable[[object], None]) -> None:
     altered(_Alters(lambda v: -v))
-    outcome = cases.Outcome(0, ALTERED, WRONG, "relative error")
+    outcome = Outcome(0, ALTERED, WRONG, "relative error")
     small = run.shrunk(products(), lambda n: cases.judge(0, n, ALTERED).kind == outcome.kind)
     assert small.operators == ["mul"]
     assert len(small.inputs) == 1
-    assert "torch.ops.aten.mul.Tensor(v0, 2.0)" in small.code
+    assert "torch.ops.aten.mul.Tensor(v0, 2.0)" in code_of(small)
 
 
 def test_what_is_applied_and_called_is_counted() -> None:

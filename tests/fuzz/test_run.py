@@ -10,8 +10,9 @@ import pytest
 
 from refold.cli.exit_codes import ERROR, NUMBERS, OK, USAGE
 from refold.fuzz import cases, run
-from refold.fuzz.cases import ALARM, CRASH, WRONG, Mix, Outcome, Setting
+from refold.fuzz.cases import Mix
 from refold.fuzz.generate import drawable
+from refold.fuzz.outcome import ALARM, CRASH, WRONG, Outcome, Setting
 
 Command = Callable[..., tuple[Any, str, str]]
 

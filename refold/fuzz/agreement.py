@@ -1,0 +1,88 @@
+"""Whether two graphs compute the same: rounding is told apart from a wrong rewrite.
+
+What rounding may do is asked of the original itself: it runs again with every result a rounding or
+two off, and the largest change of a few such runs is its own error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from refold.fuzz import contract
+from refold.fuzz.contract import Breach, relative_error
+
+# Relative errors: of a float64 fold, and what rounding does to the original itself, times this.
+EXACT = 1e-10
+_ROUNDINGS = 100.0
+_NOISES = 3
+_ILL = 1e-2  # where rounding changes a result by more, nothing can be said
+
+
+class Unclear(Exception):
+    """Rounding alone changes the result so much that nothing can be said."""
+
+
+def agree(original: fx.GraphModule, folded: fx.GraphModule, inputs: list[torch.Tensor]) -> None:
+    """Compares two graphs on inputs.
+
+    Raises:
+        Breach: they differ by more than rounding.
+    """
+    try:
+        want = original(*contract.copied(inputs))
+    except (RuntimeError, ValueError, IndexError):
+        return  # the network does not take these sizes
+    given = contract.copied(inputs)
+    got = folded(*given)
+    if not all(map(torch.equal, given, inputs)):
+        raise Breach("an input was written")
+    exact = all(v.dtype in (torch.float64, torch.complex128) for v in contract.tensors(want)
+                if v.is_floating_point() or v.is_complex())  # fmt: skip
+    try:
+        error = relative_error(got, want)
+    except Breach:
+        if noise(original, inputs, want) == float("inf"):
+            raise Unclear("a step function, or infinity, within rounding of its edge") from None
+        raise
+    if error <= (EXACT if exact else 0.0):
+        return
+    own = noise(original, inputs, want)
+    if own > _ILL:
+        raise Unclear(f"rounding alone changes the results by {own:.0e}")
+    if error > max(EXACT, _ROUNDINGS * own):
+        sizes = [tuple(v.shape) for v in inputs]
+        raise Breach(f"relative error {error:.1e} on {sizes}; rounding makes {own:.0e}")
+
+
+class _Noisy(fx.Interpreter):
+    """Runs a graph whose every result is off by a rounding or two of its dtype."""
+
+    def __init__(self, gm: fx.GraphModule, seed: int) -> None:
+        super().__init__(gm)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        return result if n.op == "output" else pytree.tree_map(self._off, result)
+
+    def _off(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        off = torch.rand(value.shape, generator=self._generator, dtype=torch.float64) * 2 - 1
+        eps = torch.finfo(value.dtype).eps
+        return (value.double() * (1 + 2 * eps * off)).to(value.dtype)
+
+
+def noise(gm: fx.GraphModule, inputs: list[torch.Tensor], want: Any) -> float:
+    """How far roundings take the results of a graph: the largest relative error of a few runs."""
+    worst = 0.0
+    for seed in range(_NOISES):
+        try:
+            worst = max(worst, relative_error(_Noisy(gm, seed).run(*contract.copied(inputs)), want))
+        except (Breach, RuntimeError):
+            return float("inf")
+    return worst
