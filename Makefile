@@ -16,7 +16,7 @@ SLOW   := '(slow or hypothesis) and not sweep and not edge and not rtx'
 RTX    := .rtx
 RTX_WHEELS := tensorrt-rtx-cu13-bindings==1.7.1.116 tensorrt-rtx-cu13-libs==1.7.1.116
 
-.PHONY: demo test test-sweep test-edge test-rtx quick slow mutate lint format clean
+.PHONY: demo test test-sweep test-edge test-rtx quick slow mutate fuzz fuzz-ci lint format clean
 
 demo: $(READY)
 	$(ENV) $(VENV)/bin/python examples/demo.py
@@ -60,6 +60,15 @@ SEED ?= 0
 mutate: $(READY)
 	$(ENV) PYTHONHASHSEED=0 $(VENV)/bin/python tools/mutate.py \
 	    --sample $(SAMPLE) --seed $(SEED) --only '$(ONLY)' --workers $(WORKERS)
+
+# Random networks, folded and judged: docs/trust.md. Fresh seeds each time, COUNT of them.
+COUNT ?= 5000
+fuzz: $(READY)
+	$(ENV) $(VENV)/bin/python -m refold fuzz --count $(COUNT) --workers $(WORKERS) $(FUZZ)
+
+# The same seeds each time, so that no change is stopped by what it did not touch.
+fuzz-ci: $(READY)
+	$(ENV) $(VENV)/bin/python -m refold fuzz --seed 1 --count 3000 --workers $(WORKERS)
 
 lint: $(READY)
 	$(PIP) mypy
