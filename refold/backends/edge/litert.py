@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +18,26 @@ from refold.rewrite import cost
 from refold.scratch import Scratch
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from refold.graph.program import Program
+
+_NARROW = "LiteRT computes integers of 64 bits in 32: larger ones are refused as inputs"
 
 
 @dataclass(frozen=True)
 class LiteRtContent:
-    """A model in memory and how the model's own calls map onto it."""
+    """A model in memory and how the model's own calls map onto it.
+
+    Attributes:
+        data: the model.
+        signature: of the model's own calls.
+        dtypes: of the results, which the converter may have narrowed.
+    """
 
     data: bytes
     signature: flat.Signature
+    dtypes: tuple[torch.dtype, ...]
 
 
 class LiteRtTarget(Target):
@@ -47,14 +59,17 @@ class LiteRtTarget(Target):
 
     def lower(self, program: Program, gm: fx.GraphModule, options: ThreadOptions) -> Artifact:
         static = StaticProgram.of(program, gm, "LiteRT")
-        return Artifact(LiteRtContent(_convert(static), static.signature), static.notes)
+        dtypes = _dtypes(static.module.graph)
+        taken = [*dtypes, *(t.dtype for t in static.tensors)]
+        notes = (*static.notes, *([_NARROW] if torch.int64 in taken else []))
+        return Artifact(LiteRtContent(_convert(static), static.signature, dtypes), notes)
 
     def load(self, artifact: Artifact, options: ThreadOptions) -> Runner:
-        content: LiteRtContent = artifact.content
-        return _runner(content.data, content.signature, options.threads)
+        return _runner(artifact.content, options.threads)
 
     def load_file(self, path: Path, program: Program) -> Runner:
-        return _runner(path.read_bytes(), flat.flatten(program.graph_module, program)[1], 1)
+        module, signature = flat.flatten(program.graph_module, program)
+        return _runner(LiteRtContent(path.read_bytes(), signature, _dtypes(module.graph)), 1)
 
     def save(self, artifact: Artifact, folder: Path, name: str) -> None:
         (folder / name).write_bytes(artifact.content.data)
@@ -80,23 +95,44 @@ def _convert(static: StaticProgram) -> bytes:
         return path.read_bytes()
 
 
-def _runner(data: bytes, signature: flat.Signature, threads: int) -> Runner:
-    interpreter = open_interpreter(data, threads=threads)
+def _dtypes(graph: fx.Graph) -> tuple[torch.dtype, ...]:
+    returned: Any = graph.output_node().args[0]
+    return tuple(n.meta["val"].dtype for n in returned)
+
+
+def _runner(content: LiteRtContent, threads: int) -> Runner:
+    interpreter = open_interpreter(content.data, threads=threads)
     runner = interpreter.get_signature_runner()
     (described,) = interpreter.get_signature_list().values()
+    taken = {name: d["dtype"] for name, d in runner.get_input_details().items()}
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        tensors = signature.tensors(args, kwargs)
+        tensors = content.signature.tensors(args, kwargs)
         feeds = {f"args_{i}": t.detach().cpu().contiguous().numpy() for i, t in enumerate(tensors)}
         try:
-            results = runner(**{n: feeds[n] for n in described["inputs"]})
+            results = runner(**{n: _narrowed(feeds[n], taken[n]) for n in described["inputs"]})
         except (RuntimeError, ValueError) as error:
             raise BackendError(f"LiteRT failed to run the model: {error}") from error
-        return signature.rebuild(
-            [torch.as_tensor(results[f"output_{i}"]) for i in range(len(results))]
+        made = [torch.as_tensor(results[f"output_{i}"]) for i in range(len(results))]
+        return content.signature.rebuild(
+            [_widened(r, d) for r, d in itertools.zip_longest(made, content.dtypes[: len(made)])]
         )
 
     return run
+
+
+def _narrowed(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """An input in the integers that the converter made of its own, if they hold it."""
+    if array.dtype.kind != "i" or array.dtype == dtype:
+        return array
+    narrow = array.astype(dtype)
+    if (narrow != array).any():
+        raise BackendError(f"LiteRT takes {narrow.dtype}, which cannot hold {abs(array).max()}")
+    return narrow
+
+
+def _widened(result: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return result.long() if (result.dtype, dtype) == (torch.int32, torch.int64) else result
 
 
 def open_interpreter(data: bytes, *, threads: int = 1) -> Any:

@@ -21,6 +21,10 @@ from refold.scratch import Scratch
 if TYPE_CHECKING:
     from refold.graph.program import Program
 
+# How pnnx writes that it took no axis for the batch: no layer of the network, such as a
+# convolution, says which one it is.
+_NO_BATCH = 233
+
 _ROUNDING = (
     "the numbers were verified without Winograd convolution, whose rounding is larger: set "
     "opt.use_winograd_convolution = false, and opt.use_fp16_* = false, to see the same"
@@ -81,9 +85,7 @@ class NcnnTarget(Target):
             param = path.read_text()
         except UnicodeDecodeError as error:
             raise BackendError(f"{path} is no ncnn network: {error}") from error
-        # Where an input has a batch of 1 the file does not say; pnnx takes the first axis.
-        axes = tuple(0 if t.dim() else None for t in static.tensors)
-        sizes = _sizes(static)
+        axes, sizes = _batch_axes(static), _sizes(static)
         return _runner(NcnnContent(param, weights.read_bytes(), static.signature, axes, sizes), 1)
 
     def save(self, artifact: Artifact, folder: Path, name: str) -> None:
@@ -152,6 +154,18 @@ def _convert(static: StaticProgram) -> NcnnContent:
     return NcnnContent(param, data, static.signature, tuple(axes), _sizes(static))
 
 
+def _batch_axes(static: StaticProgram) -> tuple[int | None, ...]:
+    """Where a file's inputs have their batch of 1, which the file does not say.
+
+    It follows from what the network does with them, so the model is converted once more; of a
+    model that cannot be converted before it is folded the first axis is taken.
+    """
+    try:
+        return _convert(static).batch_axes
+    except BackendError:
+        return tuple(0 if t.dim() else None for t in static.tensors)
+
+
 def _sizes(static: StaticProgram) -> tuple[tuple[int, ...], ...]:
     returned: Any = static.module.graph.output_node().args[0]
     return tuple(tuple(int(s) for s in n.meta["val"].shape) for n in returned)
@@ -170,7 +184,8 @@ def _runner(content: NcnnContent, threads: int) -> Runner:
 def _batch_axis(example: str, index: int) -> int | None:
     """The axis that pnnx took for an input's batch, as the program that it wrote beside says."""
     found = re.search(rf"\bin{index}\b.*(?:batch_index=|squeeze\()(\d+)", example)
-    return int(found.group(1)) if found else None
+    axis = int(found.group(1)) if found else _NO_BATCH
+    return None if axis == _NO_BATCH else axis
 
 
 def open_network(content: NcnnContent, *, threads: int = 1) -> Any:

@@ -78,9 +78,14 @@ class StaticProgram:
         return cls(module, tensors, signature, tuple(notes))
 
     def export(self) -> torch.export.ExportedProgram:
-        """The graph as an exported program of its own."""
+        """The graph as an exported program of its own.
+
+        Its inputs lie row by row, whatever the strides of the example: formats that keep the order
+        of axes would expect them in that order, and runners give them row by row.
+        """
+        tensors = tuple(t.contiguous() for t in self.tensors)
         with torch.no_grad():
-            return torch.export.export(self.module, self.tensors, strict=False)
+            return torch.export.export(self.module, tensors, strict=False)
 
     def hints(self, text: str) -> str:
         """What helps to find and mend the cause of a converter's message."""

@@ -82,6 +82,16 @@ def test_numbers_of_small_networks(net: type[torch.nn.Module], edge: Edge) -> No
 
 @pytest.mark.slow
 @every_edge
+def test_strides_of_the_example_do_not_matter(edge: Edge) -> None:
+    model = seeded(ConvNet())
+    x = torch.randn(edge.batch, 3, 8, 8).to(memory_format=torch.channels_last)
+    compiled = refold.compile_for_inference(model, x, target=edge.name)
+    for given in (x, x.contiguous()):
+        torch.testing.assert_close(compiled(given), model(given))
+
+
+@pytest.mark.slow
+@every_edge
 def test_zero_pad_before_max_pool(edge: Edge) -> None:
     runtimes.check_zero_pad(edge.name, edge.batch)
 

@@ -37,6 +37,30 @@ def test_order_of_inputs_and_results():
         torch.testing.assert_close(compiled(x, y)[name], expected)
 
 
+class Nearest(torch.nn.Module):
+    """Which row of a table is nearest to that of an index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(10, 8)
+
+    def forward(self, index):
+        found = self.table(index)
+        return found, (found @ self.table.weight.T).argmax(-1)
+
+
+def test_integers_of_64_bits():
+    model, index = Nearest().eval(), torch.tensor([[1, 2, 3]])
+    compiled = refold.compile_for_inference(model, index, target="litert")
+    for given in (index, torch.tensor([[9, 0, 4]])):
+        for got, expected in zip(compiled(given), model(given), strict=True):
+            assert got.dtype == expected.dtype
+            torch.testing.assert_close(got, expected)
+    assert any("integers of 64 bits in 32" in note for note in compiled.report.notes)
+    with pytest.raises(BackendError, match="int32, which cannot hold 4294967298"):
+        compiled(index + 2**32 - 1)
+
+
 def test_corrupt_model_is_an_error():
     with pytest.raises(BackendError, match="LiteRT cannot load the model"):
         backend.open_interpreter(b"no model" * 100)

@@ -6,6 +6,7 @@ import refold
 from refold.backends.edge import ncnn as backend
 from refold.cli import exit_codes
 from refold.errors import BackendError, UsageError
+from refold.frontends.export import trace
 from tests.backends import runtimes
 
 pytestmark = pytest.mark.edge
@@ -52,6 +53,26 @@ def test_two_inputs_and_results():
     compiled = refold.compile_for_inference(Net(), (x, y), target="ncnn")
     for got, expected in zip(compiled(x, y), Net()(x, y), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+class Projection(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 4)
+
+    def forward(self, x):
+        return F.relu(self.layer(x)) * 2
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (1, 5, 8), (1, 3, 5, 8)])
+def test_no_layer_says_which_axis_is_the_batch(shape, tmp_path):
+    model, x = Projection().eval(), torch.randn(shape)
+    compiled = refold.compile_for_inference(model, x, target="ncnn")
+    torch.testing.assert_close(compiled(x), model(x))
+    program = trace(model, (x,), {}, dynamic_batch=False)
+    path = compiled.save(tmp_path / "net.param")
+    loaded = backend.NcnnTarget().load_file(path, program)
+    torch.testing.assert_close(loaded(x), model(x))
 
 
 def test_larger_batch_is_refused():
