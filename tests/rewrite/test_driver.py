@@ -167,3 +167,34 @@ def test_dynamic_sizes_are_compared_by_proof() -> None:
 
     graph = trace(lambda v: torch.relu(v) + 1, T, dynamic=True)
     assert "shape" in Fixed().run(graph).declined[0].reason
+
+
+def test_the_first_rule_that_applies_is_the_only_one() -> None:
+    to_tanh = rule_from_functions("relu-to-tanh", lambda v: v.relu(), lambda v: v.tanh())
+    graph = trace(lambda v: torch.relu(v) * 2, T)
+    result = apply_rules(graph, (relu_to_sigmoid, to_tanh))
+    assert [record.rule for record in result.applied] == ["relu-to-sigmoid"]
+    assert result.declined == []
+    assert result.modified
+    assert ops(graph) == {"sigmoid": 1, "mul": 1}
+
+
+def test_a_node_that_waits_is_not_queued_again() -> None:
+    """Both rewrites below it would have it looked at, and so does the first walk."""
+    looked: list[str] = []
+
+    class Counting(RewriteRule):
+        name = "counting"
+        pattern = Call(aten.mul, x, 3.0).where(lambda node: looked.append(node.name) or True)
+
+        def check(self, match):
+            return "only looking"
+
+        def rewrite(self, match, build):
+            raise AssertionError
+
+    graph = trace(lambda v, w: (v.neg().neg() + w.neg().neg()) * 3.0, T, T)
+    result = apply_rules(graph, (double_neg, Counting()))
+    assert len(result.applied) == 2
+    assert looked == ["mul"]
+    assert [d.rule for d in result.declined] == ["counting"]
