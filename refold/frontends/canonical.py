@@ -288,8 +288,7 @@ def _widen_constants(node: fx.Node, constant: set[fx.Node]) -> None:
     for source in tensors:
         if source not in constant or _bytes(source) > _SMALL:
             continue
-        dtype = nodes.dtype(source)
-        if dtype.is_floating_point or dtype.is_complex:
+        if nodes.dtype(source).is_floating_point:
             continue
         if nodes.dtype(node) in _NARROW and source.meta["val"].numel() == 1:
             continue

@@ -403,7 +403,7 @@ class Sum(Pattern):
             return
         adds, leaves = flatten_sum(value)
         missing = len(leaves) - len(self._terms)
-        if missing < 0 or (missing and self._rest is None):
+        if missing and self._rest is None:
             return
         # Inner additions have one user, which is in the tree: they need no check at the end.
         state = replace(state, calls=(*state.calls, *adds))

@@ -560,6 +560,16 @@ def test_what_is_executed_has_no_taps_of_zeros() -> None:
     assert torch.equal(tight.weight.get(), m.weight.get()[:, :, ::2])
 
 
+@pytest.mark.parametrize(("more", "low"), [(2, 1), (2, 2), (2, 0), (4, 3)])
+def test_zero_taps_are_moved_where_another_padding_asks_for_it(more: int, low: int) -> None:
+    """A kernel of the size that it had may hold its taps elsewhere."""
+    m, x = conv(drawn(2, 3, 3), padding=(1,)), drawn(2, 3, 9)
+    grown = am.embed(m, (3 + more,), (1 + low,))
+    for e in am.executions(grown):
+        y = F.conv1d(x, e.weight.get(), None, 1, e.padding, e.dilation)
+        close(y, run(m, x, (y.shape[2],)))
+
+
 def test_a_crop_is_executed_with_zero_taps_in_front() -> None:
     x = image(3, (9, 8))
     m = am.compose(conv(drawn(2, 3, 2, 2)), am.window(3, (2, 0), (1, 1)))

@@ -321,12 +321,18 @@ def test_which_constants_become_floats() -> None:
 def test_operators_of_other_libraries_stay() -> None:
     """``flipud`` of another library may be any formula."""
     with torch.library._scoped_library("canonical", "DEF") as library:
-        for name, schema in (("flipud", "(Tensor x)"), ("clamp", "(Tensor self, float min)")):
+        for name, schema in (
+            ("flipud", "(Tensor x)"),
+            ("clamp", "(Tensor self, float min)"),
+            ("negative", "(Tensor x)"),
+        ):
             library.define(f"{name}{schema} -> Tensor")
             library.impl(name, lambda x, *_: x * 3, "CompositeExplicitAutograd")
         mine = torch.ops.canonical
-        found = traced(lambda s, x: mine.flipud(x) + mine.clamp(x, 0.0))
-    assert found == {"canonical::flipud": 1, "canonical::clamp": 1, "add": 1}
+        found = traced(lambda s, x: mine.flipud(mine.negative(x)) + mine.clamp(x, 0.0))
+    assert found == {
+        "canonical::negative": 1, "canonical::flipud": 1, "canonical::clamp": 1, "add": 1,
+    }  # fmt: skip
 
 
 def test_what_a_frontend_must_not_leave() -> None:
@@ -363,6 +369,11 @@ def test_what_passes_take_for_granted_is_checked() -> None:
     unread = broken(lambda graph, node: node.replace_all_uses_with(node.args[0]))
     next(n for n in unread.graph.nodes if ops.op_name(n) == "mul").meta.pop("val")
     check_dialect(unread)
+
+
+def test_a_part_of_a_size_that_is_not_known_stays() -> None:
+    found = traced(lambda s, x: x.narrow(0, 1, x.shape[0] - 1) * 2, X)
+    assert found["narrow"] == 1
 
 
 def test_a_conjugate_that_is_resolved_has_memory_of_its_own() -> None:

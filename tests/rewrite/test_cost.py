@@ -260,3 +260,9 @@ def test_prices_of_fewer_measures_have_none_of_the_others() -> None:
     # a share of 1e-9 is rounding, two of them are growth
     assert Price((1.0, 1.0)).over(Price((1.0 + 0.9e-9, 0.5))) > 0
     assert Price((1.0, 1.0)).over(Price((1.0 + 1.1e-9, 0.5))) < 0
+
+
+def test_numbers_cost_the_same_anywhere() -> None:
+    number = last(lambda s, x: x[:, 0].sum().item() * 2, MAP).args[0]
+    assert not isinstance(number.meta["val"], torch.Tensor)
+    assert reference().at(number) == reference()

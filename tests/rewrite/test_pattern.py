@@ -358,3 +358,10 @@ def test_sums_of_another_dtype_and_excluded_ones_are_terms() -> None:
     find(graph, "add").meta["refold_pinned"] = True
     assert not matches(terms, graph)
     assert not matches(Sum(x, y), trace(lambda a, b: torch.add(a, b, alpha=2), T, T))
+
+
+def test_a_sum_of_more_terms_than_there_are_is_none() -> None:
+    graph = trace(lambda a, b: a + b, T, T)
+    assert not matches(Sum(x, y, Var("z")), graph)
+    assert not matches(Sum(x, y, Var("z"), Many("rest")), graph)
+    assert matches(Sum(x, y, Many("rest")), graph)[0]["rest"] == ()
