@@ -117,7 +117,7 @@ def fold_program(
     gm = copy_sharing_tensors(program.graph_module)
     before = _graph_record(gm)
     failures: list[Decline] = []
-    bound = _analysed("bound-inputs", lambda: binding.records(gm, program.bound), failures)
+    bound = _analysed("bound-inputs", lambda: binding.records(program), failures)
     serving = dict[str, int](
         _analysed("bound-inputs", lambda: binding.generator(gm, program.bound).items(), failures)
     )

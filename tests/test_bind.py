@@ -244,3 +244,21 @@ def test_the_command_line_binds_files_and_numbers(
         code, _, error = run("explain", tmp_path / "net.pt2", "--bind", text)
         assert code == 2
         assert message in error
+
+
+class Unread(nn.Module):
+    def forward(self, x: Tensor, unread: Tensor) -> Tensor:
+        return x * 2
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_bound_input_that_the_model_does_not_read_is_recorded_and_named(exported: bool) -> None:
+    x, value = torch.randn(2, 3), torch.randn(5)
+    model: Any = Unread().eval()
+    if exported:
+        model = torch.export.export(model, (x, value))
+    compiled = refold.compile_for_inference(model, (x,), bind={"unread": value})
+    (bound,) = compiled.report.bound
+    assert (bound.name, bound.shape, bound.bytes) == ("unread", (5,), 20)
+    assert "the model does not read the bound input unread" in compiled.report.notes
+    assert torch.equal(compiled(x), x * 2)

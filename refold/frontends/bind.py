@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from refold.errors import UsageError, did_you_mean
 from refold.graph import constants
-from refold.graph.program import BoundInput
+from refold.graph.program import BoundInput, Program
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -229,11 +229,26 @@ def warnings_of(bind: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def records(gm: fx.GraphModule, bound: Mapping[str, str]) -> tuple[BoundInput, ...]:
-    """The tensor inputs that vanished."""
+def unread(gm: fx.GraphModule, bound: Mapping[str, str]) -> list[str]:
+    """Sentences about bound inputs that the model makes nothing of."""
+    needed: set[fx.Node] = set()
+    for node in reversed(gm.graph.nodes):
+        if node.op == "output" or constants.is_mutation(node) or needed.intersection(node.users):
+            needed.add(node)
+    read = {str(n.target) for n in needed if n.op == "get_attr"}
+    return [
+        f"the model does not read the bound input {name}"
+        for label, name in bound.items()
+        if label not in read
+    ]
+
+
+def records(program: Program) -> tuple[BoundInput, ...]:
+    """The tensor inputs that vanished; a graph does not hold those that it does not read."""
+    held = dict(program.state) | dict(program.graph_module.named_buffers())
     out = []
-    for label, name in bound.items():
-        value = gm.get_buffer(label)
+    for label, name in program.bound.items():
+        value = held[label]
         dtype = str(value.dtype).removeprefix("torch.")
         size = value.numel() * value.element_size()
         out.append(BoundInput(name, tuple(value.shape), dtype, size))

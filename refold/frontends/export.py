@@ -163,7 +163,7 @@ def _from_program(
         args, kwargs = remaining or (args, kwargs)
     _check_structure(gm, args, kwargs)
     _check_inputs(gm, args, kwargs)
-    notes = [*_graph_notes(gm), *binding.warnings_of(bind)]
+    notes = [*_graph_notes(gm), *binding.warnings_of(bind), *binding.unread(gm, bound)]
     if redone:
         notes.append("in-place writes were resolved by run_decompositions({})")
     example = fresh((args, kwargs))
@@ -295,7 +295,7 @@ def _from_module(
     if redone:
         notes.append("in-place writes were resolved by run_decompositions({})")
     notes += _graph_notes(gm)
-    notes += binding.warnings_of(bind)
+    notes += [*binding.warnings_of(bind), *binding.unread(gm, tracer.bound)]
     written = {str(n.target) for n in constants.written(gm.graph) if n.op == "get_attr"}
     finished = _finish(program, gm, fresh(traced), example, tuple(specialised), notes, guards)
     finished = replace(
