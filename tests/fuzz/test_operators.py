@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from refold.fuzz import calls
 from refold.fuzz import operators as over_residues
+from refold.fuzz.calls import DATA
 from refold.fuzz.formulas import FORMULAS
 from refold.fuzz.residues import P, Residues, Unjudged, Unknown, mod, multiplied, root
 from refold.graph import ops
-from tests.models import aten_operators
-from tests.models.aten_operators import DATA
 
 aten = torch.ops.aten
 _DENOMINATOR = 2**7 * 3**2 * 5**2 * 7**2  # of fractions that are told from their roundings
@@ -54,14 +54,14 @@ def _exact() -> list[str]:
     names = {*FORMULAS, *over_residues._KERNELS, *ops.names(ops.RESIZE)} - {*_IRRATIONAL.split()}
     return [
         label
-        for label in aten_operators.operators()[0]
+        for label in calls.operators()[0]
         if label.partition(".")[0] in names and label != "to.dtype"  # whose code no trace has
     ]
 
 
 def _calls(label: str) -> Iterator[tuple[Any, Any, Any]]:
-    operator = aten_operators.operators()[0][label]
-    for call in aten_operators.calls_of(operator):
+    operator = calls.operators()[0][label]
+    for call in calls.calls_of(operator):
         data = torch.randint(1, 9, call.shape, generator=torch.Generator().manual_seed(3)).double()
         args, kwargs = pytree.tree_map(
             lambda v, data=data: data if v is DATA else _quarters(v), (call.args, call.kwargs)
