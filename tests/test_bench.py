@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench.common import interleaved, load, ratio, save
 from tools.readme_tables import fill
@@ -97,3 +98,32 @@ def test_a_failure_on_a_target_is_shown_with_its_reason(tmp_path: Path) -> None:
     assert "12 -> 9; 2.0 -> 2.0 MB; error 1e-06 (8e-06) |" in filled
     assert "| failed: BackendError: no layer for X |" in filled
     assert "| failed -> 3; failed -> 1.0 MB; not run |" in filled
+
+
+def test_joined_blocks_are_one_network() -> None:
+    """What the benchmark of nodes folds is what a trace of so many blocks would be."""
+    from bench.scale import FORMS, exponent, joined, traced
+    from refold.passes import PIPELINES
+
+    for form in FORMS:
+        program = traced(form)
+        block, whole = program.graph_module, joined(program, 3)
+        x = program.args[0]
+        with torch.no_grad():
+            expected = block(block(block(x)))
+            torch.testing.assert_close(whole(x), expected, rtol=0, atol=0)
+            PIPELINES["default"].run(whole)
+            torch.testing.assert_close(whole(x), expected, rtol=1e-4, atol=1e-4)
+    assert exponent([(1, 2.0), (10, 20.0), (100, 200.0)]) == pytest.approx(1)
+    assert exponent([(1, 1.0), (10, 100.0), (100, 1e4)]) == pytest.approx(2)
+
+
+def test_mapped_weights_are_those_of_the_file(tmp_path: Path) -> None:
+    from bench.scale import mapped
+
+    model = mapped(tmp_path, 0, 64, torch.float16)
+    stored = b"".join(
+        p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in model.parameters()
+    )
+    assert (tmp_path / "weights").read_bytes() == stored
+    assert model(torch.randn(2, 8, 64).half()).isfinite().all()

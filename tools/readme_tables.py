@@ -118,6 +118,44 @@ def _interval(value: dict[str, float]) -> str:
     return f"{value['ratio']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
 
 
+def scale_nodes(result: Result) -> str:
+    """Seconds of a fold by the nodes of the graph."""
+    body = []
+    for row in result["rows"]:
+        body.append(
+            [
+                row["form"],
+                f"{row['nodes']:,}",
+                f"{row['calls'][0]:,} -> {row['calls'][1]:,}",
+                f"{row['seconds']:.1f}",
+                f"{1e3 * row['seconds'] / row['nodes']:.2f}",
+                f"{row['exponent']:.2f}",
+            ]
+        )
+    head = ["blocks of", "nodes", "calls", "CPU s", "ms a node", "exponent"]
+    return table(head, body) + _footer(result)
+
+
+def scale_big(result: Result) -> str:
+    """What a fold and an export of weights on a memory map take."""
+    body = []
+    for row in result["rows"]:
+        body.append(
+            [
+                f"{row['parameters'] / 1e9:.2f}",
+                row["dtype"],
+                _gigabytes(row["weight bytes"]),
+                _gigabytes(row["file bytes"]),
+                f"{row['calls'][0]} -> {row['calls'][1]}",
+                *(_gigabytes(row["peaks"][stage]) for stage in ("trace", "fold", "lower", "write")),
+                f"{row['error of one block']:.0e}",
+            ]
+        )
+    head = ["1e9 parameters", "dtype", "weights", "ONNX", "calls", "peak: trace", "fold", "lower",
+            "write", "error of one block"]  # fmt: skip
+    return table(head, body) + _footer(result)
+
+
 def memory(result: Result) -> str:
     """Peak resident bytes beyond the model."""
     body = []
@@ -283,6 +321,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "networks": ("networks", networks),
     "latency": ("ort_latency", latency),
     "memory": ("memory", memory),
+    "scale-nodes": ("scale_nodes", scale_nodes),
+    "scale-big": ("scale_big", scale_big),
     "targets": ("targets", targets),
     "half": ("half", half),
     "torch-compile": ("dynamo", torch_compile),

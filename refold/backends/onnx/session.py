@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +25,24 @@ LOSSY = ("WeightBiasQuantization",)
 
 
 def load(
-    content: export.OnnxContent, *, threads: int = 0, accuracy_level: int = 4, dense: bool = False
+    content: export.OnnxContent,
+    *,
+    threads: int = 0,
+    accuracy_level: int = 4,
+    dense: bool = False,
+    later: bool = False,
 ) -> Runner:
     """Loads a model in memory into a session with the model's own call convention.
 
-    The keywords are those of :func:`open_session`.
+    The other keywords are those of :func:`open_session`.
+
+    Args:
+        content: the model.
+        threads: as there.
+        accuracy_level: as there.
+        dense: as there.
+        later: open the session at the first call: it has weights of its own, and whoever only
+            writes the file never needs it.
     """
     _require_runtime()
     import onnx_ir
@@ -39,18 +54,27 @@ def load(
                 f"input {value.name} is bfloat16, which NumPy and so ONNX Runtime's Python API "
                 "cannot hold: compile a float32 or float16 model for this target"
             )
-    with Scratch() as folder:
-        export.save(content.model, folder, "model.onnx")
-        session = open_session(
-            folder / "model.onnx",
-            threads=threads,
-            accuracy_level=accuracy_level,
-            dense=dense,
-        )
+
+    @functools.cache
+    def opened() -> Any:
+        with Scratch() as folder:
+            export.save(content.model, folder, "model.onnx")
+            return open_session(
+                folder / "model.onnx",
+                threads=threads,
+                accuracy_level=accuracy_level,
+                dense=dense,
+            )
+
+    first = threading.Lock()
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        with first:
+            session = opened()
         return signature.rebuild(run_session(session, signature.tensors(args, kwargs)))
 
+    if not later:
+        opened()
     return run
 
 

@@ -78,7 +78,7 @@ class _WritesOnnx(Target):
         return check.check(artifact.content, gm, known, self.accuracy_level(options))
 
     def load(self, artifact: Artifact, options: Any) -> Runner:
-        return session.load(artifact.content)
+        return session.load(artifact.content, later=True)
 
     def save(self, artifact: Artifact, folder: Path, name: str) -> None:
         export.save(artifact.content.model, folder, name)

@@ -98,3 +98,19 @@ def test_onnx_is_written_without_a_runtime(no_runtime, tmp_path):
     assert any("was not run here: onnxruntime is not" in n for n in compiled.report.notes)
     with pytest.raises(MissingDependencyError, match="onnxruntime is not installed"):
         compiled(torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+def test_who_only_writes_the_file_opens_no_session(target, tmp_path, monkeypatch) -> None:
+    """It has weights of its own, as many as the model."""
+    from refold.backends.onnx import session
+
+    opened, own = [], session.open_session
+    monkeypatch.setattr(session, "open_session", lambda *a, **k: opened.append(a) or own(*a, **k))
+    model, x = torch.nn.Linear(3, 4).eval(), torch.randn(2, 3)
+    compiled = refold.compile_for_inference(model, (x,), target=target, verify=False)
+    compiled.save(tmp_path / "net.onnx")
+    assert len(opened) == (target == "ort")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), model(x))
+    assert len(opened) == 1

@@ -101,7 +101,14 @@ def check_range(node: fx.Node, value: Lazy | None) -> None:
 
 def overflows(value: Lazy) -> bool:
     """True if a constant does not fit float16."""
-    return bool((value.evaluate().abs() > torch.finfo(torch.float16).max).any())
+    found = value.evaluate()
+    if not found.numel():
+        return False
+    low, high = found.aminmax()  # one look: this is asked of every candidate, however large
+    most = torch.finfo(torch.float16).max
+    if low.isnan():  # what else there is does not show in the extremes
+        return bool((found.abs() > most).any())
+    return bool(low < -most or high > most)
 
 
 def constant_name(constant: fx.Node) -> str:

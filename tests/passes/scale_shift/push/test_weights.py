@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -52,3 +54,18 @@ def test_the_largest_number_of_half_precision_fits() -> None:
     assert not overflows(Lazy.of(t(65504, -65504)))
     assert overflows(Lazy.of(t(1, 65505)))
     assert overflows(Lazy.of(t(-65505, 1)))
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([math.inf], True),
+        ([-math.inf], True),
+        ([math.nan, 1.0], False),
+        ([math.nan, 1e6], True),
+        ([-1e6, math.nan], True),
+        ([], False),
+    ],
+)
+def test_what_is_not_finite_and_what_stands_beside_it(values: list[float], found: bool) -> None:
+    assert overflows(Lazy.of(t(*values))) is found
