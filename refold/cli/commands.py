@@ -315,7 +315,8 @@ def _load_artifact(path: Path, loader: Any, program: Any, *, trust: bool) -> Cal
     return runner
 
 
-_SHRUNK = 5  # faults that are made smaller and printed
+_SHRUNK = 8  # faults that are made smaller and printed
+_ALIKE = 40  # characters of what is said by which faults are taken for one
 
 
 def fuzz(arguments: argparse.Namespace, progress: Progress) -> int:
@@ -342,13 +343,16 @@ def fuzz(arguments: argparse.Namespace, progress: Progress) -> int:
     progress(f"fuzzing from seed {seed}")
     summary = run.run(seed, mix, count=count, seconds=arguments.seconds, workers=arguments.workers)
     progress("making what fails smaller")
-    shown = [run.shown(fault, mix) for fault in summary.faults[:_SHRUNK]]
+    kinds = {(fault.kind, fault.what[:_ALIKE]): fault for fault in reversed(summary.faults)}
+    shown = [run.shown(fault, mix) for fault in list(kinds.values())[:_SHRUNK]]
     progress.close()
     if arguments.json:
         faults = [{**record, "module": code} for record, code in shown]
         print(json.dumps({**summary.to_dict(), "smallest": faults}, indent=2))
     else:
         print(summary)
+        for fault in summary.faults:
+            print(f"  seed {fault.seed}: {fault.kind}: {fault.what}")
         for record, code in shown:
             print(f"\n# {record['kind']}: {record['what']}\n# refold fuzz {record['repeat']}")
             print(code)
