@@ -63,12 +63,15 @@ mutate: $(READY)
 
 # Random networks, folded and judged: docs/trust.md. Fresh seeds each time, COUNT of them.
 COUNT ?= 5000
+TARGETS := --target torch --target ort --target inductor
 fuzz: $(READY)
-	$(ENV) $(VENV)/bin/python -m refold fuzz --count $(COUNT) --workers $(WORKERS) $(FUZZ)
+	$(ENV) $(VENV)/bin/python -m refold fuzz --count $(COUNT) --workers $(WORKERS) \
+	    $(TARGETS)
 
 # The same seeds each time, so that no change is stopped by what it did not touch.
 fuzz-ci: $(READY)
-	$(ENV) $(VENV)/bin/python -m refold fuzz --seed 1 --count 3000 --workers $(WORKERS)
+	$(ENV) $(VENV)/bin/python -m refold fuzz --seed 1 --count 3000 --workers $(WORKERS) \
+	    $(TARGETS)
 
 lint: $(READY)
 	$(PIP) mypy

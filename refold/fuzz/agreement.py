@@ -6,6 +6,7 @@ two off, and the largest change of a few such runs is its own error.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,18 +45,30 @@ def agree(original: fx.GraphModule, folded: fx.GraphModule, inputs: list[torch.T
                 if v.is_floating_point() or v.is_complex())  # fmt: skip
     try:
         error = relative_error(got, want)
-    except Breach:
-        if noise(original, inputs, want) == float("inf"):
-            raise Unclear("a step function, or infinity, within rounding of its edge") from None
-        raise
-    if error <= (EXACT if exact else 0.0):
+    except Breach as breach:
+        if breach.error is None or exceeds_rounding(original, inputs, want, breach):
+            raise
         return
+    if error > (EXACT if exact else 0.0):
+        found = Breach(f"relative error {error:.1e}", error)
+        if exceeds_rounding(original, inputs, want, found):
+            sizes = [tuple(v.shape) for v in inputs]
+            raise Breach(f"{found} on {sizes}, more than rounding makes", error)
+
+
+def exceeds_rounding(
+    original: fx.GraphModule, inputs: Sequence[Any], want: Any, breach: Breach
+) -> bool:
+    """Whether a breach of numbers is more than rounding makes.
+
+    Raises:
+        Unclear: rounding changes the results so much that nothing can be said.
+    """
+    assert breach.error is not None
     own = noise(original, inputs, want)
     if own > _ILL:
         raise Unclear(f"rounding alone changes the results by {own:.0e}")
-    if error > max(EXACT, _ROUNDINGS * own):
-        sizes = [tuple(v.shape) for v in inputs]
-        raise Breach(f"relative error {error:.1e} on {sizes}; rounding makes {own:.0e}")
+    return breach.error > max(EXACT, _ROUNDINGS * own)
 
 
 class _Noisy(fx.Interpreter):
@@ -77,7 +90,7 @@ class _Noisy(fx.Interpreter):
         return (value.double() * (1 + 2 * eps * off)).to(value.dtype)
 
 
-def noise(gm: fx.GraphModule, inputs: list[torch.Tensor], want: Any) -> float:
+def noise(gm: fx.GraphModule, inputs: Sequence[Any], want: Any) -> float:
     """How far roundings take the results of a graph: the largest relative error of a few runs."""
     worst = 0.0
     for seed in range(_NOISES):

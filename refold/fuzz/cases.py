@@ -23,6 +23,9 @@ from refold.fuzz.outcome import ALARM, CRASH, REFUSED, UNJUDGED, WRONG, Alarm, O
 from refold.fuzz.program import Unsuited
 from refold.rewrite.result import Decline, watch_failures
 
+# How often each target is taken, where a run has several: Inductor takes seconds a module.
+_SHARES = {"torch": 20, "ort": 8, "inductor": 1}
+
 
 @dataclass(frozen=True)
 class Mix:
@@ -59,7 +62,9 @@ def setting_of(seed: int, mix: Mix) -> Setting:
             options = [o for o in options if o not in ("recipe", "copy_weights")]
         if mix.pipeline is None and rng.random() < 0.1:
             pipeline = "shift-add"
-        return Setting("module", pipeline, options=tuple(options), target=rng.choice(mix.targets))
+        (target,) = rng.choices(mix.targets, [_SHARES[t] for t in mix.targets])
+        dtype = torch.float32 if target == "ort" else torch.float64  # what its kernels are for
+        return Setting("module", pipeline, dtype, options=tuple(options), target=target)
     dtype = torch.float64
     if rng.random() < 0.12:
         dtype = rng.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16))

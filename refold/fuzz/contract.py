@@ -7,6 +7,7 @@ inputs, strides, what shares memory with what, and the state after each call.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,15 @@ from refold.graph import constants
 
 
 class Breach(Exception):
-    """The compiled model does not keep what the original shows."""
+    """The compiled model does not keep what the original shows.
+
+    ``error`` is the relative error where numbers differ, infinity where they are not finite in the
+    same places, and ``None`` where something else differs.
+    """
+
+    def __init__(self, text: str, error: float | None = None) -> None:
+        super().__init__(text)
+        self.error = error
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -96,11 +105,11 @@ def _error(a: Any, b: Any) -> float:
         a, b = (torch.view_as_real(v.resolve_conj()) for v in (a, b))
     if not b.is_floating_point() or not b.numel():
         if not torch.equal(a, b):
-            raise Breach(f"other {b.dtype} values")
+            raise Breach(f"other {b.dtype} values", math.inf)
         return 0.0
     finite = b.isfinite()
     if not torch.equal(a.isfinite(), finite):
-        raise Breach("NaN or infinity in other places")
+        raise Breach("NaN or infinity in other places", math.inf)
     a, b = a.double()[finite], b.double()[finite]
     if not b.numel():
         return 0.0
@@ -203,7 +212,7 @@ def _compare(compiled: Any, model: nn.Module, ours: Any, theirs: Any, bound: flo
     (got, got_inputs), (want, want_inputs) = ours, theirs
     error = relative_error(got, want)
     if error > bound:
-        raise Breach(f"relative error {error:.1e}")
+        raise Breach(f"relative error {error:.1e}", error)
     if not all(map(torch.equal, tensors(got_inputs), tensors(want_inputs))):
         raise Breach("an input was written")
     held = [*model.parameters(), *model.buffers()]
@@ -217,4 +226,4 @@ def _compare(compiled: Any, model: nn.Module, ours: Any, theirs: Any, bound: flo
         name = str(node.target)
         error = relative_error(state[name], model.get_buffer(name))
         if error > bound:
-            raise Breach(f"state {name}: relative error {error:.1e}")
+            raise Breach(f"state {name}: relative error {error:.1e}", error)
