@@ -30,6 +30,7 @@ from refold.compilation import weight_origins
 from refold.diagnose.axis_collisions import axis_collisions
 from refold.diagnose.dead_parameters import DeadParameter, dead_parameters
 from refold.errors import (
+    BackendError,
     FrontendError,
     MissingDependencyError,
     RefoldError,
@@ -37,7 +38,7 @@ from refold.errors import (
     first_line,
 )
 from refold.frontends import bind as binding
-from refold.graph import ops, subgraphs
+from refold.graph import aliasing, ops, subgraphs
 from refold.graph.copies import copy_sharing_tensors
 from refold.graph.program import BoundInput, Program, fresh
 from refold.passes.experts.join import state_expectation
@@ -388,7 +389,11 @@ def lower(
         options: its options.
         judge: has what the original computes, for targets that write it into their artifact.
         refits: lower such that the artifact takes new weights.
+
+    Raises:
+        BackendError: the target cannot, or the graph takes or gives what it does not have.
     """
+    _refuse_complex(gm, target)
     with torch.no_grad():
         make = target.lower_to_refit if refits else target.lower
         artifact = make(program, gm, options)
@@ -396,6 +401,25 @@ def lower(
         judge.known = target.record(artifact, judge.known, weights)
         runner, missing = _load(target, artifact, options)
     return Lowered(gm, artifact, runner, weights, missing)
+
+
+def _refuse_complex(gm: fx.GraphModule, target: Target) -> None:
+    """Refuses complex inputs and outputs where a target has none: it would give pairs of numbers.
+
+    Complex numbers inside may be written as pairs.
+    """
+    if target.capabilities.complex_calls:
+        return
+    inputs = {f"input {n.name}": n for n in gm.graph.find_nodes(op="placeholder")}
+    outputs = {f"output {i}": n for i, n in enumerate(aliasing.outputs(gm.graph))}
+    for name, node in {**inputs, **outputs}.items():
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.is_complex():
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise BackendError(
+                f"{target.name} has no complex numbers, and {name} is {dtype}\n  fix: take and "
+                "return pairs of numbers (torch.view_as_complex, torch.view_as_real)"
+            )
 
 
 def _load(target: Target, artifact: Artifact, options: Any) -> tuple[Runner, str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import refold
+from refold.errors import BackendError
 from refold.frontends.export import trace
 from refold.passes import PIPELINES
 from refold.rewrite.context import Context
@@ -77,3 +78,24 @@ def test_known_operators_are_not_named() -> None:
     report = refold.compile_for_inference(Norm().eval(), X).report
     assert report.unknown == {}
     assert "unknown" not in str(report)
+
+
+class Spectrum(nn.Module):
+    def __init__(self, take: bool, give: bool) -> None:
+        super().__init__()
+        self.take, self.give = take, give
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x if self.take else torch.complex(x, x)) * 2
+        return y if self.give else torch.view_as_real(y)
+
+
+@pytest.mark.parametrize(("take", "give"), [(True, False), (False, True)])
+def test_a_target_without_complex_numbers_takes_and_gives_none(take: bool, give: bool) -> None:
+    """ONNX's exporter writes them as pairs: a caller would get another dtype and another rank."""
+    pytest.importorskip("onnxruntime")
+    x = torch.randn(2, 4, dtype=torch.complex64 if take else torch.float32)
+    with pytest.raises(BackendError, match=r"ort has no complex numbers, and .* is complex64"):
+        refold.compile_for_inference(Spectrum(take, give), (x,), target="ort", verify=False)
+    compiled = refold.compile_for_inference(Spectrum(take, give), (x,))
+    assert torch.equal(compiled(x), Spectrum(take, give)(x))

@@ -344,7 +344,7 @@ def fuzz(arguments: argparse.Namespace, progress: Progress) -> int:
     summary = run.run(seed, mix, count=count, seconds=arguments.seconds, workers=arguments.workers)
     progress("making what fails smaller")
     kinds = {(fault.kind, fault.what[:_ALIKE]): fault for fault in reversed(summary.faults)}
-    shown = [run.shown(fault, mix) for fault in list(kinds.values())[:_SHRUNK]]
+    shown = run.shown(list(kinds.values())[:_SHRUNK], mix) if kinds else []
     progress.close()
     if arguments.json:
         faults = [{**record, "module": code} for record, code in shown]
@@ -355,7 +355,7 @@ def fuzz(arguments: argparse.Namespace, progress: Progress) -> int:
             print(f"  seed {fault.seed}: {fault.kind}: {fault.what}")
         for record, code in shown:
             print(f"\n# {record['kind']}: {record['what']}\n# refold fuzz {record['repeat']}")
-            print(code)
+            print(code or "# no smaller module: its process ended, or took too long")
     if any(fault.kind == WRONG for fault in summary.faults):
         return NUMBERS
     return ERROR if summary.failed else OK

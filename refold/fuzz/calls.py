@@ -48,8 +48,8 @@ LEFT_OUT = {
     r"_transform_bias.*|_triton.*|_validate.*|_cast_.*|_transformer_encoder.*|_native_multi.*|"
     r"_rowwise_prune|_embedding_bag.*|special_.*polynomial.*": "internal, of training, or "
     "of another kind of tensor",
-    r"_cholesky_solve_helper|_weight_norm.*": "ends the process on sizes that the operator "
-    "in front of it would have refused",
+    r"_cholesky_solve_helper|_weight_norm.*|embedding_bag": "ends the process on sizes that it "
+    "does not check",
     r"empty.*|new_empty.*|_empty.*|_compute_linear_combination|slow_conv.*|linalg_lstsq": "reads "
     "memory that nothing was written to",
     r"_linalg_eig.*|linalg_eig|linalg_eigvals|_linalg_svd|linalg_svd|svd|linalg_ldl.*|ormqr|"
@@ -138,9 +138,6 @@ def calls_of(operator: Any) -> list[OperatorCall]:
     return found
 
 
-_FRAGILE = {torch.ops.aten.embedding_bag}  # ends the process on sizes that do not fit
-
-
 @functools.cache
 def calls_on(
     operator: Any, shape: tuple[int, ...], most: int = 1, kind: str = "floats"
@@ -150,7 +147,6 @@ def calls_on(
     The kinds are ``floats`` (between 0.25 and 1.25), ``integers`` (from 0 to 3) and ``complex``.
     """
     tensors = [a.name for a in operator._schema.arguments if "Tensor" in str(a.type)]
-    most = 1 if operator.overloadpacket in _FRAGILE else most
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         guesses = (c for place in tensors[:3] for c in _guesses(operator, shape, place))

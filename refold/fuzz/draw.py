@@ -82,9 +82,10 @@ class Draw:
 
     def hold(self, kind: str, *shape: int, **more: Any) -> Held:
         """A tensor that the network holds."""
-        dtype = more.pop("dtype", self.dtype)
-        drawn = Drawn(kind, shape, dtype, self.rng.randrange(10**6), **more)
-        same = [n for n, d in self.held.items() if (d.kind, d.shape, d.dtype) ==
+        dtype, given = more.pop("dtype", self.dtype), "seed" in more
+        seed = more.pop("seed") if given else self.rng.randrange(10**6)
+        drawn = Drawn(kind, shape, dtype, seed, **more)
+        same = [] if given else [n for n, d in self.held.items() if (d.kind, d.shape, d.dtype) ==
                 (kind, shape, dtype)]  # fmt: skip
         if same and self.chance(0.06):
             return Held(self.one(same))  # a tensor that two calls share
@@ -187,7 +188,7 @@ class Draw:
             return self.call("batch_norm", x, weight, bias, mean, variance, False, 0.1, 1e-5, True)
         made = self.call(
             "_native_batch_norm_legit_no_training", x, weight, bias, mean, variance, 0.1,
-            self.one((1e-5, 1e-3)),
+            self.one((1e-5, 1e-3)), keep=True,
         )  # fmt: skip
         return self.item(made)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from refold.fuzz.calls import DATA, KINDS, SHAPES, OperatorCall, calls_on, operators
 from refold.fuzz.draw import SIZES, Draw, fits
 from refold.fuzz.network import Drawn, DrawnNetwork, Value, mapped, renumbered
+from refold.fuzz.program import Unsuited, program_of
 from refold.fuzz.sketches import EFFECTS, SKETCHES
 from refold.graph import ops
 
@@ -162,12 +163,27 @@ def _follows_values(name: str) -> bool:
 
 
 def callable_alone(name: str) -> bool:
-    """Whether some call of an operator is found by trying, and its sizes follow from sizes."""
+    """Whether some call of an operator is found by trying, and a trace knows its sizes."""
     return any(
-        not _DEPENDS & set(overload.tags)
-        and any(calls_on(overload, s, _CALLS, k) for s, k in itertools.product(SHAPES, KINDS))
+        _traced(overload, shape, kind)
         for overload in drawable()[name]
+        for shape, kind in itertools.product(SHAPES, KINDS)
     )
+
+
+def _traced(overload: Any, shape: tuple[int, ...], kind: str) -> bool:
+    """Whether a call of an operator alone is found, and can be written as a graph."""
+    if _DEPENDS & set(overload.tags) or not calls_on(overload, shape, _CALLS, kind):
+        return False
+    draw = Draw(random.Random(0))
+    x = _new_input(draw, shape, kind)
+    if not draw.grow(lambda d, v: _any_operator(d, v, overload, kind), x):
+        return False
+    try:
+        program_of(_finished(draw, ()), dynamic=False)
+    except Unsuited:
+        return False
+    return True
 
 
 def _any_operator(draw: Draw, x: Value, overload: Any, kind: str) -> Value:

@@ -7,12 +7,13 @@ crash.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from typing import Any
@@ -224,13 +225,14 @@ class _Worker:
 
 
 def _work(pipe: Any, mix: Mix) -> None:
+    """Answers seeds with what their cases find, and faults with smaller ones."""
     quiet()
     while True:
         try:
-            seed = pipe.recv()
+            asked = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
-        pipe.send(cases.run_case(seed, mix))
+        pipe.send(smallest(asked) if isinstance(asked, Outcome) else cases.run_case(asked, mix))
 
 
 def quiet() -> None:
@@ -285,22 +287,34 @@ def _lost(seed: int | None, mix: Mix, what: str) -> Outcome:
 # --- what is shown of a fault ---------------------------------------------------------------------
 
 
-def shown(outcome: Outcome, mix: Mix) -> tuple[dict[str, str], str]:
-    """What is said of a fault, and the smallest module that shows it."""
-    setting = outcome.setting
-    record = {
-        "kind": outcome.kind,
-        "what": outcome.what,
-        "setting": str(setting),
-        "repeat": f"--seed {outcome.seed} --count 1{mix.arguments}",
-    }
-    if outcome.what.startswith(LOST):
-        return record, code_of(cases.network_for(outcome.seed, setting))
-    return record, code_of(smallest(outcome))
+def shown(faults: Sequence[Outcome], mix: Mix) -> list[tuple[dict[str, str], str]]:
+    """What is said of faults, with the smallest modules that show them.
+
+    They are made smaller in a process of its own: what ends it costs the smaller module alone.
+    """
+    found, worker = [], _Worker(mix)
+    for fault in faults:
+        code = ""
+        if not fault.what.startswith(LOST):
+            worker.pipe.send(fault)
+            with contextlib.suppress(EOFError):
+                code = worker.pipe.recv() if worker.pipe.poll(_PATIENCE) else ""
+            if not code:
+                worker.end()
+                worker = _Worker(mix)
+        record = {
+            "kind": fault.kind,
+            "what": fault.what,
+            "setting": str(fault.setting),
+            "repeat": f"--seed {fault.seed} --count 1{mix.arguments}",
+        }
+        found.append((record, code))
+    worker.end()
+    return found
 
 
-def smallest(outcome: Outcome) -> DrawnNetwork:
-    """The network of a fault, made smaller while it fails in the same way."""
+def smallest(outcome: Outcome) -> str:
+    """The network of a fault as Python, made smaller while it fails in the same way."""
     setting = outcome.setting
     first_words = outcome.what[:24]
 
@@ -309,4 +323,4 @@ def smallest(outcome: Outcome) -> DrawnNetwork:
         same = found.kind == outcome.kind
         return same and (found.kind == WRONG or found.what[:24] == first_words)
 
-    return shrunk(cases.network_for(outcome.seed, setting), fails)
+    return code_of(shrunk(cases.network_for(outcome.seed, setting), fails))

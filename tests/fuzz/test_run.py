@@ -98,6 +98,15 @@ def test_a_process_that_ends_costs_one_case(tmp_path: Any, monkeypatch: pytest.M
     assert {f.what for f in summary.faults} == {run.LOST[0]}
 
 
+@pytest.mark.slow
+def test_faults_are_made_smaller_in_a_process_of_their_own() -> None:
+    lost = outcome(CRASH, run.LOST[0])
+    (_, none), (record, code) = run.shown([lost, outcome(WRONG, "relative error 1")], Mix())
+    assert none == ""
+    assert record["repeat"] == "--seed 0 --count 1"
+    assert "class Net" in code
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cases run in this process."""
@@ -105,7 +114,12 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     def outcomes(seeds: Any, mix: Mix, workers: int) -> Any:
         yield from (cases.run_case(seed, mix) for seed in seeds)
 
+    def shown(faults: Any, mix: Mix) -> Any:
+        repeat = {"kind": WRONG, "what": "x", "repeat": "--seed 3 --count 1"}
+        return [(repeat, run.smallest(fault)) for fault in faults]
+
     monkeypatch.setattr(run, "_outcomes", outcomes)
+    monkeypatch.setattr(run, "shown", shown)
 
 
 def test_the_command(run: Command, here: None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from refold.fuzz.draw import SIZES, Draw, fits, sketch
-from refold.fuzz.network import Value
+from refold.fuzz.network import Held, Value
 
 
 @sketch(6)
@@ -129,6 +129,13 @@ def _attention(d: Draw, x: Value) -> Value:
     return d.call("add", x, made) if d.chance(0.5) else made
 
 
+def _expert(d: Draw, x: Value, out: int, seeds: list[int], bias: Held | None) -> Value:
+    """Two layers whose weights follow from seeds: experts of the same seeds are equal."""
+    width = d.shape(x)[-1]
+    hidden = d.call("linear", x, d.hold("normal", 6, width, seed=seeds[0]))
+    return d.call("linear", d.call("gelu", hidden), d.hold("normal", out, 6, seed=seeds[1]), bias)
+
+
 @sketch(1)
 def _experts(d: Draw, x: Value) -> Value:
     """Layers that are weighted and summed, by constants or by the input."""
@@ -136,8 +143,8 @@ def _experts(d: Draw, x: Value) -> Value:
     count, out = d.one((2, 3)), d.one((width, 4))
     kind = d.one(("constant", "router", "stacked", "equal"))
     if kind == "equal":
-        shared, bias = d.hold("normal", out, width), d.maybe(out)
-        made = [d.call("linear", x, shared, bias) for _ in range(count)]
+        seeds, bias = [d.rng.randrange(10**6) for _ in range(2)], d.maybe(out)
+        made = [_expert(d, x, out, seeds, bias) for _ in range(count)]
         total = made[0]
         for one in made[1:]:
             total = d.call("add", total, one)
