@@ -560,6 +560,8 @@ def _varying_squeeze(node: fx.Node) -> list[int] | None:
     if not is_call(node, *squeezes) or not isinstance(source, fx.Node) or not is_tensor(source):
         return None
     sizes = source.meta["val"].shape
+    if not sizes:
+        return None  # a number may be squeezed at 0 and -1, of which it has none
     asked: Any = node.args[1] if len(node.args) > 1 else list(range(len(sizes)))
     dims = sorted({d % len(sizes) for d in ([asked] if isinstance(asked, int) else asked)})
     return dims if any(_is_symbolic(sizes[d]) for d in dims) else None

@@ -223,3 +223,13 @@ def test_the_door_keeps_the_rank_of_a_call_that_is_changed_in_place() -> None:
 
 def test_a_call_that_states_its_rank_may_read_what_is_not_squeezed() -> None:
     _read_before(lambda s, x: s.l(x).squeeze(0).repeat(2, 1, 1) + 1)
+
+
+@pytest.mark.parametrize("dims", [0, -1, (0,)])
+def test_a_number_is_squeezed(dims: object) -> None:
+    class Number(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.squeeze(dims) * 2  # type: ignore[arg-type]
+
+    x = torch.tensor(3.0)
+    assert torch.equal(refold.compile_for_inference(Number(), (x,))(x), torch.tensor(6.0))
