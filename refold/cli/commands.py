@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refold.cli.arguments import bind, expected, target_options
-from refold.cli.exit_codes import ERROR, NUMBERS, OK
+from refold.cli.exit_codes import ERROR, INTERRUPTED, NUMBERS, OK
 from refold.errors import UsageError
 from refold.reading import unreadable
 from refold.scratch import Scratch
@@ -316,6 +316,7 @@ def _load_artifact(path: Path, loader: Any, program: Any, *, trust: bool) -> Cal
 
 
 _SHRUNK = 8  # faults that are made smaller and printed
+_TOLD = 500  # networks between two signs of life
 _ALIKE = 40  # characters of what is said by which faults are taken for one
 
 
@@ -356,6 +357,9 @@ def fuzz(arguments: argparse.Namespace, progress: Progress) -> int:
         for record, code in shown:
             print(f"\n# {record['kind']}: {record['what']}\n# refold fuzz {record['repeat']}")
             print(code or "# no smaller module: its process ended, or took too long")
+    if summary.interrupted:
+        print("refold: interrupted: this is what was found so far", file=sys.stderr)
+        return INTERRUPTED
     if any(fault.kind == WRONG for fault in summary.faults):
         return NUMBERS
     return ERROR if summary.failed else OK

@@ -67,11 +67,11 @@ class Draw:
         fits(choices)
         return self.rng.choice(choices)
 
-    def axis(self, x: Value, *, least: int = 1) -> int:
-        """An axis of a value: the batch is one of ten."""
+    def axis(self, x: Value) -> int:
+        """An axis of a value: the batch is one of twelve."""
         rank = len(self.shape(x))
         fits(rank)
-        first = 0 if rank == 1 or self.chance(0.08) else min(least, rank - 1)
+        first = 0 if rank == 1 or self.chance(0.08) else 1
         return self.rng.randrange(first, rank)
 
     def spatial(self, x: Value, *ranks: int) -> int:
@@ -168,15 +168,13 @@ class Draw:
         given = self.numbers(out) if with_bias else None
         return self.call("linear", x, self.hold("normal", out, width), given)
 
-    def conv(
-        self, x: Value, out: int, kernel: int = 1, groups: int = 1, bias: bool = True
-    ) -> Value:
+    def conv(self, x: Value, out: int, kernel: int = 1, *, bias: bool = True) -> Value:
         """A convolution that keeps sizes; the kernel is odd."""
         rank = self.spatial(x)
-        weight = self.hold("normal", out, self.shape(x)[1] // groups, *[kernel] * rank)
+        weight = self.hold("normal", out, self.shape(x)[1], *[kernel] * rank)
         given = self.numbers(out) if bias else None
         ones = [1] * rank
-        return self.call(f"conv{rank}d", x, weight, given, ones, [kernel // 2] * rank, ones, groups)
+        return self.call(f"conv{rank}d", x, weight, given, ones, [kernel // 2] * rank, ones, 1)
 
     def norm(self, x: Value) -> Value:
         """A batch norm as a trace has it."""

@@ -61,7 +61,7 @@ class Drawn:
 def draw_tensor(
     kind: str, shape: Sequence[int], dtype: torch.dtype, seed: int, detail: Any = 0
 ) -> torch.Tensor:
-    """Makes a tensor from a seed; see :class:`Drawn`."""
+    """Makes a tensor from a seed: what a printed module calls, which has this very function."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "given":
         return torch.tensor(detail, dtype=dtype).reshape(tuple(shape))

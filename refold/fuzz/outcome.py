@@ -65,4 +65,3 @@ class Outcome:
     rules: tuple[str, ...] = ()
     verified: bool = False
     exact: str = ""
-    seconds: float = 0.0

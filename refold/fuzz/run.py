@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import signal
 import time
 import warnings
 from collections import Counter
@@ -45,13 +46,16 @@ class Summary:
     Attributes:
         cases: how many there were.
         kinds: by outcome.
+        ways: by how they were compiled.
         verified: how many went through verification.
         exact: what the exact judge said, by verdict.
         operators: in how many networks each was called.
         rules: how often each was applied.
+        refusals: why cases were not compiled, or not judged.
         faults: the cases that are wrong, crashed, or were refused by verification.
         seconds: of the whole run.
         first: the first seed.
+        interrupted: whether somebody stopped it.
     """
 
     first: int
@@ -65,6 +69,7 @@ class Summary:
     refusals: Counter[str] = field(default_factory=Counter)
     faults: list[Outcome] = field(default_factory=list)
     seconds: float = 0.0
+    interrupted: bool = False
 
     def add(self, outcome: Outcome) -> None:
         self.cases += 1
@@ -137,6 +142,7 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         return {
             "first_seed": self.first,
+            "interrupted": self.interrupted,
             "cases": self.cases,
             "seconds": round(self.seconds, 1),
             "outcomes": dict(self.kinds),
@@ -171,7 +177,7 @@ def run(
     workers: int = 1,
     progress: Callable[[Summary], None] | None = None,
 ) -> Summary:
-    """Runs cases from a first seed on.
+    """Runs cases from a first seed on. An interrupt ends it with what was found so far.
 
     Args:
         first: the first seed; the others follow it.
@@ -191,11 +197,14 @@ def run(
             yield at
             at += 1
 
-    for outcome in _outcomes(seeds(), mix, workers):
-        summary.add(outcome)
-        summary.seconds = time.monotonic() - start
-        if progress is not None:
-            progress(summary)
+    try:
+        for outcome in _outcomes(seeds(), mix, workers):
+            summary.add(outcome)
+            summary.seconds = time.monotonic() - start
+            if progress is not None:
+                progress(summary)
+    except KeyboardInterrupt:
+        summary.interrupted = True
     return summary
 
 
@@ -227,10 +236,11 @@ class _Worker:
 def _work(pipe: Any, mix: Mix) -> None:
     """Answers seeds with what their cases find, and faults with smaller ones."""
     quiet()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
     while True:
         try:
             asked = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         pipe.send(smallest(asked) if isinstance(asked, Outcome) else cases.run_case(asked, mix))
 

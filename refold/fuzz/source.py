@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import linecache
 import operator
@@ -12,34 +13,19 @@ from typing import Any
 
 from torch import nn
 
-from refold.fuzz.network import Cond, Drawn, DrawnCall, DrawnNetwork, Held, Value, leaves
+from refold.fuzz.network import (
+    Cond,
+    Drawn,
+    DrawnCall,
+    DrawnNetwork,
+    Held,
+    Value,
+    draw_tensor,
+    leaves,
+)
 
 _files = itertools.count()
 _HOME = "refold_fuzz_network"
-
-# ``draw_tensor``, as the printed module defines it.
-_DRAW = """\
-def draw(kind, shape, dtype, seed, detail=0):
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "given":
-        return torch.tensor(detail, dtype=dtype).reshape(shape)
-    if kind == "full":
-        return torch.full(shape, detail, dtype=dtype)
-    if kind == "integers":
-        return torch.randint(0, detail, shape, generator=generator).to(dtype)
-    if kind == "mask":
-        return torch.rand(shape, generator=generator) > 0.5
-    if kind == "complex":
-        return torch.randn(shape, generator=generator, dtype=dtype)
-    values = torch.randn(shape, generator=generator, dtype=torch.float64)
-    if kind == "unit":
-        values = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.25
-    if kind == "positive":
-        values = values.abs() + 0.5
-    if kind == "sparse":
-        values = values * (torch.rand(shape, generator=generator) > 0.4)
-    return values.to(dtype)
-"""
 
 
 def code_of(network: DrawnNetwork) -> str:
@@ -61,11 +47,12 @@ def module_of(network: DrawnNetwork) -> nn.Module:
 def drawn_code(drawn: Drawn) -> str:
     """The call that makes a tensor in the printed module."""
     detail = f", {_text(drawn.detail, {})}" if drawn.detail != 0 else ""
-    return f"draw({drawn.kind!r}, {list(drawn.shape)}, {drawn.dtype}, {drawn.seed}{detail})"
+    return f"draw_tensor({drawn.kind!r}, {list(drawn.shape)}, {drawn.dtype}, {drawn.seed}{detail})"
 
 
 def _code(network: DrawnNetwork) -> Iterator[str]:
-    yield from ("import torch", "from torch import nn", "", "", *_DRAW.splitlines(), "", "")
+    yield from ("from __future__ import annotations", "", "import torch", "from torch import nn")
+    yield from ("", "", *inspect.getsource(draw_tensor).splitlines(), "", "")
     parts: dict[int, list[int]] = {}
     for at, step in enumerate(network.steps):
         parts.setdefault(step.part, []).append(at)

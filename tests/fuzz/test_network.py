@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from refold.fuzz import source
 from refold.fuzz.contract import copied, relative_error
 from refold.fuzz.generate import network_of
 from refold.fuzz.network import Drawn, DrawnCall, DrawnNetwork, Held, Value
 from refold.fuzz.program import Unsuited, program_of
-from refold.fuzz.source import drawn_code, module_of
+from refold.fuzz.source import code_of, module_of
 
 aten = torch.ops.aten
 
@@ -83,11 +82,13 @@ def test_pruning_keeps_writes_and_drops_what_nothing_reads() -> None:
     torch.testing.assert_close(eager(pruned), eager(network))
 
 
-@pytest.mark.parametrize("kind", ["normal", "positive", "unit", "sparse", "full", "integers",
-                                  "mask", "complex"])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind", ["normal", "positive", "unit", "sparse", "full", "integers", "mask", "complex"]
+)
 def test_printed_tensors_are_the_same(kind: str) -> None:
     dtype = {"integers": torch.int64, "complex": torch.complex128}.get(kind, torch.float64)
     drawn = Drawn(kind, (3, 4), dtype, 7, 3 if kind in ("full", "integers") else 0)
-    scope: dict[str, object] = {"torch": torch}
-    exec(source._DRAW, scope)
-    assert torch.equal(eval(drawn_code(drawn), scope), drawn.make())  # type: ignore[arg-type]
+    scope: dict[str, object] = {}
+    exec(code_of(DrawnNetwork((drawn,), {}, (), (Value(0),), (True,))), scope)
+    (printed,) = scope["inputs"]  # type: ignore[misc]
+    assert torch.equal(printed, drawn.make())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from refold.cli.exit_codes import ERROR, NUMBERS, OK, USAGE
+from refold.cli.exit_codes import ERROR, INTERRUPTED, NUMBERS, OK, USAGE
 from refold.fuzz import cases, run
 from refold.fuzz.cases import Mix
 from refold.fuzz.generate import drawable
@@ -142,7 +142,7 @@ def test_a_wrong_case_is_printed_as_a_module(
     code, out, _ = run("fuzz", "--seed", 3, "--count", 1)
     assert code == NUMBERS
     assert "# refold fuzz --seed 3 --count 1" in out
-    printed = out[out.index("import torch") :]
+    printed = out[out.index("from __future__") :]
     scope: dict[str, Any] = {}
     exec(printed, scope)
     scope["Net"]()(*scope["inputs"])
@@ -151,6 +151,22 @@ def test_a_wrong_case_is_printed_as_a_module(
 def test_a_crash_is_an_error(run: Command, here: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "judge", lambda seed, n, s: Outcome(seed, s, CRASH, "x"))
     assert run("fuzz", "--seed", 3, "--count", 1)[0] == ERROR
+
+
+def test_an_interrupt_ends_with_what_was_found(
+    run: Command, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second_is_interrupted(seed: int, mix: Mix) -> Outcome:
+        if seed == 4:
+            raise KeyboardInterrupt
+        return outcome(WRONG, "relative error 1")
+
+    monkeypatch.setattr(cases, "run_case", second_is_interrupted)
+    code, out, error = run("fuzz", "--seed", 3, "--count", 4)
+    assert code == INTERRUPTED
+    assert out.startswith("1 networks, seeds 3 to 3")
+    assert "relative error 1" in out
+    assert "what was found so far" in error
 
 
 @pytest.mark.parametrize(
