@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from refold.compiled import CompiledModel
 from refold.compiler import compile_for_inference
@@ -21,23 +22,86 @@ from refold.fuzz.outcome import Outcome, Setting
 from refold.fuzz.program import Unsuited
 from refold.fuzz.source import code_of, module_of
 
+_CALLS = 1e-9  # relative error of a float64 module over several calls, its state among them
 _SINGLE = 1e-4  # relative error that a runtime may make in float32 before rounding is looked at
 
 
 def judge_module(network: DrawnNetwork, outcome: Outcome) -> None:
     """Compiles and compares a network; see :func:`refold.fuzz.cases.judge`."""
     setting = outcome.setting
-    model, inputs = module_of(network), network.arguments(network.example())
+    case = _case_of(network, setting)
     try:
         with torch.no_grad():
-            model(*contract.copied(inputs))
+            case.original(*contract.copied(case.inputs))
     except RuntimeError as error:  # torch refuses a write into what is expanded, or an input twice
         raise Unsuited(f"eager PyTorch does not run it: {error}") from error
-    model = module_of(network)
+    try:
+        compiled = _compiled(case, setting)
+    except FrontendError as error:
+        raise Unsuited(f"not traced: {error}") from error
+    except BackendError as error:
+        raise Unsuited(f"not lowered: {error}") from error
+    outcome.rules = rules_of(compiled.report.passes)
+    if "consume" in setting.options:
+        consumed = compile_for_inference(
+            module_of(network), case.inputs, verify=False, consume=True, **case.settings
+        )
+        case.compare(consumed, "consumed")
+    if "recipe" in setting.options:
+        _compare_refitted(case, compiled)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A network with the inputs and settings that it is compiled with."""
+
+    network: DrawnNetwork
+    inputs: tuple[Any, ...]
+    settings: Mapping[str, Any]
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """A fresh module, called without the bound inputs."""
+        return functools.partial(module_of(self.network), **self.settings.get("bind", {}))
+
+    def compare(self, compiled: Callable[..., Any], what: str, bound: float = EXACT) -> None:
+        """Compares one call with that of the module itself.
+
+        Raises:
+            Breach: they differ.
+            Unclear: by no more than rounding may make.
+        """
+        got = compiled(*contract.copied(self.inputs))
+        want = self.original(*contract.copied(self.inputs))
+        try:
+            error = relative_error(got, want)
+            if error > bound:
+                raise Breach(f"{what}: relative error {error:.1e}", error)
+        except Breach as breach:
+            self.settle(breach)
+            raise
+
+    def settle(self, breach: Breach) -> None:
+        """Looks at a breach of numbers again: rounding alone may have made it.
+
+        Raises:
+            Unclear: it may.
+        """
+        if breach.error is None:
+            return
+        program = trace(module_of(self.network), self.inputs, bind=self.settings.get("bind"))
+        with torch.no_grad():
+            want = program.graph_module(*contract.copied(self.inputs))
+        if not exceeds_rounding(program.graph_module, self.inputs, want, breach):
+            raise Unclear(f"{breach}, and rounding is to blame") from breach
+
+
+def _case_of(network: DrawnNetwork, setting: Setting) -> _Case:
+    """What the options of a setting mean for a network."""
+    inputs = network.arguments(network.example())
     settings: dict[str, Any] = {"pipeline": setting.pipeline}
-    names = _excluded(network) if "exclude" in setting.options else []
-    if names:
-        settings["exclude"] = names
+    if "exclude" in setting.options and "class Part" in code_of(network):
+        settings["exclude"] = [f"part{min(s.part for s in network.steps)}"]
     if "bind" in setting.options and len(inputs) > 1:
         settings["bind"] = {f"v{len(inputs) - 1}": inputs[-1]}
         inputs = inputs[:-1]
@@ -46,22 +110,7 @@ def judge_module(network: DrawnNetwork, outcome: Outcome) -> None:
     for option in ("recipe", "copy_weights"):
         if option in setting.options:
             settings[option] = True
-    try:
-        compiled = _compile_and_compare(network, model, inputs, settings, setting)
-    except FrontendError as error:
-        raise Unsuited(f"not traced: {error}") from error
-    except BackendError as error:
-        raise Unsuited(f"not lowered: {error}") from error
-    outcome.rules = rules_of(compiled.report.passes)
-    if "consume" in setting.options:
-        _consumed(network, inputs, settings)
-    if "recipe" in setting.options:
-        _refitted(network, compiled, inputs, settings)
-
-
-def _excluded(network: DrawnNetwork) -> list[str]:
-    parts = sorted({s.part for s in network.steps})
-    return [f"part{parts[0]}"] if "class Part" in code_of(network) else []
+    return _Case(network, inputs, settings)
 
 
 def _any_sizes(inputs: tuple[Any, ...]) -> Any:
@@ -72,96 +121,33 @@ def _any_sizes(inputs: tuple[Any, ...]) -> Any:
     return tuple(shapes)
 
 
-def _compile_and_compare(
-    network: DrawnNetwork,
-    model: nn.Module,
-    inputs: tuple[Any, ...],
-    settings: dict[str, Any],
-    setting: Setting,
-) -> CompiledModel:
-    if setting.pipeline == "shift-add" or setting.target != "torch":
-        return _compare_once(network, model, inputs, settings, setting)
-    try:
-        return contract.keeps_the_contract(
-            model, inputs, settings, bound=1e-9, strided=False, refusing=True
-        )
-    except Breach as breach:
-        _settle(network, inputs, settings, breach)
-        raise
-
-
-def _compare_once(
-    network: DrawnNetwork,
-    model: nn.Module,
-    inputs: tuple[Any, ...],
-    settings: dict[str, Any],
-    setting: Setting,
-) -> CompiledModel:
-    """Compares one call of a runtime; an approximation has only to run."""
-    compiled = compile_for_inference(model, inputs, verify=False, target=setting.target, **settings)
-    got = compiled(*contract.copied(inputs))
-    if setting.pipeline != "shift-add":
-        bound = EXACT if setting.dtype is torch.float64 else _SINGLE
-        _same(network, inputs, settings, got, setting.target, bound)
+def _compiled(case: _Case, setting: Setting) -> CompiledModel:
+    """Compiles and compares: with the whole contract, or one call of another runtime."""
+    if setting.target == "torch" and setting.pipeline != "shift-add":
+        try:
+            return contract.keeps_the_contract(
+                module_of(case.network), case.inputs, case.settings, bound=_CALLS, strided=False,
+                refusing=True,
+            )  # fmt: skip
+        except Breach as breach:
+            case.settle(breach)
+            raise
+    compiled = compile_for_inference(
+        module_of(case.network), case.inputs, verify=False, target=setting.target, **case.settings
+    )
+    if setting.pipeline == "shift-add":
+        compiled(*contract.copied(case.inputs))  # an approximation has only to run
+    else:
+        case.compare(compiled, setting.target, EXACT if setting.dtype is torch.float64 else _SINGLE)
     return compiled
 
 
-def _consumed(network: DrawnNetwork, inputs: tuple[Any, ...], settings: dict[str, Any]) -> None:
-    own = {k: v for k, v in settings.items() if k not in ("recipe", "copy_weights")}
-    compiled = compile_for_inference(module_of(network), inputs, verify=False, consume=True, **own)
-    _same(network, inputs, settings, compiled(*contract.copied(inputs)), "consumed")
-
-
-def _refitted(
-    network: DrawnNetwork, compiled: Any, inputs: tuple[Any, ...], settings: dict[str, Any]
-) -> None:
-    other = replace(
-        network,
-        held={n: replace(d, seed=d.seed + 1) for n, d in network.held.items()},
-    )
+def _compare_refitted(case: _Case, compiled: CompiledModel) -> None:
+    """Other weights give what the module gives with them."""
+    held = {n: replace(d, seed=d.seed + 1) for n, d in case.network.held.items()}
+    other = replace(case, network=replace(case.network, held=held))
     try:
-        fitted = compiled.refit(module_of(other).state_dict(), verify=False)
+        fitted = compiled.refit(module_of(other.network).state_dict(), verify=False)
     except RefitError:
         return  # the fold depends on values of these weights, and the recipe says so
-    _same(other, inputs, settings, fitted(*contract.copied(inputs)), "refitted")
-
-
-def _same(
-    network: DrawnNetwork,
-    inputs: tuple[Any, ...],
-    settings: dict[str, Any],
-    got: Any,
-    what: str,
-    bound: float = EXACT,
-) -> None:
-    """Compares results with those of the module itself.
-
-    Raises:
-        Breach: they differ.
-        Unclear: by no more than rounding may make.
-    """
-    want = module_of(network)(*contract.copied(inputs), **settings.get("bind", {}))
-    try:
-        error = relative_error(got, want)
-        if error > bound:
-            raise Breach(f"{what}: relative error {error:.1e}", error)
-    except Breach as breach:
-        _settle(network, inputs, settings, breach)
-        raise
-
-
-def _settle(
-    network: DrawnNetwork, inputs: tuple[Any, ...], settings: dict[str, Any], breach: Breach
-) -> None:
-    """Looks at a breach of numbers again: rounding alone may have made it.
-
-    Raises:
-        Unclear: it may.
-    """
-    if breach.error is None:
-        return
-    program = trace(module_of(network), inputs, bind=settings.get("bind"))
-    with torch.no_grad():
-        want = program.graph_module(*contract.copied(inputs))
-    if not exceeds_rounding(program.graph_module, inputs, want, breach):
-        raise Unclear(f"{breach}, and rounding is to blame") from breach
+    other.compare(fitted, "refitted")

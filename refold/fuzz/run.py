@@ -33,6 +33,7 @@ from refold.passes import PIPELINES
 FAULTS = (WRONG, CRASH, ALARM)
 LOST = ("the process ended", "no end")  # what is said of cases whose process did not answer
 _PATIENCE = 300.0  # seconds for one case
+_GRACE = 5.0  # seconds for a process that has nothing to do to end
 _ALARMS = 1e-3  # the share of verified cases that verification may refuse wrongly
 # Operators are drawn in turn, so that these many rounds over the table reach each.
 _ROUNDS = 3
@@ -133,7 +134,8 @@ class Summary:
             yield f"  modulo a prime: {said}"
         yield f"  operators {len(self.operators)}, rules {len(self.rules)}"
         if not self.covers:
-            yield f"  too few to reach every operator and rule: {_ROUNDS * len(drawable())} are"
+            least = _ROUNDS * len(drawable())
+            yield f"  every operator and rule is asked for from {least} networks on"
             return
         for what, missing in (("operator", self.missing_operators), ("rule", self.missing_rules)):
             if missing:
@@ -228,9 +230,11 @@ class _Worker:
         self.pipe.send(seed)
 
     def end(self) -> None:
+        """Ends the process: one that waits for a seed sees that none will come."""
+        self.pipe.close()
+        self.process.join(_GRACE if self.seed is None else 0)
         self.process.kill()
         self.process.join()
-        self.pipe.close()
 
 
 def _work(pipe: Any, mix: Mix) -> None:
