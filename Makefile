@@ -70,7 +70,7 @@ fuzz: $(READY)
 
 # The same seeds each time, so that no change is stopped by what it did not touch.
 fuzz-ci: $(READY)
-	$(ENV) $(VENV)/bin/python -m refold fuzz --seed 1 --count 1500 --workers $(WORKERS) \
+	$(ENV) $(VENV)/bin/python -m refold fuzz --seed 1 --count 3000 --workers $(WORKERS) \
 	    $(TARGETS)
 
 lint: $(READY)

@@ -87,6 +87,7 @@ def network_for(seed: int, setting: Setting) -> DrawnNetwork:
 def run_case(seed: int, mix: Mix) -> Outcome:
     """Draws, compiles and judges the case of a seed."""
     setting = setting_of(seed, mix)
+    torch.manual_seed(seed)  # of operators that draw: nothing may depend on what ran before
     try:
         network = network_for(seed, setting)
     except Exception as error:  # of the fuzzer itself: it is seen, and the others go on

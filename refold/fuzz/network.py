@@ -34,7 +34,7 @@ class Drawn:
     """How a tensor is made.
 
     Attributes:
-        kind: ``normal``, ``positive`` (0.5 and more), ``unit`` (from 0.25 to 1.25), ``sparse`` (a
+        kind: ``normal``, ``positive`` (0.5 and more), ``unit`` (from 0.25 to 0.95), ``sparse`` (a
             normal one with zeros), ``full`` (one number), ``integers``, ``mask``, ``complex`` or
             ``given`` (the numbers themselves).
         shape: its sizes.
@@ -75,7 +75,7 @@ def draw_tensor(
         return torch.randn(tuple(shape), generator=generator, dtype=dtype)
     values = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
     if kind == "unit":
-        values = torch.rand(tuple(shape), generator=generator, dtype=torch.float64) + 0.25
+        values = torch.rand(tuple(shape), generator=generator, dtype=torch.float64) * 0.7 + 0.25
     if kind == "positive":
         values = values.abs() + 0.5
     if kind == "sparse":
