@@ -42,7 +42,7 @@ def program_of(network: DrawnNetwork, *, dynamic: bool) -> Program:
     inputs, held = network.example(), network.weights()
     root = nn.Module()
     graph = fx.Graph()
-    nodes: list[fx.Node] = []
+    nodes: list[Any] = []
     for at, value in enumerate(inputs):
         node = graph.placeholder(f"x{at}")
         node.meta["val"] = fake.from_tensor(
@@ -68,8 +68,12 @@ def program_of(network: DrawnNetwork, *, dynamic: bool) -> Program:
         for step in network.steps:
             args, kwargs = mapped(step.args, node_of), mapped(dict(step.kwargs), node_of)
             node = graph.call_function(step.target, args, kwargs)
-            node.meta["val"] = _faked(step.target, args, kwargs)
-            nodes.append(node)
+            value = node.meta["val"] = _faked(step.target, args, kwargs)
+            if isinstance(value, int):  # a size that does not vary: a trace has the number
+                graph.erase_node(node)
+                nodes.append(value)
+            else:
+                nodes.append(node)
     if shapes.guards:
         raise Unsuited("a call fixes a size")
     outputs = leaves(network.outputs)

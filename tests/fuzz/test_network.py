@@ -11,6 +11,7 @@ from refold.fuzz.generate import network_of
 from refold.fuzz.network import Drawn, DrawnCall, DrawnNetwork, Held, Value
 from refold.fuzz.program import Unsuited, program_of
 from refold.fuzz.source import code_of, module_of
+from refold.graph import ops
 
 aten = torch.ops.aten
 
@@ -56,6 +57,19 @@ def test_a_fixed_batch_is_no_dynamic_graph() -> None:
     program = program_of(reshaping([-1, 2, 2]), dynamic=True)
     assert isinstance(program.inputs[0].sizes[0], str)
     assert program.graph_module(torch.ones(5, 4))[0].shape == (5, 2, 2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_size_that_does_not_vary_is_a_number(dynamic: bool) -> None:
+    steps = (
+        DrawnCall(aten.sym_size.int, (Value(0), 0)),
+        DrawnCall(aten.ones.default, ([Value(1), 3],)),
+    )
+    network = DrawnNetwork((Drawn("normal", (2, 4)),), {}, steps, (Value(2),), (True,))
+    graph = program_of(network, dynamic=dynamic).graph_module.graph
+    assert [ops.op_name(n) for n in graph.nodes if n.op == "call_function"] == [
+        *(["sym_size"] if dynamic else []), "ones"
+    ]  # fmt: skip
 
 
 def test_what_writes_is_no_graph() -> None:

@@ -17,7 +17,7 @@ from torch.export import Dim
 
 from refold.backends import base, flat
 from refold.backends.base import LEFT_ALONE, Artifact
-from refold.backends.onnx import initializers, quantised
+from refold.backends.onnx import initializers, pools, quantised
 from refold.backends.onnx.mend import keep_pads_before_max_pool
 from refold.backends.onnx.shift_add import choice as shift_add
 from refold.backends.onnx.shift_add import rewrite as shift_add_layers
@@ -79,6 +79,7 @@ def lower(
     """
     module, signature = flat.flatten(gm, program)
     quantised.spell_out(module.graph)
+    pools.divide_as_asked(module.graph)
     module.recompile()
     layers = shift_add_layers.prepare(module, kernels)
     opset = max([asked, *(layer.choice.opset for layer in layers)])
