@@ -90,7 +90,7 @@ def _runner(data: bytes, signature: flat.Signature) -> Runner:
     def run(*args: Any, **kwargs: Any) -> Any:
         tensors = [t.detach().cpu().contiguous() for t in signature.tensors(args, kwargs)]
         try:
-            results = loaded.method.execute(tensors)
+            results = loaded.execute(tensors)
         except RuntimeError as error:
             raise BackendError(f"ExecuTorch failed to run the model: {error}") from error
         return signature.rebuild([torch.as_tensor(r) for r in results])
@@ -130,15 +130,22 @@ def _operators(graph: fx.Graph) -> Counter[str]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A program that can be run; the runtime reads the bytes where they are."""
+    """A program that can be run; the runtime reads the bytes where they are.
+
+    A method alone does not keep the bytes alive, so it is called only here.
+    """
 
     data: bytes
     program: Any
     method: Any
 
+    def execute(self, tensors: list[torch.Tensor]) -> list[Any]:
+        results: list[Any] = self.method.execute(tensors)
+        return results
+
 
 def load_program(data: bytes) -> Loaded:
-    """Loads a program; its method is executed over a list of tensors."""
+    """Loads a program, which is executed on a list of tensors."""
     try:
         with quiet():
             from executorch.runtime import Runtime

@@ -42,7 +42,7 @@ def test_saved_file_runs(built, tmp_path):
     compiled, model, x = built
     path = compiled.save(tmp_path / "net.pte")
     runtimes.check_files(tmp_path, {"net.pte"})
-    (got,) = backend.load_program(path.read_bytes()).method.execute([x])
+    (got,) = backend.load_program(path.read_bytes()).execute([x])
     torch.testing.assert_close(got, model(x))
 
 
