@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from refold.fuzz import contract
 from refold.fuzz.contract import Breach, relative_error
+from refold.verify.references import OwnRun
 
 # Relative errors: of a float64 fold, and what rounding does to the original itself, times this.
 EXACT = 1e-10
@@ -71,31 +71,12 @@ def exceeds_rounding(
     return breach.error > max(EXACT, _ROUNDINGS * own)
 
 
-class _Noisy(fx.Interpreter):
-    """Runs a graph whose every result is off by a rounding or two of its dtype."""
-
-    def __init__(self, gm: fx.GraphModule, seed: int) -> None:
-        super().__init__(gm)
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        return result if n.op == "output" else pytree.tree_map(self._off, result)
-
-    def _off(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            return value
-        off = torch.rand(value.shape, generator=self._generator, dtype=torch.float64) * 2 - 1
-        eps = torch.finfo(value.dtype).eps
-        return (value.double() * (1 + 2 * eps * off)).to(value.dtype)
-
-
 def noise(gm: fx.GraphModule, inputs: Sequence[Any], want: Any) -> float:
     """How far roundings take the results of a graph: the largest relative error of a few runs."""
     worst = 0.0
     for seed in range(_NOISES):
         try:
-            worst = max(worst, relative_error(_Noisy(gm, seed).run(*contract.copied(inputs)), want))
+            worst = max(worst, relative_error(OwnRun(gm, noise=seed).of((tuple(inputs), {})), want))
         except (Breach, RuntimeError):
             return float("inf")
     return worst

@@ -144,7 +144,7 @@ def calls_on(
 ) -> tuple[OperatorCall, ...]:
     """Calls of an operator that eager PyTorch takes, of data of one shape and kind.
 
-    The kinds are ``floats`` (between 0.25 and 1.25), ``integers`` (from 0 to 3) and ``complex``.
+    The kinds are ``floats`` (between 0.25 and 0.95), ``integers`` (from 0 to 3) and ``complex``.
     """
     tensors = [a.name for a in operator._schema.arguments if "Tensor" in str(a.type)]
     with warnings.catch_warnings(), torch.no_grad():
@@ -178,7 +178,7 @@ def _data(shape: tuple[int, ...], kind: str) -> torch.Tensor:
         return torch.randint(0, 4, shape, generator=generator)
     if kind == "complex":
         return torch.randn(shape, generator=generator, dtype=torch.complex128)
-    return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.25
+    return torch.rand(shape, generator=generator, dtype=torch.float64) * 0.7 + 0.25
 
 
 def _guesses(operator: Any, shape: tuple[int, ...], place: str) -> Iterator[OperatorCall]:
@@ -221,6 +221,8 @@ def _by_type(kind: str, name: str, shape: tuple[int, ...]) -> list[Any]:
         if "indices" in name:
             return [[torch.tensor([1, 0])], [torch.ones(shape, dtype=torch.bool)]]
         return [[_other(shape)], [_other((4, 4)), _other((4,))]]
+    if "dtype" in name:
+        return [torch.float32, torch.float64, torch.int64, torch.bool]
     if kind in ("int", "SymInt"):
         return {"dim": [1, 0, -1], "dim0": [0], "dim1": [1], "groups": [1]}.get(name, [2, 1, 4, 0])
     if kind in ("List[int]", "List[SymInt]", "List[Optional[int]]"):

@@ -310,7 +310,7 @@ def _inner(field: Residues, given: Given) -> Tensor:
 
 @formula("outer")
 def _outer(field: Residues, given: Given) -> Tensor:
-    return bilinear(torch.outer, given["self"], given["vec2"], 1)
+    return bilinear(torch.outer, field.read(given["self"]), field.read(given["vec2"]), 1)
 
 
 @formula("einsum")
@@ -343,7 +343,7 @@ def _tensordot(field: Residues, given: Given) -> Tensor:
 
 @formula("kron")
 def _kron(field: Residues, given: Given) -> Tensor:
-    return bilinear(torch.kron, given["self"], given["other"], 1)
+    return bilinear(torch.kron, field.read(given["self"]), field.read(given["other"]), 1)
 
 
 @formula("linear")

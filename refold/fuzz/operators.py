@@ -109,7 +109,7 @@ def _computed(
         return result if ops.named(name, ops.MOVES) else _reduced(result)
     if ops.named(name, ops.RESIZE):
         return _resized(field, target, args, kwargs)
-    if ops.named(name, ops.ELEMENTWISE):
+    if ops.named(name, ops.ELEMENTWISE) and len(target._schema.returns) == 1:
         return _any_function(field, target, name, _given(target, args, kwargs))
     raise Unjudged(f"{name} has no formula over residues")
 

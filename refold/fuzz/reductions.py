@@ -31,10 +31,10 @@ _PLACES = Unknown("where the largest of several stands depends on the order of n
 
 
 def _dims(x: Tensor, dims: Any) -> list[int]:
-    """Dimensions as a list; none, or an empty list, are all."""
-    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+    """Dimensions as a list; none, or an empty list, are all. A number has none."""
+    if not x.ndim or dims is None or (isinstance(dims, (list, tuple)) and not dims):
         return list(range(x.ndim))
-    return [d % max(x.ndim, 1) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+    return [d % x.ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
 
 
 def _left(x: Tensor, dims: Sequence[int], keepdim: Any) -> Tensor:

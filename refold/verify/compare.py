@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from refold.errors import VerificationError
 from refold.graph.program import Call, Program, fresh
@@ -28,7 +27,7 @@ from refold.verify.manners import Manners, MannersError, run_twice
 from refold.verify.references import References, add_nearby, first_line, references
 from refold.verify.result import Numerics
 from refold.verify.samples import shapes_of
-from refold.verify.tolerance import Leaf, collect
+from refold.verify.tolerance import Leaf, collect, widen
 
 _MOST_HELD = 2  # calls that both graphs run again for, held to the same choices
 MORE_RUNS = 16  # inputs that decide where the first ones are past the tolerance
@@ -62,7 +61,7 @@ def verify(
         manners = found.manners if at == 0 else None
         collect(leaves, _run_candidate(candidate, graphs, call, manners), own, exact, call)
         for other in nearby:
-            _widen(leaves, at, other, exact)
+            widen(leaves, at, other, exact)
     for leaf in leaves.values():
         leaf.settle(found.allowed)
     worst = max(leaves.values(), key=_badness, default=None)
@@ -78,12 +77,6 @@ def verify(
 
 def _badness(leaf: Leaf) -> float:
     return leaf.error / leaf.tolerance if leaf.tolerance else 0.0
-
-
-def _widen(leaves: dict[int, Leaf], at: int, nearby: Any, reference: Any) -> None:
-    results, exact = pytree.tree_leaves(nearby), pytree.tree_leaves(reference)
-    for leaf in leaves.values():
-        leaf.widen(at, results[leaf.index], exact[leaf.index])
 
 
 def _judge_blind(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from refold.graph import constants, provenance
-from refold.graph.evaluate import Oracle
+from refold.graph.evaluate import Oracle, flat_inputs
 from refold.graph.program import Call, Program, fresh
 from refold.verify.given import Factory, Given, state_kept
 from refold.verify.manners import Manners, observe
@@ -99,6 +100,11 @@ def _add(found: References, call: Call, oracle: Oracle, given: Given, *, generat
 
 
 def add_nearby(original: fx.GraphModule, found: References) -> None:
+    """Adds what the original makes of inputs one rounding away, and where it rounds otherwise.
+
+    Rounding is all that is left of an output that is zero in exact arithmetic, whatever the inputs:
+    ``(W - W.mean(1, keepdim=True)) @ torch.ones_like(x)``.
+    """
     generator = torch.Generator().manual_seed(1)
     given = Given(original, found.module)
     with given.kept():
@@ -108,13 +114,63 @@ def add_nearby(original: fx.GraphModule, found: References) -> None:
                     torch.Tensor, lambda t: one_rounding_away(t, generator), fresh(call)
                 )
                 results += given.run([beside], exact)
+            results += rounded_otherwise(original, call)
 
 
-def one_rounding_away(leaf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+class OwnRun(fx.Interpreter):
+    """Runs a graph in its own dtype; its state stays as it is.
+
+    Args:
+        gm: the graph.
+        hold: gives the value that a call has from now on, for its node, value and arguments.
+        noise: a seed: inputs, weights and all results are a rounding or two off. What a graph
+            writes would be lost, so it may write nothing.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        hold: Callable[[fx.Node, Any, Any], Any] | None = None,
+        noise: int | None = None,
+    ) -> None:
+        super().__init__(gm)
+        self._gm, self._hold = gm, hold
+        self._generator = None if noise is None else torch.Generator().manual_seed(noise)
+
+    def of(self, call: Call) -> Any:
+        inputs = flat_inputs(self.graph, *fresh(call))
+        with state_kept(self._gm), torch.no_grad():
+            result = self.run(*inputs, enable_io_processing=False)
+        return self.graph.process_outputs(result)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if self._hold is not None and n.op == "call_function":
+            value = self._hold(n, value, self.fetch_args_kwargs_from_env(n))
+        generator = self._generator
+        if generator is None or n.op == "output":
+            return value
+        return pytree.tree_map_only(
+            torch.Tensor, lambda t: one_rounding_away(t, generator, 2.0), value
+        )
+
+
+def rounded_otherwise(
+    gm: fx.GraphModule, call: Call, hold: Callable[[fx.Node, Any, Any], Any] | None = None
+) -> list[Any]:
+    """A few results of a graph whose every value is a rounding or two off; none if it writes."""
+    if constants.mutations(gm.graph):
+        return []
+    return [OwnRun(gm, hold, seed).of(call) for seed in range(_NEIGHBOURS)]
+
+
+def one_rounding_away(
+    leaf: torch.Tensor, generator: torch.Generator, roundings: float = 1.0
+) -> torch.Tensor:
     if not leaf.is_floating_point():
         return leaf
     drawn = torch.rand(leaf.shape, generator=generator, dtype=torch.float64) * 2 - 1
-    factor = 1 + torch.finfo(leaf.dtype).eps * drawn
+    factor = 1 + roundings * torch.finfo(leaf.dtype).eps * drawn
     return (leaf.double().cpu() * factor).to(leaf.device, leaf.dtype)
 
 

@@ -99,11 +99,24 @@ def test_what_no_recipe_makes_is_not_judged() -> None:
         (lambda s, x: s.c(x).long(), "an integer is made of a floating value"),
         (lambda s, x: torch.fft.rfft(s.c(x)).real, "fft_rfft has no formula over residues"),
         (lambda s, x: s.c(x) / (x - x), "something is divided by zero"),
+        (lambda s, x: torch.frexp(s.c(x)).mantissa, "frexp has no formula over residues"),
     ],
 )
 def test_what_has_no_residue_is_not_judged(forward: Any, reason: str) -> None:
     model = Net(forward, c=nn.Conv2d(4, 4, 1))
     assert judged(model, image()) == Judgement(UNJUDGED, reason)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: torch.outer(s.c(x).flatten(), torch.tensor([True, False])),
+        lambda s, x: torch.kron(torch.tensor([[2, 3]]), s.c(x)),
+        lambda s, x: torch.var_mean(s.c(x).sum(), dim=0, correction=0)[1],
+    ],
+)
+def test_integers_and_single_numbers_have_residues(forward: Any) -> None:
+    assert judged(Net(forward, c=nn.Conv2d(4, 4, 1)), image()) == Judgement(EQUAL)
 
 
 def test_an_output_that_differs_counts_though_another_is_not_judged() -> None:

@@ -431,3 +431,31 @@ def test_an_artifact_too_is_judged_on_more_inputs() -> None:
     result, _ = verify_widely(original, candidate, program, known)
     assert result.passed
     assert result.inputs == MORE_RUNS
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("n", [4, 16])
+def test_an_output_of_rounding_alone_has_no_scale_to_be_judged_by(
+    n: int, dtype: torch.dtype
+) -> None:
+    """Each row of the weight sums to zero, and the input is constant: only rounding is left."""
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(n, n, generator=generator, dtype=torch.float64).to(dtype)
+
+        def centred(s: nn.Module, x: Tensor) -> Tensor:
+            rows = s.weight - s.weight.mean(1, keepdim=True)
+            return nn.functional.linear(torch.ones_like(x) - 0.3, rows)
+
+        original, program = two(Does(centred, weight=weight), torch.randn(2, n).to(dtype))
+        known = references(original, program)
+        rows = weight - weight.double().mean(1, keepdim=True).to(dtype)
+
+        def folded(x: Tensor, rows: Tensor = rows) -> Tensor:
+            return nn.functional.linear(torch.full_like(x, 0.7), rows)
+
+        gm = fx.symbolic_trace(Does(lambda s, x: folded(x)))
+        assert verify_widely(original, gm, program, known)[0].passed
+        wrong = fx.symbolic_trace(Does(lambda s, x: folded(x) + 0.5))
+        with pytest.raises(VerificationError):
+            verify_widely(original, wrong, program, known)
