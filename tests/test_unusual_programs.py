@@ -330,3 +330,21 @@ def test_a_scale_passes_a_reader_that_takes_nothing() -> None:
         l=nn.Linear(8, 8), g=R(8),
     )  # fmt: skip
     assert "mul" not in left(_compiled(net, _rows()).graph_module)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: x.sum().mean(0),
+        lambda s, x: x.sum().mean(0) + x.mean(),
+        lambda s, x: x.sum().transpose(0, -1) * 2,
+        lambda s, x: torch.stack([x.sum(), x.mean()]).mean(0),
+        lambda s, x: torch.repeat_interleave(torch.tensor([1, 0, 2]), output_size=3) + x.sum(),
+        lambda s, x: torch.repeat_interleave(x.long(), output_size=4),
+    ],
+)
+def test_numbers_and_counts_are_no_internal_error(forward: Any) -> None:
+    x = torch.tensor([1.0, 2.0, 1.0, 0.0]).double()
+    compiled = refold.compile_for_inference(_Net(forward), x, target="torch")
+    assert not any(d.failed for d in compiled.report.declined)
+    torch.testing.assert_close(compiled(x), forward(None, x))

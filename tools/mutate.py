@@ -65,8 +65,9 @@ MUTATED = (
     "refold/verify",
     "refold/frontends/canonical.py",
 )
-# The quick tests that are asked: those of the rooms, and those of whole foldings. The others read
-# the source or the documents, run other programs, or are about what happens after folding.
+# The tests that are asked: the quick ones of the rooms and of whole foldings, and of the slow ones
+# those that fold drawn networks. The others read the source or the documents, run other programs,
+# or are about what happens after folding.
 ASKED = (
     "tests/algebra",
     "tests/rewrite",
@@ -81,7 +82,9 @@ ASKED = (
     "tests/test_dynamic_shapes.py",
     "tests/test_unusual_programs.py",
     "tests/refit",
+    "tests/fuzz/test_drawn_folds.py",
 )
+WHICH = "not slow and not sweep and not edge and not rtx or drawn"
 KEPT = ROOT / ".mutants"
 EQUIVALENT = ROOT / "tools" / "mutants_equivalent.txt"
 ENOUGH = 0.95
@@ -594,7 +597,7 @@ class Instead:
 def collect(tests: Sequence[str], work: Callable[[list[pytest.Item]], None]) -> None:
     """Collects tests and does the work with them."""
     quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:warnings", "-s"]
-    pytest.main([*quiet, *tests], plugins=[Instead(work)])
+    pytest.main([*quiet, "-m", WHICH, *tests], plugins=[Instead(work)])
 
 
 def preload() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,7 +61,7 @@ class _Case:
     @property
     def original(self) -> Callable[..., Any]:
         """A fresh module, called without the bound inputs."""
-        return functools.partial(module_of(self.network), **self.settings.get("bind", {}))
+        return contract.bound_to(module_of(self.network), self.settings)
 
     def compare(self, compiled: Callable[..., Any], what: str, bound: float = EXACT) -> None:
         """Compares one call with that of the module itself.

@@ -144,6 +144,8 @@ def _write(
         raise Unjudged(f"{name} makes an integer of a floating value")
     if name in ("copy", "fill", "zero"):
         return into.copy_(field.read(rest[0] if rest else 0.0))
+    if ops.named(name, ops.MOVES):
+        return target(*args, **kwargs)  # it is seen in another shape
     return into.copy_(_computed(field, target, name, (into.clone(), *rest), kwargs))
 
 

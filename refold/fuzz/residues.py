@@ -38,7 +38,7 @@ from refold.algebra.affine_map import ROUNDING
 P = 880871
 _GENERATOR = 41  # every residue but 0 is a power of it
 _EXACT = 2.0**53  # integers of float64 up to here are exact
-_FRACTIONS = 2**4 * 3**2 * 5**2 * 7**2 * 11 * 13  # a denominator that small ones divide
+_FRACTIONS = 2**6 * 3**3 * 5**3 * 7**2 * 11 * 13  # a denominator that small ones divide
 _LARGEST = 2.0**45  # numerators up to which a float is read as a fraction
 _SPLIT = 1024.0
 # What a fold compares with to tell a value from its rounding: sums that cancel, whole thresholds.

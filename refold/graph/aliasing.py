@@ -143,8 +143,8 @@ def shares_more(
     reached = reached_outputs(node)
     if not reached:
         return None
-    others = set(outputs(node.graph)) - reached
-    for root in after() - before:
+    others = [o for o in outputs(node.graph) if o not in reached]
+    for root in sorted(after() - before):  # a reason is the same in each run
         if root.op == "placeholder":
             return f"an output would share the storage of the input {root.name}"
         if root.op == "get_attr":

@@ -90,3 +90,13 @@ def test_a_batch_that_is_not_promised_is_to_be_refused(monkeypatch: pytest.Monke
     check(monkeypatch, refuses, refusing=True)
     with pytest.raises(UsageError):
         check(monkeypatch, refuses)
+
+
+def test_a_bound_input_that_is_written_has_its_value_in_each_call() -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+            return x + shift.add_(0.5)
+
+    shift = torch.ones(4, dtype=torch.float64)
+    keeps_the_contract(Writes(), (torch.randn(2, 4).double(),), {"bind": {"shift": shift}})
+    assert torch.equal(shift, torch.ones(4))

@@ -112,6 +112,7 @@ def test_what_has_no_residue_is_not_judged(forward: Any, reason: str) -> None:
     [
         lambda s, x: torch.outer(s.c(x).flatten(), torch.tensor([True, False])),
         lambda s, x: torch.kron(torch.tensor([[2, 3]]), s.c(x)),
+        lambda s, x: nn.functional.linear(s.c.bias.softmax(0), s.c.weight[:, :, 0, 0]) + x.sum(),
         lambda s, x: torch.var_mean(s.c(x).sum(), dim=0, correction=0)[1],
     ],
 )

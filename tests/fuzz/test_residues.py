@@ -69,7 +69,7 @@ def test_sums_of_numbers_stay_without_signs() -> None:
 
 def test_a_float_that_rounds_a_small_fraction_stands_for_it() -> None:
     field = Residues(signed=True)
-    for count in (3, 7, 9, 25, 49, 196):
+    for count in (3, 7, 9, 25, 27, 49, 64, 125, 196):
         assert field.number(1 / count) * count % P == 1
         shares = torch.full((2,), 2 / count, dtype=torch.float64)
         assert (field.of(shares) * count % P).tolist() == [2.0, 2.0]

@@ -470,8 +470,8 @@ class MapReader:
         """Channels repeated, reversed or picked by a constant index, and nothing else moved."""
         out: Maps = {}
         args = nodes.arguments(node)
-        u = args["self"]
-        if not is_tensor(u) or len(shape(u)) != len(shape(node)):
+        u = args.get("self")  # a call of `repeat_interleave` may have its counts alone
+        if not isinstance(u, fx.Node) or not is_tensor(u) or len(shape(u)) != len(shape(node)):
             return out
         for kind, axis in _axes(node):
             size = shape(u)[axis]

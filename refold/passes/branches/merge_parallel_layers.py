@@ -116,7 +116,7 @@ class _Merger:
             if shared is None:
                 left.append(layer)
             else:
-                self._decline(layer, f"{constant_name(shared)} is read elsewhere too")
+                self._decline(layer, f"{_name(shared)} is read elsewhere too")
         return left
 
     def _merge(self, group: list[products.Linear]) -> None:
@@ -240,6 +240,10 @@ def _count(groups: list[list[products.Linear]]) -> str:
     layers = sum(map(len, groups))
     tensors = "one tensor" if len(groups) == 1 else f"{len(groups)} tensors"
     return f"{layers} layers that read {tensors}"
+
+
+def _name(constant: fx.Node) -> str:
+    return constant_name(constant) if constant.op == "get_attr" else constant.name
 
 
 def _shared_constant(layer: products.Linear) -> fx.Node | None:

@@ -581,7 +581,7 @@ def joined(node: fx.Node) -> _Joined | None:
         return None
     given = arguments(node)
     value, along = given["self"], dims(given)
-    if given["keepdim"] or len(along) != 1 or not isinstance(along[0], int):
+    if given["keepdim"] or len(along) != 1 or not isinstance(along[0], int) or not shape(value):
         return None
     axis = along[0] % len(shape(value))
     count = shape(value)[axis]

@@ -337,7 +337,7 @@ def _axis(node: fx.Node, source: fx.Node | None = None) -> int:
     """The axis that an ``unsqueeze`` adds, or that a ``squeeze`` of ``source`` takes away."""
     dim = node.args[1] if len(node.args) > 1 else None
     rank = len(shape(node)) if source is None else len(shape(source))
-    return dim % rank if isinstance(dim, int) else -1
+    return dim % rank if isinstance(dim, int) and rank else -1
 
 
 def stacked(root: fx.Node) -> Mixture | None:
