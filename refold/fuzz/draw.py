@@ -75,9 +75,9 @@ class Draw:
         return self.rng.randrange(first, rank)
 
     def spatial(self, x: Value, *ranks: int) -> int:
-        """The number of spatial axes."""
+        """The number of spatial axes of what has channels."""
         found = len(self.shape(x)) - 2
-        fits(found in (ranks or (1, 2, 3)))
+        fits(found in (ranks or (1, 2, 3)) and self.shape(x)[1] > 0)
         return found
 
     def hold(self, kind: str, *shape: int, **more: Any) -> Held:
