@@ -316,6 +316,8 @@ def test_attributes_are_what_is_no_tensor() -> None:
     graph = trace(lambda v: torch.cat([v, v], 1), T)
     assert matches(Call(aten.cat, Var("list"), Attr("axis")), graph) == []
     assert matches(Call(aten.cat, Attr("list"), 1), graph) == []
+    picked = trace(lambda v, i: v[:, i], torch.randn(2, 3), torch.tensor([0, 2]))
+    assert matches(Call(aten.index, x, Attr("list")), picked) == []
     turned = trace(lambda v: v.permute(0, 2, 3, 1), T)
     (match,) = matches(Call(aten.permute, x, Attr("order")), turned)
     assert match["order"] == [0, 2, 3, 1]
@@ -365,3 +367,4 @@ def test_a_sum_of_more_terms_than_there_are_is_none() -> None:
     assert not matches(Sum(x, y, Var("z")), graph)
     assert not matches(Sum(x, y, Var("z"), Many("rest")), graph)
     assert matches(Sum(x, y, Many("rest")), graph)[0]["rest"] == ()
+    assert matches(Sum(x, y), graph)

@@ -231,6 +231,15 @@ class Normed(nn.Module):
         return torch.cond(v.sum() > 9, lambda t: self.yes(t), lambda t: self.no(t), (v,))
 
 
+def test_one_run_of_a_pass_counts_a_graph_and_its_branches() -> None:
+    gm = export.trace(Normed().eval(), (T,), {}).graph_module
+    runs = [run for run in PIPELINES["default"].run(gm).runs if run.result.applied]
+    (folded,) = (run for run in runs if run.before["batch-norm"])
+    assert (folded.before["batch-norm"], folded.after["batch-norm"]) == (3, 0)
+    assert len(folded.result.applied) == 3
+    assert folded.seconds > 0
+
+
 def fail_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Lets the constant of that number fail where it is computed."""
     evaluate, calls = Lazy.evaluate, iter(range(1, 1000))
