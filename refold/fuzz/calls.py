@@ -53,8 +53,9 @@ LEFT_OUT = {
     r"empty.*|new_empty.*|_empty.*|_compute_linear_combination|slow_conv.*|linalg_lstsq": "reads "
     "memory that nothing was written to",
     r"_linalg_eig.*|linalg_eig|linalg_eigvals|_linalg_svd|linalg_svd|svd|linalg_ldl.*|ormqr|"
-    r"linalg_qr|qr|geqrf|linalg_lu.*|lu_.*|_lu_.*|linalg_householder.*|orgqr": "its result is one "
-    "of several equal ones, which rounding picks",
+    r"linalg_qr|qr|geqrf|_linalg_det|_linalg_slogdet|_linalg_solve_ex|linalg_lu.*|"
+    r"lu_.*|_lu_.*|linalg_householder.*|orgqr": "its result is one of several equal ones, which "
+    "rounding picks",
 }
 
 

@@ -54,6 +54,11 @@ def _dropout(field: Residues, given: Given) -> Tensor:
     return field.read(given["input"])
 
 
+@formula("conj _conj conj_physical _conj_physical resolve_conj resolve_neg real positive")
+def _itself(field: Residues, given: Given) -> Tensor:
+    return field.read(next(iter(given.values()))).clone()
+
+
 @formula("to _to_copy type_as")
 def _cast(field: Residues, given: Given) -> Tensor:
     """All floating dtypes are residues alike."""

@@ -213,7 +213,10 @@ class _Run:
             elif _is_plain(node, plain):
                 args, kwargs = fx.map_arg((node.args, node.kwargs), plain.__getitem__)
                 plain[node] = node.target(*args, **kwargs)
-                continue
+                if not _is_real_of_complex(node, plain):
+                    continue
+                values[node] = Unknown("a real number of complex ones is rounded")
+                del plain[node]
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), residue)
                 values[node] = self._call(node, args, kwargs)
@@ -256,6 +259,12 @@ def _is_plain(node: fx.Node, plain: Mapping[fx.Node, Any]) -> bool:
         and not ops.has(node, ops.DRAWS)
         and all(source in plain for source in node.all_input_nodes)
     )
+
+
+def _is_real_of_complex(node: fx.Node, plain: Mapping[fx.Node, Any]) -> bool:
+    sources = [plain[n] for n in node.all_input_nodes]
+    is_complex = any(isinstance(v, Tensor) and v.is_complex() for v in sources)
+    return is_complex and _has_residues(plain[node])
 
 
 def _has_residues(value: Any) -> bool:

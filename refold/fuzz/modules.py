@@ -47,7 +47,7 @@ def judge_module(network: DrawnNetwork, outcome: Outcome) -> None:
         )
         case.compare(consumed, "consumed")
     if "recipe" in setting.options:
-        _compare_refitted(case, compiled)
+        _compare_refitted(case, compiled, setting)
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,15 @@ def _compiled(case: _Case, setting: Setting) -> CompiledModel:
     if setting.pipeline == "shift-add":
         compiled(*contract.copied(case.inputs))  # an approximation has only to run
     else:
-        case.compare(compiled, setting.target, EXACT if setting.dtype is torch.float64 else _SINGLE)
+        case.compare(compiled, setting.target, _bound_of(setting))
     return compiled
 
 
-def _compare_refitted(case: _Case, compiled: CompiledModel) -> None:
+def _bound_of(setting: Setting) -> float:
+    return EXACT if setting.dtype is torch.float64 else _SINGLE
+
+
+def _compare_refitted(case: _Case, compiled: CompiledModel, setting: Setting) -> None:
     """Other weights give what the module gives with them."""
     held = {n: replace(d, seed=d.seed + 1) for n, d in case.network.held.items()}
     other = replace(case, network=replace(case.network, held=held))
@@ -149,4 +153,4 @@ def _compare_refitted(case: _Case, compiled: CompiledModel) -> None:
         fitted = compiled.refit(module_of(other.network).state_dict(), verify=False)
     except RefitError:
         return  # the fold depends on values of these weights, and the recipe says so
-    other.compare(fitted, "refitted")
+    other.compare(fitted, "refitted", _bound_of(setting))

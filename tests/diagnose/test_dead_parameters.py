@@ -153,8 +153,19 @@ def test_a_layer_norm_s_shift_varies_over_what_is_pooled() -> None:
         lambda m, x: F.conv2d(x, torch.div(m.w, 2, rounding_mode="floor")),
         lambda m, x: F.conv2d(x, m.w.round()),
         lambda m, x: central(m, x) + F.conv2d(x, m.w, padding=1),
+        lambda m, x: x.sum() + torch.ops.aten.copy(m.w - m.w.mean(1, keepdim=True), m.w),
     ],
-    ids=["as it is", "half", "product", "not linear", "sum", "floor", "round", "read plain"],
+    ids=[
+        "as it is",
+        "half",
+        "product",
+        "not linear",
+        "sum",
+        "floor",
+        "round",
+        "read plain",
+        "no derivative",
+    ],
 )
 def test_parameters_that_matter_or_cannot_be_told(forward: Callable[..., Any]) -> None:
     assert not dead(forward, IMAGE, w=W)

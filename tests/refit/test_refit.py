@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import refold
+from refold.backends.onnx.recipe_file import refit_file
 from refold.errors import RefitError, UsageError
 from refold.graph import constants
 from refold.refit.tape import Recorder
@@ -341,6 +343,42 @@ def test_onnx_refit_equals_a_fresh_export(name: str) -> None:
     assert refitted.report.numerics is not None
     with pytest.raises(AssertionError):
         assert_equal_files(initializers(compiled), initializers(fresh))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: (x * 2, s.p * 3),
+        lambda s, x: (s.p, x),
+        lambda s, x: (x + s.p, s.p),
+        lambda s, x: (s.p * 3, x, s.p * 3),
+        lambda s, x: (x @ s.p.t(), s.p, s.p.t()),
+        lambda s, x: torch.add(x, s.p, alpha=2),
+        lambda s, x: torch.sub(s.p, x, alpha=3) + s.p,
+    ],
+)
+def test_outputs_that_are_weights_are_refitted(forward: Callable[..., Any], tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.randn(3, 3), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Any:
+            return forward(self, x)
+
+    x, net = torch.randn(3, 3), Net()
+    compiled = refold.compile_for_inference(Net(), (x,), target="ort", recipe=True)
+    path = compiled.save(tmp_path / "net.onnx")
+    torch.testing.assert_close(compiled.refit(net)(x), net(x))
+    fitted = refit_file(path, net.state_dict(), tmp_path / "new.onnx")
+    session = onnxruntime.InferenceSession(fitted, providers=["CPUExecutionProvider"])
+    results = session.run(None, {i.name: x.numpy() for i in session.get_inputs()})
+    expected = net(x) if isinstance(net(x), tuple) else (net(x),)
+    for got, want in zip(results, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), want)
 
 
 @pytest.mark.slow

@@ -98,11 +98,12 @@ def lower(
         raise BackendError(
             f"asked for opset {opset}, the exporter wrote {model.opset_imports.get('')}"
         )
-    related = None
-    if raw is not None and not layers:
-        related = initializers.of(raw, model, _optimized, stored(module))
     _annotate(model, onnx_program.exported_program)
     _name(model, signature)
+    related = None
+    if raw is not None and not layers:
+        _name(raw, signature)  # an output may be an initializer
+        related = initializers.of(raw, model, _optimized, stored(module))
     notes = _name_dims(model, program, signature, wanted)
     written = shift_add_layers.rewrite(model, layers) if layers else ()
     notes += shift_add_layers.notes(layers, asked, opset)

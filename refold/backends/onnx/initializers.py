@@ -9,6 +9,7 @@ and what computes them is computed again from new ones.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,14 +120,18 @@ def fingerprint(model: Any, written: Iterable[str]) -> str:
 
 
 def _read(model: Any) -> list[Any]:
-    """The initializers in the order in which nodes read them: their names are arbitrary."""
+    """The initializers in the order in which nodes read them: their names are arbitrary.
+
+    Those that the model gives as they are come last.
+    """
     import onnx_ir
 
     found: dict[str, Any] = {}
-    for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
-        for value in node.inputs:
-            if value is not None and value.name in model.graph.initializers:
-                found.setdefault(value.name, value)
+    nodes = onnx_ir.traversal.RecursiveGraphIterator(model.graph)
+    read = (value for node in nodes for value in node.inputs)
+    for value in itertools.chain(read, model.graph.outputs):
+        if value is not None and value.name in model.graph.initializers:
+            found.setdefault(value.name, value)
     return list(found.values())
 
 
@@ -195,8 +200,13 @@ def _program(before: Any, own: set[str], wanted: Iterable[str]) -> bytes:
             made = graph.node.add()
             made.CopyFrom(onnx_ir.serde.serialize_node(node))
             if node.op_type == "CastLike":
-                made.op_type = "Identity"  # the result is compared with what it has to be
                 del made.input[1:]
+                dtype = node.outputs[0].dtype or node.inputs[1].dtype
+                if dtype is None:
+                    made.op_type = "Identity"  # the result is compared with what it has to be
+                else:
+                    made.op_type = "Cast"
+                    made.attribute.append(onnx.helper.make_attribute("to", int(dtype)))
     for name in sorted(read):
         if name in own:
             graph.input.append(onnx_ir.serde.serialize_value(initial[name]))

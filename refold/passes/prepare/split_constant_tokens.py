@@ -187,7 +187,7 @@ class _Splitter:
             split = self._attended(node)
         elif any(not same(self.found[a].sizes, sizes) for a in read):
             return None
-        elif ops.has(node, ops.SIZED):
+        elif ops.has(node, ops.VIEW | ops.EXPAND) and ops.has(node, ops.SIZED):
             split = self._reshaped(node)
         elif ops.has(node, _MOVES):
             split = self._moved(node)

@@ -295,6 +295,7 @@ MIXING = {
     "cumsum": lambda s, x: prompted(s, x).cumsum(1) @ s.k.weight,
     "merged": lambda s, x: s.wide(prompted(s, x).flatten(1)),
     "paired": lambda s, x: s.pair(prompted(s, x).reshape(x.shape[0], -1, 2 * WIDTH)),
+    "repeated": lambda s, x: s.pair(prompted(s, x).repeat(1, 1, 2)),
     "flip": lambda s, x: prompted(s, x).flip(1) @ s.k.weight,
     "roll": lambda s, x: prompted(s, x).roll(1, 1) @ s.k.weight,
     "weights of a sample": lambda s, x: prompted(s, x) @ x[0, :WIDTH].t(),
