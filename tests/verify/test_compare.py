@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from refold.errors import VerificationError
 from refold.frontends.export import trace
-from refold.graph import provenance
+from refold.graph import constants, provenance
 from refold.graph.program import Program
 from refold.verify import compare
 from refold.verify.compare import MORE_RUNS, verify_widely
@@ -459,3 +459,15 @@ def test_an_output_of_rounding_alone_has_no_scale_to_be_judged_by(
         wrong = fx.symbolic_trace(Does(lambda s, x: folded(x) + 0.5))
         with pytest.raises(VerificationError):
             verify_widely(original, wrong, program, known)
+
+
+def test_a_model_that_refuses_numbers_beside_its_own_is_judged_by_those_it_takes() -> None:
+    def whole(s: nn.Module, x: Tensor) -> Tensor:
+        torch._assert_async((s.count == s.count.round()).all())
+        return x * s.count
+
+    original, program = two(Does(whole, count=torch.tensor(3.0)), torch.randn(2, 4))
+    assert constants.mutations(original.graph) == []
+    wrong = fx.symbolic_trace(Does(lambda s, x: x * 3.1))
+    with pytest.raises(VerificationError, match="the output"):
+        verify_widely(original, wrong, program, references(original, program))
