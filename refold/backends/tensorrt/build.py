@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from refold.backends.tensorrt import library as libraries
 from refold.errors import BackendError, UsageError
 
 _TIMING = b"refold timing cache 1\n"
+Result = TypeVar("Result")
 _POLL = 0.1  # seconds between looks for an interrupt
 
 
@@ -212,19 +213,30 @@ def check_version(made_of: artifact.Build, library: libraries.Library) -> None:
 def _compile(
     folder: Path, made_of: artifact.Build, library: libraries.Library, timing: Path
 ) -> tuple[bytes, libraries.Log, bytes]:
-    """The engine, what was logged, and the timing cache."""
+    """The engine, what was logged, and the timing cache.
+
+    The library runs beside the main thread: where it calls Python, an interruption would be lost.
+    """
+    stop = threading.Event()
+    return _interruptible(lambda: _compiled(folder, made_of, library, timing, stop), stop)
+
+
+def _compiled(
+    folder: Path,
+    made_of: artifact.Build,
+    library: libraries.Library,
+    timing: Path,
+    stop: threading.Event,
+) -> tuple[bytes, libraries.Log, bytes]:
     parsed = libraries.parse(library, folder / artifact.MODEL)
     if not parsed.accepted:
         raise BackendError(_rejected(folder, library, parsed.messages))
     config = _configuration(made_of, library, parsed)
     # Without a GPU there is nothing to time, and asking for a cache asks for one.
     cache = _timing_cache(config, timing) if torch.cuda.is_available() else None
-    stop = threading.Event()
     monitor = _monitor(library, stop)  # the library holds no reference of its own
     config.progress_monitor = monitor
-    engine = _interruptible(
-        lambda: parsed.builder.build_serialized_network(parsed.network, config), stop
-    )
+    engine = parsed.builder.build_serialized_network(parsed.network, config)
     if engine is None:
         reasons = "; ".join(parsed.log.errors) or "no reason was given"
         raise BackendError(f"{library} cannot build the engine: {reasons}")
@@ -324,9 +336,9 @@ def _monitor(library: libraries.Library, stop: threading.Event) -> Any:
     return Monitor()
 
 
-def _interruptible(work: Callable[[], Any], stop: threading.Event) -> Any:
+def _interruptible(work: Callable[[], Result], stop: threading.Event) -> Result:
     """Runs ``work`` beside the main thread, which alone hears Ctrl-C and then sets ``stop``."""
-    results: list[Any] = []
+    results: list[Result] = []
     failures: list[BaseException] = []
 
     def run() -> None:
