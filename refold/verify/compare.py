@@ -140,7 +140,7 @@ def verify_widely(
 
     Few inputs may miss the original's own worst rounding, which is heavy-tailed; so may a single
     run where the candidate happens to have its worst. More inputs are drawn then, and the
-    original is also run one rounding beside each of them.
+    original is also run one rounding beside each of them, and with each result a rounding off.
 
     Returns:
         The verdict, and the references that it was reached with.
@@ -162,6 +162,8 @@ def verify_widely(
         manners=known.manners,
     )
     add_nearby(original, known)
+    for call, results in zip(known.calls, known.nearby, strict=True):
+        results += choices.rounded(original, call)
     return verify(original, candidate, known, folded_gm=folded), known
 
 

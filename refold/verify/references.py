@@ -102,11 +102,7 @@ def _add(found: References, call: Call, oracle: Oracle, given: Given, *, generat
 
 
 def add_nearby(original: fx.GraphModule, found: References) -> None:
-    """Adds what the original makes of inputs one rounding away, and where it rounds otherwise.
-
-    Rounding is all that is left of an output that is zero in exact arithmetic, whatever the inputs:
-    ``(W - W.mean(1, keepdim=True)) @ torch.ones_like(x)``.
-    """
+    """Adds what the original makes of inputs that are one rounding away."""
     generator = torch.Generator().manual_seed(1)
     given = Given(original, found.module)
     with given.kept():
@@ -116,7 +112,6 @@ def add_nearby(original: fx.GraphModule, found: References) -> None:
                     torch.Tensor, lambda t: one_rounding_away(t, generator), fresh(call)
                 )
                 results += given.run([beside], exact)
-            results += rounded_otherwise(original, call)
 
 
 class OwnRun(fx.Interpreter):
@@ -162,15 +157,22 @@ class OwnRun(fx.Interpreter):
 def rounded_otherwise(
     gm: fx.GraphModule, call: Call, hold: Callable[[fx.Node, Any, Any], Any] | None = None
 ) -> list[Any]:
-    """A few results of a graph whose every value is a rounding or two off; none if it writes."""
+    """A few results of a graph whose every value is a rounding or two off.
+
+    There is none if it writes, or calls kernels other than PyTorch's: those may be what is judged.
+    """
     results: list[Any] = []
-    if constants.mutations(gm.graph):
+    if constants.mutations(gm.graph) or any(map(_is_foreign, gm.graph.nodes)):
         return results
     for seed in range(_NEIGHBOURS):
         # A model may refuse numbers that are a rounding off, with an error of any kind.
         with contextlib.suppress(Exception):
             results.append(OwnRun(gm, hold, seed).of(call))
     return results
+
+
+def _is_foreign(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten"
 
 
 def one_rounding_away(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 import time
 from pathlib import Path
@@ -26,8 +27,13 @@ def test_an_interruption_while_the_library_calls_python_is_not_lost(
             pass
         raise AssertionError("the build went on")
 
+    # A process that was started in the background ignores the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.1, _thread.interrupt_main)
     monkeypatch.setattr(build.libraries, "parse", parse)
     unused: Any = None
-    with pytest.raises(KeyboardInterrupt):
-        build._compile(Path(), unused, unused, Path())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build._compile(Path(), unused, unused, Path())
+    finally:
+        signal.signal(signal.SIGINT, before)
