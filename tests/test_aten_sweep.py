@@ -82,7 +82,7 @@ class _Between(nn.Module):
         self.call = call
         self.before = nn.ModuleList([_layer(call.shape), _Affine(call.shape, negative=False)])
         self.behind = nn.ModuleList()
-        example = torch.rand(call.shape, dtype=torch.float64) + 0.25
+        (example,) = _inputs([call])
         for at, part in enumerate(self.double().before):
             made = pytree.tree_leaves(call(part(example)))
             makes = (_norm, _layer) if at == 0 else (_layer, _norm)
@@ -116,7 +116,8 @@ class _Several(nn.Module):
 
 
 def _inputs(calls: Sequence[OperatorCall]) -> tuple[Tensor, ...]:
-    return tuple(torch.rand(c.shape, dtype=torch.float64) + 0.25 for c in calls)
+    """Between 0.25 and 0.95, as the calls were tried: some ask for numbers between 0 and 1."""
+    return tuple(torch.rand(c.shape, dtype=torch.float64) * 0.7 + 0.25 for c in calls)
 
 
 def _is_quick(name: str) -> bool:

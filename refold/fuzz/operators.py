@@ -80,8 +80,14 @@ def _leaves(values: Any) -> list[Any]:
 
 @functools.cache
 def _name(target: Any) -> tuple[str, bool]:
-    """The operator, without the underscore of one that writes, and whether it writes."""
+    """The operator, without the underscore of one that writes, and whether it writes.
+
+    With its overload where that has a row of its own: ``view.dtype`` reads bits, and moves nothing.
+    """
     name, written = target._schema.name.split("::")[-1], target._schema.is_mutable
+    overload = f"{name}.{target._overloadname}"
+    if overload in ops.ROWS:
+        return overload, written
     return (name.removesuffix("_") if written else name), written
 
 
