@@ -242,10 +242,10 @@ def _written_out(node: fx.Node, constant: set[fx.Node]) -> fx.Node | None:
 
 
 def _batched(node: fx.Node, constant: set[fx.Node]) -> fx.Node | None:
-    """A convolution of one sample is one of a batch of one."""
+    """A layer of one sample is one of a batch of one."""
     x = node.args[0]
-    spatial = int(ops.op_name(node)[-2])
-    if not is_tensor(x) or len(shape(x)) != spatial + 1:  # type: ignore[arg-type]
+    rank = 1 if ops.op_name(node) == "linear" else int(ops.op_name(node)[-2]) + 1
+    if not is_tensor(x) or len(shape(x)) != rank or len(shape(node.args[1])) < 2:  # type: ignore[arg-type]
         return None
     one = _call(node, aten.unsqueeze.default, x, 0)
     made = nodes.call(
@@ -260,7 +260,7 @@ _FORMS: dict[str, Callable[[fx.Node, set[fx.Node]], fx.Node | None]] = {
     "numpy_T": _all_reversed, "matrix_H": _all_reversed, "movedim": _axes_moved,
     "narrow": _narrowed, "ravel": _raveled, "max": _extremum, "min": _extremum, "clamp": _rectified,
     "clamp_min": _rectified, "special_round": _rounded, "fliplr": _flipped, "flipud": _flipped,
-    "addmm": _written_out, "baddbmm": _written_out,
+    "addmm": _written_out, "baddbmm": _written_out, "linear": _batched,
     **dict.fromkeys(_STACKS, _stacked),
     **dict.fromkeys([f"conv{n}d" for n in (1, 2, 3)], _batched),
     **dict.fromkeys([f"conv_transpose{n}d" for n in (1, 2, 3)], _batched),

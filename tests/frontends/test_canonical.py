@@ -17,6 +17,7 @@ from refold.frontends.canonical import check_dialect
 from refold.frontends.canonical import forms as canonical_forms
 from refold.frontends.export import trace
 from refold.graph import ops
+from tests.compare import EXACT, relative_error
 from tests.tracing import ops as calls
 
 FORMS = canonical_forms() | {"cat", "relu", "permute", "transpose", "mul"}
@@ -389,3 +390,22 @@ def test_a_conjugate_that_is_resolved_has_memory_of_its_own() -> None:
     kept, _ = refold.compile_for_inference(net, x)(x)
     assert torch.equal(kept, x.conj())
     assert kept.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+def test_a_linear_of_a_vector_folds_as_one_of_a_batch_of_one() -> None:
+    layer, scale = torch.nn.Linear(6, 5).double(), torch.randn(5, dtype=torch.float64)
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+            self.register_buffer("scale", scale)
+
+        def forward(self, x):
+            return self.layer(x) * self.scale
+
+    x = torch.randn(6, dtype=torch.float64)
+    folded = refold.fold(Scaled(), (x,), dynamic_shapes=({},))
+    called = [n for n in folded.graph_module.graph.nodes if n.op == "call_function"]
+    assert [str(n.target) for n in called] == ["aten.linear.default"]
+    assert relative_error(folded(x), Scaled()(x)) <= EXACT

@@ -12,6 +12,8 @@ Each line is an identity that holds bit for bit, written as a rule:
     expand(g) * x = g * x, likewise +, - and /, for an x of the result's shape
     slice_scatter(x, y, d, a, b) = cat([x[:a], y, x[b:]], d), for a computed y
 
+and those of :mod:`refold.passes.prepare.identities`.
+
 0 and 1 are Python numbers or constant tensors of that value, and only where the result has the
 shape and the dtype of ``x``. NaN and infinity pass unchanged. One liberty is taken: ``-0.0 + 0.0``
 is ``+0.0``, and becomes ``-0.0``. ``x * 0`` is never folded, for ``inf * 0`` is NaN.
@@ -48,6 +50,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from refold.graph import aliasing, constants, nodes, ops
+from refold.passes.prepare import identities
 from refold.rewrite.build import Builder
 from refold.rewrite.context import Context
 from refold.rewrite.driver import apply_rules
@@ -72,6 +75,14 @@ _PERMUTES = ops.packets(ops.PERMUTE)
 _COPIES = (aten.clone, aten.contiguous)
 # Layers that take one sample without a batch.
 _CONVOLUTIONS = tuple(getattr(aten, f"conv{t}{n}d") for t in ("", "_transpose") for n in (1, 2, 3))
+_LAYERS = (aten.linear, *_CONVOLUTIONS)
+# The bitwise ones keep truth values alone, which a trait does not say.
+_ANDS = (aten.bitwise_and, aten.__and__, aten.logical_and)
+# The same of these.
+_ORS = (aten.bitwise_or, aten.__or__, aten.logical_or)
+# Roundings to whole numbers: one with decimals is another overload.
+_ROUNDINGS = (aten.floor.default, aten.ceil.default, aten.round.default, aten.trunc.default)
+_RESIZES = ops.packets(ops.RESIZE)
 _ROUNDS = 8
 _COMMON = "clean-up/common-subexpression"
 
@@ -94,7 +105,9 @@ class CleanUp:
         done, swept = _remove_dead(editor)  # a dead user would hold the call that it reads
         modified = _loosen_views(editor)
         rules = _rules(gm.graph, strides_matter=aliasing.reads_strides(gm.graph))
-        rules += (OfOneSample(),) if self.last else ()
+        rules += identities.rules(
+            strides_matter=aliasing.reads_strides(gm.graph), last=self.last
+        ) + ((OfOneSample(),) if self.last else ())
         for _ in range(_ROUNDS):
             result = apply_rules(gm, rules)
             merged = merge_common(Editor(gm, _COMMON, result))
@@ -120,10 +133,10 @@ class Drop(RewriteRule):
 
 
 class OfOneSample(RewriteRule):
-    """``squeeze(conv(unsqueeze(x, 0)), 0)`` is the convolution of one sample, without a batch."""
+    """``squeeze(conv(unsqueeze(x, 0)), 0)`` is the layer of one sample, without a batch."""
 
     name = "clean-up/one-sample"
-    pattern = Call(aten.squeeze.dim, Call(_CONVOLUTIONS, Call(aten.unsqueeze, x, 0), ...), 0)
+    pattern = Call(aten.squeeze.dim, Call(_LAYERS, Call(aten.unsqueeze, x, 0), ...), 0)
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         conv: Any = match.root.args[0]
@@ -258,6 +271,7 @@ def _rules(graph: fx.Graph, *, strides_matter: bool) -> tuple[RewriteRule, ...]:
     idle = lambda copy: not formats or aliasing.chooses_kernel(copy) is None
     zero = Const("c").where(_holds(0))
     one = Const("c").where(_holds(1))
+    flag = identities.is_flag
     rules: list[RewriteRule] = [
         Drop("dropout", Call(
             (aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout),
@@ -269,6 +283,13 @@ def _rules(graph: fx.Graph, *, strides_matter: bool) -> tuple[RewriteRule, ...]:
         Drop("mul-one", Call((aten.mul.Tensor, aten.mul.Scalar), x, one)),
         Drop("mul-one", Call((aten.div.Tensor, aten.div.Scalar), x, one)),
         Drop("leaky-relu-one", Call((aten.leaky_relu, aten.prelu), x, one)),
+        Drop("pow-one", Call((aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor), x, one)),
+        *(Drop("and-true", Call(_ANDS, *pair).where(flag)) for pair in ((x, one), (one, x))),
+        *(Drop("or-false", Call(_ORS, *pair).where(flag)) for pair in ((x, zero), (zero, x))),
+        Drop("where", Call(aten.where.self, one.where(flag), x, Var("y"))),
+        Drop("where", Call(aten.where.self, zero.where(flag), Var("y"), x)),
+        Drop("rounded", Call(_ROUNDINGS, Call(_ROUNDINGS, Var("y")).shared().named("x"))),
+        Drop("resize", _unchanged(Call(_RESIZES, x, ...)).where(identities.keeps_size)),
         Drop("double-neg", Call(aten.neg, Call(aten.neg, x).shared())),
         Drop("cast", _unchanged(Call((aten.to, aten.type_as, aten._to_copy), x, ...)).where(idle)),
         Drop("reshape", _unchanged(Call(_RESHAPES, x, ...))),
