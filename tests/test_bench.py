@@ -127,3 +127,41 @@ def test_mapped_weights_are_those_of_the_file(tmp_path: Path) -> None:
     )
     assert (tmp_path / "weights").read_bytes() == stored
     assert model(torch.randn(2, 8, 64).half()).isfinite().all()
+
+
+def test_rewrites_of_other_compilers() -> None:
+    """What a row says: how far the peer gets, whether refold does, and why not."""
+    from bench.peers import AS_FAR, LESS, STATED, WRONG, compare, line, summary, verdict
+    from tests.models.peer_cases import CASES, PeerCase
+
+    cases = {case.title: case for case in CASES}
+    assert len(cases) == len(CASES)
+    rows = [
+        compare(cases[title])
+        for title in (
+            "onnxscript: conv, batch norm",
+            "TVM: x + zeros_like(layer of x)",
+            "OpenVINO: linear of a vector, times features",
+            "coremltools: pad, permute, conv",
+            "PyTorch freezing: linear of an image, batch norm of its channels",
+        )
+    ]
+    assert [(row["before"], row["refold"], row["peer_leaves"]) for row in rows] == [
+        (2, 1, 1), (4, 1, 1), (2, 1, 1), (2, 1, 1), (2, 2, 1),
+    ]  # fmt: skip
+    assert [row["verdict"] for row in rows] == [AS_FAR] * 4 + [STATED]
+    assert "another function" in line(rows[4])
+    assert summary(rows[:1]) == "onnxscript: 1 cases: 1 as far"
+    demanded = PeerCase("a", "b", 1, cases["onnxscript: conv, batch norm"].make)
+    assert verdict(demanded, 2, 1, True) == LESS
+    assert verdict(demanded, 1, 1, False) == WRONG
+
+
+@pytest.mark.slow
+def test_no_rewrite_of_another_compiler_goes_wrong() -> None:
+    from bench.peers import WRONG, compare
+    from tests.models.peer_cases import CASES, PEFT
+
+    once = {case.make: case for case in CASES if case.peer != PEFT}
+    assert len(once) > 170
+    assert not [case.title for case in once.values() if compare(case)["verdict"] == WRONG]
