@@ -91,7 +91,7 @@ def _compare(label: str) -> int:
 
 
 def test_bits_read_as_another_type_have_no_residue() -> None:
-    with pytest.raises(Unjudged, match="view.dtype has no formula"):
+    with pytest.raises(Unjudged, match=r"view\.dtype has no formula"):
         over(
             Residues(signed=False),
             aten.view.dtype,

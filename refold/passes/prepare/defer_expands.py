@@ -8,9 +8,10 @@ constants alone, so they fold away; what is left is the expansion, which costs n
 the batch may be symbolic: it is what hides the constant.
 
 Exact when: every operand is a constant, or is expanded from one; each function is elementwise, or
-mixes other axes only: a projection the last one, a norm the normalised ones, a softmax its own, an
-attention all but the batch and the heads, a convolution all but the batch. Layouts move the axes
-along. What reads the result sees zero strides from now on, so a result that the caller gets, or
+mixes other axes only: a projection the last one, a norm the normalised ones, a softmax or a sum its
+own, an attention all but the batch and the heads, a convolution all but the batch. Layouts move the
+axes along. One number in a tensor of symbolic sizes (``ones(batch, 8)``) is an expansion of it, so
+masks and position encodings of the batch's size alone are constants, too. What reads the result sees zero strides from now on, so a result that the caller gets, or
 that a call reads whose value depends on strides, stays.
 
 Before::
@@ -33,7 +34,7 @@ al., Perceiver, ICML 2021), attention pooling (Lee et al., Set Transformer, ICML
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,7 @@ from refold.graph.nodes import (
     arguments,
     aten,
     call,
+    dtype,
     is_call,
     is_tensor,
     pinned,
@@ -57,9 +59,17 @@ from refold.rewrite.context import Context
 from refold.rewrite.edit import Editor
 from refold.rewrite.result import PassResult, applied
 
-_ANYWHERE = ops.ELEMENTWISE | ops.PERMUTE | ops.UNIT_AXES | ops.ALIAS | ops.COPY
-_FILLS = ("zeros_like", "ones_like", "full_like")  # whose value the shape alone decides
-_ALONG_DIM = ("softmax", "_softmax", "log_softmax")  # which act along their ``dim``, and no other
+_ANYWHERE = ops.ELEMENTWISE | ops.CAST | ops.PERMUTE | ops.UNIT_AXES | ops.ALIAS | ops.COPY
+# One number everywhere, whatever the sizes; ``None`` where an argument says which.
+_FILLS: dict[str, int | None] = {
+    "zeros": 0, "ones": 1, "full": None, "new_zeros": 0, "new_ones": 1, "new_full": None,
+    "zeros_like": 0, "ones_like": 1, "full_like": None,
+}  # fmt: skip
+_ALONG_DIM = frozenset({  # which act along their ``dim`` or ``dims``, and no other
+    "softmax", "_softmax", "log_softmax", "cumsum", "cumprod", "sum", "mean", "prod", "amax", "amin",
+    "any", "all", "argmax", "argmin", "var", "std", "logsumexp", "logcumsumexp", "flip", "roll",
+    "index_select", "repeat_interleave",
+})  # fmt: skip
 _OF_SAMPLES = frozenset({  # layers that treat each sample by itself
     "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
     "conv_transpose3d", "group_norm",
@@ -109,7 +119,7 @@ class _Deferral:
             if not _is_plain(node) or (written and written & aliasing.roots(node)):
                 continue
             with self.editor.candidate(node):
-                spread = self._expansion(node) or self._deferred(node)
+                spread = self._fill(node) or self._expansion(node) or self._deferred(node)
                 if spread is not None:
                     self.found[node] = spread
         replaced = 0
@@ -126,34 +136,76 @@ class _Deferral:
 
     # --- what is the same everywhere --------------------------------------------------------------
 
-    def _expansion(self, node: fx.Node) -> _Spread | None:
-        """A constant of fixed size that is expanded, or repeated along axes of size 1."""
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or source not in self._constant:
+    def _fill(self, node: fx.Node) -> _Spread | None:
+        """One number everywhere, in a tensor whose sizes are symbolic: ``ones(batch, 8)``."""
+        name, value = op_name(node), node.meta["val"]
+        axes = [a for a, size in enumerate(value.shape) if not isinstance(size, int)]
+        if name not in _FILLS or not axes:
             return None
-        before, after = shape(source), shape(node)
-        added = len(after) - len(before)
-        one = (1,) * added + before
-        axes = [a for a, size in enumerate(after) if not same(size, one[a])]
-        if not all(isinstance(s, int) for s in one) or any(one[a] != 1 for a in axes):
+        args = arguments(node)
+        number = args["fill_value"] if _FILLS[name] is None else _FILLS[name]
+        if not isinstance(number, (int, float)):
+            return None
+        extents = {a: self._extent(node, a) for a in axes}
+        sizes = [1 if a in axes else size for a, size in enumerate(value.shape)]
+        kwargs = {"dtype": value.dtype, "device": value.device}
+        one = self._call(node, aten.full.default, (sizes, number), kwargs)
+        return _Spread(one, extents, computed=False)
+
+    def _expansion(self, node: fx.Node) -> _Spread | None:
+        """A constant of fixed size that is expanded, or repeated along axes of size 1.
+
+        What is spread already may be spread along other axes, too.
+        """
+        source = node.args[0] if node.args else None
+        spread = self.found.get(source) if isinstance(source, fx.Node) else None
+        if spread is None and (not isinstance(source, fx.Node) or source not in self._constant):
+            return None
+        copy = source if spread is None else spread.one
+        added = len(shape(node)) - len(shape(source))
+        before, after, one = ((1,) * added + shape(n) if n is not node else shape(n)
+                              for n in (source, node, copy))  # fmt: skip
+        axes = [a for a, size in enumerate(after) if not same(size, before[a])]
+        if not all(isinstance(s, int) for s in one) or any(before[a] != 1 for a in axes):
             return None
         if is_call(node, aten.expand.default, aten.repeat.default):
             sizes: Any = node.args[1]
         elif is_call(node, aten.expand_as.default):
-            other: Any = node.args[1]
-            sizes = [
-                self._call(node, aten.sym_size.int, (other, a))
-                if a in axes and not isinstance(after[a], int)
-                else after[a]
-                for a in range(len(after))
-            ]
+            sizes = [self._extent(node, a) if a in axes else s for a, s in enumerate(after)]
         else:
             return None
         if not axes or not all(isinstance(sizes[a], (fx.Node, int)) for a in axes):
             return None
         if added:
-            source = self._call(node, aten.reshape.default, (source, list(one)))
-        return _Spread(source, {a: sizes[a] for a in axes}, computed=False)
+            copy = self._call(node, aten.reshape.default, (copy, list(one)))
+        extents = {a: sizes[a] for a in axes}
+        if spread is None:
+            return _Spread(copy, extents, computed=False)
+        extents.update({a + added: extent for a, extent in spread.extents.items()})
+        return _Spread(copy, extents, computed=spread.computed)
+
+    def _extent(self, node: fx.Node, axis: int) -> Extent:
+        """A size of what a call makes, read off an input of the network where one has it.
+
+        A tensor that was asked for its shape alone need not be computed.
+        """
+        size = shape(node)[axis]
+        if isinstance(size, int):
+            return size
+        args = arguments(node)
+        if "size" in args:
+            given: Extent = args["size"][axis]
+            return given
+        for source in node.graph.find_nodes(op="placeholder"):
+            found = (
+                [a for a, s in enumerate(shape(source)) if same(s, size)]
+                if is_tensor(source)
+                else []
+            )
+            if found:
+                return self._call(node, aten.sym_size.int, (source, found[0]))
+        like = args["other" if is_call(node, aten.expand_as.default) else "self"]
+        return self._call(node, aten.sym_size.int, (like, axis))
 
     def _deferred(self, node: fx.Node) -> _Spread | None:
         """A call of expanded constants, run on one copy."""
@@ -201,9 +253,13 @@ class _Deferral:
     def _acts_apart(self, node: fx.Node) -> bool:
         """True if a call treats each index of the expanded axes of its operands by itself."""
         name = op_name(node)
-        if ops.has(node, _ANYWHERE) or name in _FILLS:
+        if ops.has(node, _ANYWHERE) or name.endswith("_like"):
             return True
         args = arguments(node)
+        if name in ("cat", "stack"):
+            return self._joins(name, args)
+        if name == "einsum":
+            return self._sums_products(args)
         spread = {k: axes for k, v in args.items() if (axes := self._axes(v))}
         if name in ("matmul", "mm", "bmm"):
             # Where one operand alone expands the axis that is summed over, one copy does not fit.
@@ -222,13 +278,49 @@ class _Deferral:
             return rank - 1 not in axes
         if name in ("layer_norm", "rms_norm"):
             return max(axes) < rank - len(args["normalized_shape"])
-        if ops.has(node, ops.PART) or name in _ALONG_DIM:
+        if name in _ALONG_DIM:
+            along = args.get("dims", args.get("dim"))
+            dims = along if isinstance(along, (list, tuple)) else [along]
+            return bool(dims) and all(isinstance(d, int) and d % rank not in axes for d in dims)
+        if ops.has(node, ops.PART):
             full = name == "slice" and args["step"] == 1 and same(shape(node), shape(args[first]))
             return full or args["dim"] % rank not in axes
+        if name == "index":
+            return self._picks_apart(args["indices"], axes)
+        if name in ("pad", "constant_pad_nd"):
+            return max(axes) < rank - len(args["pad"]) // 2
+        if ops.has(node, ops.RESIZE):
+            return max(axes) < 2
         if name in _OF_SAMPLES:
             # without a batch axis, axis 0 would be the channels
             return axes == {0} and (name == "group_norm" or rank == len(shape(args["weight"])))
         return name == "batch_norm" and axes == {0} and not args["training"]
+
+    def _picks_apart(self, indices: Sequence[fx.Node | None], axes: set[int]) -> bool:
+        """Indices of other axes; a mask would span several of them."""
+        if any(i is not None and dtype(i) in (torch.bool, torch.uint8) for i in indices):
+            return False
+        return not any(i is not None for a, i in enumerate(indices) if a in axes)
+
+    def _joins(self, name: str, args: Mapping[str, Any]) -> bool:
+        """Parts that are all spread alike, and put side by side along another axis."""
+        parts = args["tensors"]
+        axes = self._axes(parts[0])
+        rank = len(shape(parts[0])) + (name == "stack")
+        alike = all(self._axes(part) == axes for part in parts)
+        return alike and (name == "stack" or args["dim"] % rank not in axes)
+
+    def _sums_products(self, args: Mapping[str, Any]) -> bool:
+        """An einsum that keeps the axes: each operand that has one is spread along it."""
+        inputs, arrow, result = args["equation"].replace(" ", "").partition("->")
+        if not arrow or "." in inputs:
+            return False
+        held: dict[str, set[bool]] = {}
+        for term, operand in zip(inputs.split(","), args["tensors"], strict=True):
+            axes = self._axes(operand)
+            for axis, letter in enumerate(term):
+                held.setdefault(letter, set()).add(axis in axes)
+        return all(had == {False} or (had == {True} and a in result) for a, had in held.items())
 
     def _axes(self, operand: object) -> set[int]:
         found = self.found.get(operand) if isinstance(operand, fx.Node) else None
@@ -267,8 +359,14 @@ class _Deferral:
     # --- the rewrite ------------------------------------------------------------------------------
 
     def _is_last(self, node: fx.Node) -> bool:
-        """True for a layer's result, or a layout of it, that something else reads."""
-        return self.found[node].computed and any(u not in self.found for u in node.users)
+        """True for a layer's result, or a layout of it, that something else reads.
+
+        One number everywhere is such a result for those that broadcast.
+        """
+        others = [u for u in node.users if u not in self.found]
+        if op_name(node) in _FILLS:
+            return bool(others) and all(ops.has(u, ops.ELEMENTWISE) for u in others)
+        return self.found[node].computed and bool(others)
 
     def _replace(self, node: fx.Node) -> None:
         """Lets those that read a result read an expansion of its one copy.

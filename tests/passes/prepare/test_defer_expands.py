@@ -87,6 +87,64 @@ def test_layers_of_an_expanded_constant_fold(forward, query) -> None:
     assert not again.applied
 
 
+@pytest.mark.parametrize(
+    "forward",
+    few([
+        lambda s, x: s.f(torch.ones(x.shape[0], 5, 8, dtype=x.dtype)),
+        lambda s, x: s.f(torch.full((x.shape[0], 5, 8), 0.5, dtype=x.dtype)),
+        lambda s, x: s.f(x.new_zeros(x.shape[0], 5, 8)).tanh(),
+        lambda s, x: s.f(x.new_full((x.shape[0], 1, 8), 2.0) + s.q),
+        lambda s, x: s.f(torch.ones_like(x).cumsum(1) / 3),
+        lambda s, x: s.f(torch.ones_like(x).bool().logical_not().cumsum(1).to(x.dtype)),
+        lambda s, x: s.f(torch.stack([torch.ones_like(x), x.new_zeros(x.shape)], 1).flatten(1, 2)),
+        lambda s, x: s.f(torch.cat([expanded(s, x), expanded(s, x).sin()], 1)),
+        lambda s, x: s.f(torch.einsum("bij,bkj->bik", expanded(s, x), expanded(s, x)) @ s.mix),
+        lambda s, x: s.f(F.pad(expanded(s, x), (0, 0, 1, 1))),
+        lambda s, x: s.f(expanded(s, x)[:, [0, 2, 1]].roll(1, 1)),
+        lambda s, x: s.f(F.interpolate(expanded(s, x)[:, None], scale_factor=(2.0, 1.0))[:, 0]),
+        lambda s, x: s.f(expanded(s, x).repeat_interleave(2, 1).amax(1, keepdim=True)),
+    ], 5),
+)  # fmt: skip
+def test_what_depends_on_the_batch_alone_is_a_constant(forward) -> None:
+    after, _ = run(FOLD, net(forward, mix=torch.randn(5, 8)), tokens())
+    assert left(after) == {"matmul": 1, "softmax": 1}
+
+
+@pytest.mark.parametrize(
+    ("forward", "kept"),
+    [
+        (lambda s, x: s.f(torch.ones_like(x).sum(0)), "sum"),
+        (lambda s, x: s.f(torch.ones_like(x).cumsum(0)), "cumsum"),
+        (lambda s, x: s.f(torch.cat([expanded(s, x), expanded(s, x)])[: x.shape[0]]), "linear"),
+        (lambda s, x: torch.einsum("bij,bkj->ik", expanded(s, x), expanded(s, x)), "matmul"),
+        (lambda s, x: s.f(torch.einsum("bij,ckj->bik", expanded(s, x), expanded(s, x)) @ s.mix),
+         "matmul"),
+        (lambda s, x: s.f(F.pad(expanded(s, x), (0, 0, 0, 0, 1, 0))), "linear"),
+        (lambda s, x: s.f(expanded(s, x)[[0, 0]]), "linear"),
+        (lambda s, x: s.f(expanded(s, x).expand(x.shape[0], 5, 8).roll(1)), "linear"),
+    ],
+)  # fmt: skip
+def test_what_mixes_the_samples_keeps_its_size(forward, kept) -> None:
+    model = Net(forward, f=nn.Linear(8, 8), q=torch.randn(1, 5, 8), mix=torch.randn(5, 8))
+    before = trace(model, tokens(), dynamic=True)
+    after, _ = run(DEFER, model, tokens())
+    assert left(after)[kept] == left(before)[kept]
+
+
+def test_a_tensor_that_is_asked_for_its_shape_alone_is_not_computed() -> None:
+    model = Net(lambda s, x: x + torch.zeros_like(s.f(x).sin()), f=nn.Linear(8, 8))
+    after, _ = run(PIPELINES["default"].passes, model, tokens())
+    assert left(after) == {"add": 1}  # the caller's own memory
+
+
+def test_one_number_that_a_recurrence_starts_from_is_stored_in_full() -> None:
+    model = Net(
+        lambda s, x: s.gru(x, x.new_zeros(1, x.shape[0], 8))[0], gru=nn.GRU(8, 8, batch_first=True)
+    )
+    after, _ = run(PIPELINES["default"].passes, model, tokens())
+    assert left(after) == {"new-zeros": 1, "gru": 1}
+
+
 def heads(x: Tensor) -> Tensor:
     return x.unflatten(-1, (2, 4)).transpose(1, 2)
 
