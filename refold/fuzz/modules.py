@@ -10,7 +10,7 @@ import torch
 
 from refold.compiled import CompiledModel
 from refold.compiler import compile_for_inference
-from refold.errors import BackendError, FrontendError, RefitError
+from refold.errors import BackendError, FrontendError, RefitError, UsageError
 from refold.frontends.export import trace
 from refold.fuzz import contract
 from refold.fuzz.agreement import EXACT, Unclear, exceeds_rounding
@@ -40,6 +40,10 @@ def judge_module(network: DrawnNetwork, outcome: Outcome) -> None:
         raise Unsuited(f"not traced: {error}") from error
     except BackendError as error:
         raise Unsuited(f"not lowered: {error}") from error
+    except UsageError as error:
+        if "exclude" not in setting.options:
+            raise
+        raise Unsuited(f"its part computes nothing: {error}") from error
     outcome.rules = rules_of(compiled.report.passes)
     if "consume" in setting.options:
         consumed = compile_for_inference(

@@ -30,7 +30,8 @@ def matching(gm: fx.GraphModule, globs: str | Iterable[str], option: str) -> set
         option: what the user calls them.
 
     Raises:
-        UsageError: a glob matches no module path of the graph.
+        UsageError: a glob matches no module path of the graph, which has no calls of a module that
+            computes nothing.
     """
     globs = [globs] if isinstance(globs, str) else list(globs)
     if not globs:
@@ -40,7 +41,10 @@ def matching(gm: fx.GraphModule, globs: str | Iterable[str], option: str) -> set
     known = {path for chain in chains.values() for path in chain}
     for glob in globs:
         if not any(fnmatch.fnmatchcase(path, glob) for path in known):
-            raise UsageError(f"{option}: no module matches {glob!r}{did_you_mean(glob, known)}")
+            raise UsageError(
+                f"{option}: no module matches {glob!r} among those that compute something"
+                f"{did_you_mean(glob, known)}"
+            )
     return {
         node
         for node, chain in chains.items()

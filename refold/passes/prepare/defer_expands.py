@@ -11,8 +11,9 @@ Exact when: every operand is a constant, or is expanded from one; each function 
 mixes other axes only: a projection the last one, a norm the normalised ones, a softmax or a sum its
 own, an attention all but the batch and the heads, a convolution all but the batch. Layouts move the
 axes along. One number in a tensor of symbolic sizes (``ones(batch, 8)``) is an expansion of it, so
-masks and position encodings of the batch's size alone are constants, too. What reads the result sees zero strides from now on, so a result that the caller gets, or
-that a call reads whose value depends on strides, stays.
+masks and position encodings of the batch's size alone are constants, too. What reads the result
+sees zero strides from now on, so a result that the caller gets, or that a call reads whose value
+depends on strides, stays.
 
 Before::
 
@@ -66,9 +67,9 @@ _FILLS: dict[str, int | None] = {
     "zeros_like": 0, "ones_like": 1, "full_like": None,
 }  # fmt: skip
 _ALONG_DIM = frozenset({  # which act along their ``dim`` or ``dims``, and no other
-    "softmax", "_softmax", "log_softmax", "cumsum", "cumprod", "sum", "mean", "prod", "amax", "amin",
-    "any", "all", "argmax", "argmin", "var", "std", "logsumexp", "logcumsumexp", "flip", "roll",
-    "index_select", "repeat_interleave",
+    "softmax", "_softmax", "log_softmax", "cumsum", "cumprod", "sum", "mean", "prod", "amax",
+    "amin", "any", "all", "argmax", "argmin", "var", "std", "logsumexp", "logcumsumexp", "flip",
+    "roll", "index_select", "repeat_interleave",
 })  # fmt: skip
 _OF_SAMPLES = frozenset({  # layers that treat each sample by itself
     "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
@@ -158,13 +159,15 @@ class _Deferral:
         What is spread already may be spread along other axes, too.
         """
         source = node.args[0] if node.args else None
-        spread = self.found.get(source) if isinstance(source, fx.Node) else None
-        if spread is None and (not isinstance(source, fx.Node) or source not in self._constant):
+        if not isinstance(source, fx.Node):
+            return None
+        spread = self.found.get(source)
+        if spread is None and source not in self._constant:
             return None
         copy = source if spread is None else spread.one
-        added = len(shape(node)) - len(shape(source))
-        before, after, one = ((1,) * added + shape(n) if n is not node else shape(n)
-                              for n in (source, node, copy))  # fmt: skip
+        after = shape(node)
+        added = len(after) - len(shape(source))
+        before, one = (1,) * added + shape(source), (1,) * added + shape(copy)
         axes = [a for a, size in enumerate(after) if not same(size, before[a])]
         if not all(isinstance(s, int) for s in one) or any(before[a] != 1 for a in axes):
             return None
