@@ -6,8 +6,14 @@ Each side is a chain of scale-shifts (batch norms, depthwise 1x1 convolutions, `
 any spelling), or the tensor itself. What comes out is one scale-shift, which the layers around it
 may then absorb, where the sum could not go.
 
+A chain of them by itself is one product and one sum, or fewer:
+
+    s * (x + h1) + h2 = s * x + (s * h1 + h2)
+    h2 - (x + h1)     = (h2 - h1) - x
+
 Exact when: both chains start from one tensor, nothing else reads what lies between, and the
-constants stay as small as the ones that they replace. Two calls at most stand for two at least.
+constants stay as small as the ones that they replace. What comes out has fewer calls. In float16 a
+product in front of the sum could overflow, so a chain stays.
 
 Before::
 
@@ -43,15 +49,25 @@ from refold.rewrite.pattern import Call, Match, Var
 from refold.rewrite.result import PassResult
 from refold.rewrite.rule import RewriteRule
 
+_ARITHMETIC = (aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.addcmul)
+
 
 @dataclass(frozen=True)
 class _Chain:
-    """``scale * x + shift``, and the calls that compute it from ``x``."""
+    """``scale * x + shift``, and the calls that compute it from ``x``.
+
+    ``widest`` is the number of elements of the largest constant that one of them reads.
+    """
 
     x: fx.Node
     scale: torch.Tensor
     shift: torch.Tensor
     calls: tuple[fx.Node, ...] = ()
+    widest: int = 1
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.scale.isfinite().all() & self.shift.isfinite().all())
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,7 @@ class JoinScaleShifts:
     exactness: str = "reassociates"
 
     def run(self, gm: fx.GraphModule, context: Context = Context()) -> PassResult:
-        return apply_rules(gm, (JoinAdded(),))
+        return apply_rules(gm, (JoinAdded(), JoinChained()))
 
 
 class JoinAdded(RewriteRule):
@@ -77,18 +93,38 @@ class JoinAdded(RewriteRule):
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         joined = _joined(match.root)
         assert joined is not None
-        result, root = joined.x, match.root
-        for target, name, value in _steps(joined):
-            data = constants.add(build.gm, f"{root.name}.{name}", Lazy.of(value), root.meta["val"])
-            result = nodes.call(
-                build.graph, target, (result, data),
-                rule=self.name, sources=joined.calls, like=root,
-            )  # fmt: skip
-        return result
+        return _written(joined, match.root, build)
+
+
+class JoinChained(RewriteRule):
+    """Scale-shifts one after another are one, if that takes fewer calls."""
+
+    name = "join-scale-shifts"
+    exactness = "reassociates"
+    pattern = Call(_ARITHMETIC, ...).where(lambda node: _chained(node) is not None)
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        chain = _chained(match.root)
+        assert chain is not None
+        return _written(chain, match.root, build)
+
+
+def _written(chain: _Chain, root: fx.Node, build: Builder) -> fx.Node:
+    """The chain's product and sum, whichever are needed."""
+    result = chain.x
+    for target, name, value in _steps(chain):
+        data: Any = constants.add(build.gm, f"{root.name}.{name}", Lazy.of(value), root.meta["val"])
+        args = (data, result) if name == "minuend" else (result, data)
+        result = nodes.call(
+            build.graph, target, args, rule=build.rule, sources=chain.calls, like=root
+        )
+    return result
 
 
 def _steps(joined: _Chain) -> list[tuple[Any, str, torch.Tensor]]:
     steps: list[tuple[Any, str, torch.Tensor]] = []
+    if bool((joined.scale == -1).all()) and bool((joined.shift != 0).any()):
+        return [(aten.sub.Tensor, "minuend", joined.shift)]
     if not bool((joined.scale == 1).all()):
         steps.append((aten.mul.Tensor, "scale", joined.scale))
     if not bool((joined.shift == 0).all()):
@@ -108,8 +144,7 @@ def _joined(root: fx.Node) -> _Chain | None:
         calls = tuple(dict.fromkeys((*left.calls, *other.calls, root)))  # two at least
         scale = left.scale + total.alpha * other.scale
         shift = left.shift + total.alpha * other.shift
-        widest = max(t.numel() for c in (left, other) for t in (c.scale, c.shift))
-        if max(scale.numel(), shift.numel()) > widest:
+        if max(scale.numel(), shift.numel()) > max(left.widest, other.widest):
             return None  # one varies along one axis, one along another
         largest = torch.finfo(nodes.dtype(root)).max  # float16 overflows where its parts did not
         fits = all(bool((t.abs() <= largest).all()) for t in (scale, shift))
@@ -117,17 +152,32 @@ def _joined(root: fx.Node) -> _Chain | None:
     return None
 
 
-def _chains(node: fx.Node, reader: fx.Node) -> list[_Chain]:
+def _chained(root: fx.Node) -> _Chain | None:
+    """The longest chain that ends in a call and would be fewer calls."""
+    if nodes.pinned(root) or nodes.dtype(root) == torch.float16:
+        return None
+    found = None
+    for chain in _chains(root, None)[1:]:
+        fits = max(chain.scale.numel(), chain.shift.numel()) <= chain.widest
+        if fits and chain.is_finite and len(_steps(chain)) < len(chain.calls):
+            found = chain
+    return found
+
+
+def _chains(node: fx.Node, reader: fx.Node | None) -> list[_Chain]:
     """A node as a scale-shift of itself, of what it scales and shifts, and so on upwards."""
     one = torch.ones((1,) * len(nodes.shape(node)), dtype=torch.float64)
     found = [_Chain(node, one, torch.zeros_like(one))]
     while True:
         last = found[-1]
         step = scale_shifts.affine(last.x)
-        if step is None or nodes.pinned(last.x) or not nodes.only_user(last.x, reader):
+        alone = reader is None or nodes.only_user(last.x, reader)
+        if step is None or nodes.pinned(last.x) or not alone:
             return found
         scale, shift = step.scale.get(), step.shift.get()
         own = (last.x,) if step.reader is last.x else (step.reader, last.x)
         calls = (*own, *last.calls)
-        found.append(_Chain(step.x, last.scale * scale, last.scale * shift + last.shift, calls))
+        widest = max(last.widest, scale.numel(), shift.numel())
+        shift = last.scale * shift + last.shift
+        found.append(_Chain(step.x, last.scale * scale, shift, calls, widest))
         reader = step.reader

@@ -58,6 +58,50 @@ def test_a_sum_of_scale_shifts_is_one(forward, calls) -> None:
     assert left(after) == {"tanh": 1, "relu": 1, **calls}
 
 
+@pytest.mark.parametrize(
+    ("forward", "calls"),
+    few(
+        [
+            (lambda s, x: (x + H) * G + H, {"mul": 1, "add": 1}),
+            (lambda s, x: H - (x + 1), {"sub": 1}),
+            (lambda s, x: 3 - (2 - x), {"add": 1}),
+            (lambda s, x: -((x + 1) * -1 - 1), {"add": 1}),
+            (lambda s, x: (x * G + H) / 2 - H, {"mul": 1, "add": 1}),
+            (lambda s, x: torch.addcmul(H, (x - 1) * 2, G), {"mul": 1, "add": 1}),
+            (lambda s, x: ((x + 1) * 2 - 2) / 2, {}),
+        ],
+        4,
+    ),
+)
+def test_a_chain_of_scale_shifts_is_a_product_and_a_sum(forward, calls) -> None:
+    after, _ = run(JOIN, net(forward), image())
+    assert left(after) == {"tanh": 1, "relu": 1, **calls}
+    assert not JOIN.run(after).applied
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: (x + H) * G,  # two calls either way
+        lambda s, x: (x + torch.arange(6.0, dtype=torch.float64)) * G + 1,  # two different axes
+        lambda s, x: (lambda y: y * G + H + y.sum())(x + 1),
+        lambda s, x: (x + 1) * float("inf") + 1,
+    ],
+)
+def test_other_chains_stay(forward) -> None:
+    gm = trace(net(forward), image())
+    before = left(gm)
+    JOIN.run(gm)
+    assert left(gm) == before
+
+
+def test_a_chain_in_float16_stays() -> None:
+    model = net(lambda s, x: (x + 40000) * 2 - 3).half()
+    gm = trace(model, image().half())
+    JOIN.run(gm)
+    assert left(gm) == {"tanh": 1, "relu": 1, "add": 1, "mul": 1, "sub": 1}
+
+
 @st.composite
 def chains(draw: st.DrawFn):
     steps = st.lists(st.sampled_from(("norm", "scale", "shift", "neg", "half")), max_size=3)

@@ -11,6 +11,7 @@ from refold.algebra.lazy import Lazy
 from refold.errors import Declined
 from refold.graph import aliasing, layout, nodes
 from refold.graph.nodes import aten, is_call, is_tensor
+from refold.graph.ops import op_name
 from refold.graph.records import (
     comparisons,
     concatenations,
@@ -223,6 +224,8 @@ class Downward:
             return self._behind(c, Factor(factor.scale, alpha * factor.shift))
         if is_call(c, aten.mul.Tensor, aten.div.Tensor) and not factor.shifts:
             return self._product(c, n, factor)
+        if op_name(c) in ("matmul", "bmm") and not factor.shifts:
+            return self._matmul(c, n, factor)
         if (pad := windows.pad(c)) is not None and pad.x is n and pad.mode == "constant":
             return self._behind(c, self._padded(pad, factor))
         if c.args and c.args[0] is n and carry.commutes(c, factor):
@@ -331,9 +334,29 @@ class Downward:
             raise Declined(f"{c.name} promotes its dtype")
         if nodes.dtype(c) == torch.float16 and bool((factor.scale.abs() < 1).any()):
             raise Declined(f"{c.name} could overflow float16 before the scale")
-        lead = (1,) * (len(nodes.shape(c)) - factor.scale.dim())
-        wide = [t.reshape(*lead, *t.shape) for t in (factor.scale, factor.shift)]
-        self._behind(c, Factor(*wide))
+        self._behind(c, factor.of_rank(len(nodes.shape(c))))
+
+    def _matmul(self, c: fx.Node, n: fx.Node, factor: Factor) -> None:
+        """``(x * s) @ y = x @ (s[:, None] * y)`` for a constant ``y``; other axes go on behind."""
+        left, right = c.args[:2]
+        if not is_tensor(left) or not is_tensor(right):
+            raise Declined(carry.not_linear(c))
+        other = right if n is left else left
+        assert isinstance(other, fx.Node)
+        if min(len(nodes.shape(n)), len(nodes.shape(other))) < 2:
+            raise Declined(carry.not_linear(c))
+        if nodes.dtype(c) == torch.float16 and bool((factor.scale.abs() < 1).any()):
+            raise Declined(f"{c.name} could overflow float16 before the scale")
+        summed = factor.scale.dim() - (1 if n is left else 2)
+        if summed not in factor.varies():
+            return self._behind(c, factor.of_rank(len(nodes.shape(c))))
+        if factor.varies() != {summed}:
+            raise Declined("the constant varies along both axes of a product")
+        column = factor.scale.reshape(-1, 1) if n is left else factor.scale.reshape(-1)
+        moved = Factor(column, torch.zeros_like(column)).of_rank(len(nodes.shape(other)))
+        weights.into_constant(self._draft, other, c, moved)
+        self._draft.take(c, keeps=True)
+        return None
 
     def _padded(self, pad: windows.Pad, factor: Factor) -> Factor:
         """The factor behind a pad with a constant: one, and no shift, where the pad has written.

@@ -40,6 +40,11 @@ class Factor:
         """Axes along which the scale or the shift varies."""
         return {a for t in (self.scale, self.shift) for a in range(t.dim()) if t.shape[a] != 1}
 
+    def of_rank(self, rank: int) -> Factor:
+        """The factor for a tensor that has more axes in front."""
+        lead = (1,) * (rank - self.scale.dim())
+        return Factor(*(t.reshape(*lead, *t.shape) for t in (self.scale, self.shift)))
+
     def padded(self, amounts: dict[int, tuple[int, int]]) -> Factor:
         """One, and no shift, in front of and behind axes on which the factor varies.
 

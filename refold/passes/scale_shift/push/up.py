@@ -75,7 +75,7 @@ class Upward:
             return
         with came_to(consumer):
             if u.op == "get_attr":
-                self._into_constant(u, consumer, factor)
+                weights.into_constant(self._draft, u, consumer, factor)
             elif self._takes_alone(u, consumer):
                 self._into(u, factor)
             else:
@@ -132,24 +132,6 @@ class Upward:
             if set(wanted) != set(u.users) or any(not first.equals(other) for other in others):
                 raise Declined(f"{u.name} has other users")
             self._into(u, first)
-
-    def _into_constant(self, u: fx.Node, consumer: fx.Node, factor: Factor) -> None:
-        base = constants.exact(u)
-        if base is None:
-            raise Declined(f"{u.name} is not a constant")
-        if carry.reads(consumer, u) != 1:
-            raise Declined(f"{consumer.name} reads {u.name} twice")
-        shape = torch.broadcast_shapes(base.shape, factor.scale.shape, factor.shift.shape)
-        if tuple(shape) != base.shape:
-            raise Declined("the constant would grow")
-
-        def write(edit: Edit) -> None:
-            new = base.map(base.shape, lambda b: b * factor.scale + factor.shift)
-            node = weights.constant(edit, consumer, weights.constant_name(u), new, u)
-            edit.set_operand(consumer, u, node)
-
-        self._draft.take_constant(u)
-        self._draft.later(write)
 
     def _unshare(self, weight: fx.Node) -> None:
         self._draft.spent += self._region.growth(weight, self._draft.spent)
@@ -452,19 +434,17 @@ class Upward:
             raise Declined("not a product of two tensors")
         if min(len(nodes.shape(left)), len(nodes.shape(right))) < 2:  # type: ignore[arg-type]
             return self._vector_product(u, factor)
-        side = right if rank - 2 not in factor.varies() else left
-        free = rank - 2 if side is right else rank - 1
-        if free in factor.varies() or len(nodes.shape(side)) != rank:  # type: ignore[arg-type]
-            raise Declined("the constant varies along both axes of a product")
-        if (
-            any(a < rank - 2 for a in factor.varies())
-            and not nodes.same(
-                nodes.shape(side)[:-2],  # type: ignore[arg-type]
-                nodes.shape(u)[:-2],
-            )
-        ):
-            raise Declined("the product broadcasts this operand")
-        return self._produce(side, u, factor)  # type: ignore[arg-type]
+        # the right operand has no rows of the result, and the left one no columns
+        sides = [s for s, other in ((right, -2), (left, -1)) if rank + other not in factor.varies()]
+        reason = Declined("the constant varies along both axes of a product")
+        for side in sides:
+            mark = self._draft.mark()
+            try:
+                return self._produce(side, u, aligned(factor, side))  # type: ignore[arg-type]
+            except Declined as refusal:
+                reason = refusal
+                self._draft.rewind(mark)
+        raise reason
 
     def _vector_product(self, u: fx.Node, factor: Factor) -> None:
         """``s * (A @ v) = (s[:, None] * A) @ v``, and into ``v`` where ``s`` is one number.

@@ -10,17 +10,43 @@ from torch import fx
 from refold.algebra import affine_map as am
 from refold.algebra.lazy import Lazy
 from refold.errors import Declined
-from refold.graph import nodes
+from refold.graph import constants, nodes
 from refold.graph.nodes import aten
 from refold.graph.records import convolutions, products
 from refold.graph.records.scale_shifts import NormAffine
+from refold.passes.scale_shift.push import carry
 from refold.passes.scale_shift.push.factor import Factor
+from refold.passes.scale_shift.push.plan import Draft
 from refold.rewrite.edit import Edit
 
 
 def constant(edit: Edit, before: fx.Node, name: str, data: Lazy, like: fx.Node) -> fx.Node:
     with edit.before(before):
         return edit.constant(name, data, like.meta["val"])
+
+
+def into_constant(draft: Draft, u: fx.Node, consumer: fx.Node, factor: Factor) -> None:
+    """Plans that a call reads ``scale * u + shift`` instead of a constant.
+
+    Raises:
+        Declined: it is none, or would grow.
+    """
+    base = constants.exact(u)
+    if base is None:
+        raise Declined(f"{u.name} is not a constant")
+    if carry.reads(consumer, u) != 1:
+        raise Declined(f"{consumer.name} reads {u.name} twice")
+    shape = torch.broadcast_shapes(base.shape, factor.scale.shape, factor.shift.shape)
+    if tuple(shape) != base.shape:
+        raise Declined("the constant would grow")
+    new = base.map(base.shape, lambda b: b * factor.scale + factor.shift)
+
+    def write(edit: Edit) -> None:
+        node = constant(edit, consumer, constant_name(u), new, u)
+        edit.set_operand(consumer, u, node)
+
+    draft.take_constant(u)
+    draft.later(write)
 
 
 def set_weights(
