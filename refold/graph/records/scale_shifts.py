@@ -22,7 +22,8 @@ class Affine:
     """``scale * x + shift`` with constants that broadcast against ``x`` (rank equal to its rank).
 
     ``is_norm`` tells a batch norm with running statistics from plain arithmetic; ``reader`` is the
-    node that reads ``x`` (the tuple form of batch norm is two nodes).
+    node that reads ``x`` (the tuple form of batch norm is two nodes). ``ends`` is another norm that
+    ends with it, and computes something else before.
     """
 
     node: fx.Node
@@ -31,6 +32,7 @@ class Affine:
     shift: Lazy
     reader: fx.Node
     is_norm: bool = False
+    ends: NormAffine | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,30 @@ class NormAffine:
     shifts: bool
     weight_index: int
     bias_index: int
+
+
+def end_of_norm(node: object) -> Affine | None:
+    """The affine part of a layer, RMS, group or instance norm as a scale-shift of the rest."""
+    norm = norm_affine(node)
+    if norm is None or not fixed_float(norm.node):
+        return None
+    u, x = norm.node, norm.node.args[0]
+    held = [part for part in (norm.weight, norm.bias) if part is not None]
+    if not held or not isinstance(x, fx.Node) or any(dtype(p) != dtype(u) for p in (x, *held)):
+        return None
+    sizes = shape(u)
+    if any(not isinstance(sizes[a], int) for a in norm.axes):
+        return None
+    full = tuple(int(s) if a in norm.axes else 1 for a, s in enumerate(sizes))
+
+    def part(operand: fx.Node | None, neutral: float) -> Lazy:
+        value = None if operand is None else constants.exact(operand)
+        if value is None:
+            one = (1,) * len(full)
+            return Lazy(one, lambda: torch.full(one, neutral, dtype=torch.float64))
+        return value.map(full, lambda t: t.reshape(full))
+
+    return Affine(u, x, part(norm.weight, 1.0), part(norm.bias, 0.0), u, ends=norm)
 
 
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}

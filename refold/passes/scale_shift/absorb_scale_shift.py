@@ -17,6 +17,9 @@ A zero padding stands in the way of a shift alone:
     pad(s * x + h, 0) = s * pad(x, -h / s) + h             one value for all channels: it is padded
     conv(s * x + h, W) = conv(x, s * W) + conv(h, W)       ``border_maps``: a map of fixed size
 
+What a layer, RMS, group or instance norm ends with goes into all that reads it, where that takes no
+call more: the norm by itself is left. A recurrent layer takes it into the weights of its input.
+
 Before a sign or a comparison with a constant they move its threshold, as a batch norm does.
 A quantised weight takes the scale into its scales and keeps its integers (but for their sign).
 Nothing crosses the quantiser of an activation.
@@ -93,10 +96,12 @@ class AbsorbScaleShift:
 def scale_and_shift(node: fx.Node) -> Affine | None:
     """Arithmetic with constants as ``s * x + h``; where ``x`` holds integers, a cast comes first.
 
-    Batch norms are read by ``fold-batch-norm``, which goes before.
+    Batch norms are read by ``fold-batch-norm``, which goes before. Other norms end with one.
     """
     record = scale_shifts.affine(node) or scale_shifts.widening_affine(node)
-    return None if record is None or record.is_norm else record
+    if record is None:
+        return scale_shifts.end_of_norm(node)
+    return None if record.is_norm else record
 
 
 def _no_scale(node: fx.Node) -> Declined | None:

@@ -39,7 +39,7 @@ import torch
 from torch import fx
 
 from refold.algebra.lazy import Lazy
-from refold.graph import constants, nodes
+from refold.graph import constants, nodes, ops
 from refold.graph.nodes import aten
 from refold.graph.records import scale_shifts, sums
 from refold.rewrite.build import Builder
@@ -49,7 +49,7 @@ from refold.rewrite.pattern import Call, Match, Var
 from refold.rewrite.result import PassResult
 from refold.rewrite.rule import RewriteRule
 
-_ARITHMETIC = (aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.addcmul)
+_ARITHMETIC = (*ops.packets(ops.ARITHMETIC), aten.addcmul)
 
 
 @dataclass(frozen=True)

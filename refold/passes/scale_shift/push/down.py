@@ -9,7 +9,7 @@ from torch import fx
 
 from refold.algebra.lazy import Lazy
 from refold.errors import Declined
-from refold.graph import aliasing, layout, nodes
+from refold.graph import aliasing, constants, layout, nodes
 from refold.graph.nodes import aten, is_call, is_tensor
 from refold.graph.ops import op_name
 from refold.graph.records import (
@@ -17,6 +17,7 @@ from refold.graph.records import (
     concatenations,
     convolutions,
     products,
+    recurrences,
     scale_shifts,
     sums,
     windows,
@@ -125,9 +126,29 @@ class Downward:
             weights.check_range(c, weight)
             weights.check_range(c, bias)
             self._draft.later(lambda edit: weights.set_linear(edit, linear, weight, bias))
+        elif (layer := recurrences.recurrence(c)) is not None and layer.x is n:
+            self._recurrence(layer, factor)
         else:
             return False
         return True
+
+    def _recurrence(self, layer: recurrences.Recurrence, factor: Factor) -> None:
+        """``(s * x + h) @ w.T + b = x @ (w * s).T + (b + w @ h)`` in each direction's gates."""
+        c, pairs = layer.node, []
+        for weight_node, bias_node in layer.inputs:
+            weight, bias = constants.exact(weight_node), constants.exact(bias_node)
+            assert weight is not None
+            scale, shift = factor.vectors(-1, weight.shape[1])
+            if factor.shifts and bias is None:
+                raise Declined(f"{c.name} has no bias to take the shift")
+            self._unshare(weight_node)
+            if bias is not None and factor.shifts:
+                bias = _biased(weight, bias, shift)
+            scaled = weight.times(scale)
+            weights.check_range(weight_node, scaled)
+            weights.check_range(weight_node, bias)
+            pairs.append((scaled, bias))
+        self._draft.later(lambda edit: weights.set_recurrence(edit, layer, pairs))
 
     def _pad_before_cast(self, conv: convolutions.Conv, factor: Factor) -> bool:
         """Pads integers with the one value that the scale and shift take to zero.
@@ -136,7 +157,7 @@ class Downward:
         """
         record, c = self._region.record, conv.node
         cast = record.x
-        if conv.x is not record.node or not nodes.only_user(conv.x, c):
+        if record.ends is not None or conv.x is not record.node or not nodes.only_user(conv.x, c):
             return False
         if not is_call(cast, aten.to.dtype) or not nodes.only_user(cast, record.reader):
             return False
@@ -176,7 +197,9 @@ class Downward:
         """Adds to the output what the layer makes of the shift, computed once."""
         c = conv.node
         sizes, results = nodes.shape(conv.x)[1:], nodes.shape(c)[1:]
-        if not self._region.border_maps or 0 in factor.varies() or self._region.widens:
+        region = self._region
+        alone = region.widens or region.record.ends is not None
+        if not region.border_maps or 0 in factor.varies() or alone:
             raise Declined(reason)
         if any(not isinstance(s, int) for s in (*sizes, *results)):
             raise Declined(f"{reason}; a map of what it adds needs a fixed height and width")
@@ -263,7 +286,7 @@ class Downward:
 
     def _sign(self, c: fx.Node, n: fx.Node, factor: Factor) -> None:
         """Moves the threshold, by one addition; the readers take the signs of the scale."""
-        if bool((factor.scale == 1).all()):
+        if bool((factor.scale == 1).all()) or self._region.record.ends is not None:
             raise Declined(f"{c.name} has no threshold of its own that could take the shift")
         added, after = thresholds.of_sign(factor, nodes.dtype(n))
         if after.is_identity:
@@ -403,3 +426,7 @@ class Downward:
             return torch.cat(parts, axis)
 
         return Factor(spread(factor.scale, 1.0), spread(factor.shift, 0.0))
+
+
+def _biased(weight: Lazy, bias: Lazy, shift: torch.Tensor) -> Lazy:
+    return Lazy(bias.shape, lambda: bias.get() + weight.get() @ shift, parents=(weight, bias))

@@ -25,7 +25,7 @@ from refold.graph import constants, nodes
 from refold.graph.nodes import aten
 from refold.graph.ops import kind, op_name
 from refold.graph.records.scale_shifts import Affine
-from refold.passes.scale_shift.push import carry
+from refold.passes.scale_shift.push import carry, weights
 from refold.passes.scale_shift.push.down import Downward
 from refold.passes.scale_shift.push.factor import Factor
 from refold.passes.scale_shift.push.plan import Plan
@@ -101,7 +101,8 @@ class Pusher:
         try:
             done = self._push(record, factor)
         except Declined as reason:
-            self._refusals[node] = reason
+            if record.ends is None:  # the affine part of a norm costs nothing where it is
+                self._refusals[node] = reason
             return False
         self._editor.result.applied.append(done)
         self._refusals.pop(node, None)
@@ -121,6 +122,8 @@ class Pusher:
         region = Region.of(
             self._graph, record, factor, self._budget, self._costs, border_maps=self._border_maps
         )
+        if record.ends is not None:
+            return self._commit(record, Downward(region).plan())
         try:
             return self._push_up(region)
         except Declined as reason:
@@ -142,7 +145,10 @@ class Pusher:
 
     def _commit(self, record: Affine, plan: Plan) -> Applied:
         """Carries a plan out, as one step."""
-        done = applied(self._rule, [record.node, *plan.removed], plan.touched, _told(record, plan))
+        gone, kept = ([record.node], []) if record.ends is None else ([], [record.node])
+        done = applied(
+            self._rule, [*gone, *plan.removed], [*kept, *plan.touched], _told(record, plan)
+        )
         path = [record.node, *(step.node for step in plan.steps)]
         done = dataclasses.replace(
             done,
@@ -163,6 +169,10 @@ class Pusher:
             current = carry.operand(record.reader, record.x)
             for write in plan.writes:
                 write(edit)
+            if record.ends is not None:
+                weights.drop_norm_affine(edit, record.ends)
+                self._budget -= plan.spent
+                return done
             new = current()
             if nodes.dtype(record.x) != nodes.dtype(record.node):
                 with edit.before(record.node):
@@ -177,7 +187,8 @@ class Pusher:
 
 def _told(record: Affine, plan: Plan) -> str:
     """A plan in one line: ``batch-norm into conv, across 2 calls: view, permute``."""
-    line = f"{kind(record.node)} into {', '.join(sorted({_kind(t) for t in plan.takers}))}"
+    part = "" if record.ends is None else "the scale and shift of "
+    line = f"{part}{kind(record.node)} into {', '.join(sorted({_kind(t) for t in plan.takers}))}"
     crossed = [n for n in plan.crossed if n.target is not operator.getitem]
     if not crossed:
         return line

@@ -13,6 +13,7 @@ from refold.errors import Declined
 from refold.graph import constants, nodes
 from refold.graph.nodes import aten
 from refold.graph.records import convolutions, products
+from refold.graph.records.recurrences import Recurrence
 from refold.graph.records.scale_shifts import NormAffine
 from refold.passes.scale_shift.push import carry
 from refold.passes.scale_shift.push.factor import Factor
@@ -71,6 +72,23 @@ def set_conv(edit: Edit, conv: convolutions.Conv, weight: Lazy, bias: Lazy | Non
 def set_norm(edit: Edit, norm: NormAffine, weight: Lazy, bias: Lazy | None) -> None:
     places = (norm.weight_index, norm.weight, weight, norm.bias_index, norm.bias, bias)
     set_weights(edit, norm.node, *places)
+
+
+def drop_norm_affine(edit: Edit, norm: NormAffine) -> None:
+    """Leaves of a norm what it computes before its scale and shift."""
+    edit.set_arguments(norm.node, {i: None for i in (norm.weight_index, norm.bias_index) if i >= 0})
+    edit.stamp(norm.node, [norm.node], value=None)
+
+
+def set_recurrence(edit: Edit, layer: Recurrence, pairs: list[tuple[Lazy, Lazy | None]]) -> None:
+    """Lets a recurrent layer read other weights of its input, one pair for each direction."""
+    new: dict[fx.Node, fx.Node] = {}
+    for (weight_node, bias_node), (weight, bias) in zip(layer.inputs, pairs, strict=True):
+        for old, value in ((weight_node, weight), (bias_node, bias)):
+            if old is not None and value is not None:
+                new[old] = constant(edit, layer.node, constant_name(old), value, old)
+    args, kwargs = fx.map_arg((layer.node.args, layer.node.kwargs), lambda n: new.get(n, n))
+    edit.set(layer.node, args=args, kwargs=kwargs)
 
 
 def set_linear(edit: Edit, linear: products.Linear, weight: Lazy, bias: Lazy | None) -> None:
