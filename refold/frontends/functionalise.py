@@ -72,6 +72,7 @@ def functional_module(
     if redone:
         gm = _without_idle_calls(program).run_decompositions({}).module(check_guards=False)
         assert isinstance(gm, fx.GraphModule)
+        _return_values(gm, program, aliasing_known=aliasing_known)
         _normalise(gm, scatters=True)
     canonicalise(gm)
     write_canonical(gm)
@@ -96,6 +97,48 @@ def make_functional(gm: fx.GraphModule, *, aliasing_known: bool = True) -> bool:
             return False
     _normalise(gm, scatters=mutates)
     return True
+
+
+def _return_values(gm: fx.GraphModule, program: ExportedProgram, *, aliasing_known: bool) -> None:
+    """Returns a value that is written into state, too, where the model does not return the state.
+
+    Decomposing tells the two apart no longer: ``h = f(x); self.h.copy_(h); return h`` comes out as
+    ``return self.h``, which the next call would overwrite.
+    """
+    returned = pytree.tree_leaves(gm.graph.output_node().args[0])
+    if not any(is_call(n, aten.copy_.default) for n in returned):
+        return
+    before = program.module(check_guards=False)
+    assert isinstance(before, fx.GraphModule)
+    if not aliasing_known:
+        try:
+            _run_fake(before)
+        except _NotLocal:
+            return
+    written = {
+        key
+        for node in before.graph.nodes
+        if node.op == "call_function" and is_mutation(node)
+        for operand in _written(node)
+        for key in _storages(operand.meta.get("val"))
+    }
+    models = pytree.tree_leaves(before.graph.output_node().args[0])
+    new: list[Any] = []
+    for ours, theirs in zip(returned, models, strict=True):
+        while isinstance(theirs, fx.Node) and _returns_input(theirs):
+            theirs = theirs.args[0]
+        apart = isinstance(theirs, fx.Node) and not _storages(theirs.meta.get("val")) & written
+        new.append(ours.args[1] if apart and is_call(ours, aten.copy_.default) else ours)
+    spec = pytree.tree_structure(gm.graph.output_node().args[0])
+    gm.graph.output_node().args = (pytree.tree_unflatten(new, spec),)
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The operands that an in-place call writes."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    named = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
+    writes = [named.get(a.name) for a in schema if a.alias_info and a.alias_info.is_write]
+    return [leaf for leaf in pytree.tree_leaves(writes) if isinstance(leaf, fx.Node)]
 
 
 def _normalise(gm: fx.GraphModule, *, scatters: bool) -> None:
