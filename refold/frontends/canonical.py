@@ -88,6 +88,8 @@ def _respell(node: fx.Node, constant: set[fx.Node]) -> None:
     renamed = _renamed(node.target)
     if renamed is not None:
         node.target = renamed
+    if nodes.is_call(node, aten.unique_dim):
+        _ask_for_all(node)
     if not is_tensor(node) or any("val" not in a.meta for a in node.all_input_nodes):
         return
     write = _FORMS.get(ops.op_name(node))
@@ -121,6 +123,14 @@ def _renamed(target: Any) -> Any:
 
 def _call(node: fx.Node, target: Any, *args: Any) -> fx.Node:
     return nodes.call(node.graph, target, args, rule=_RULE, sources=[node])
+
+
+def _ask_for_all(node: fx.Node) -> None:
+    """Unique slices give their inverse and counts unasked; a runtime's gives what it is asked."""
+    asked = {"return_inverse": True, "return_counts": True}
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    args = nodes.arguments(node) | asked
+    node.args, node.kwargs = tuple(args[a.name] for a in schema), {}
 
 
 def _matrix_transposed(node: fx.Node, constant: set[fx.Node]) -> fx.Node | None:

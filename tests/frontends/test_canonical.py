@@ -94,6 +94,13 @@ def test_spellings(formula, expected) -> None:
     assert traced(formula) == expected
 
 
+def test_unique_slices_are_asked_for_what_they_give_anyway() -> None:
+    unique = torch.ops.aten.unique_dim.default
+    gm = trace(Net(lambda s, x: unique(x, 1)[1:]).eval(), (X,)).graph_module
+    (call,) = gm.graph.find_nodes(op="call_function", target=unique)
+    assert call.args[-2:] == (True, True)
+
+
 def test_a_clamp_keeps_nan_and_integers_stay() -> None:
     program = trace(Net(lambda s, x: torch.clamp(x, min=0)).eval(), (X,), {})
     spiked = X.clone()
