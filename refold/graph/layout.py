@@ -18,7 +18,7 @@ from torch import fx
 
 from refold.errors import Declined
 from refold.graph import constants, ops
-from refold.graph.nodes import Size, is_tensor, shape
+from refold.graph.nodes import Size, arguments, aten, is_call, is_tensor, shape
 from refold.graph.ops import op_name
 from refold.graph.records import windows
 
@@ -56,6 +56,20 @@ def assignments(graph: fx.Graph) -> tuple[Symbols, Symbols]:
                     if size.node.expr == symbol and size.node.hint is not None:
                         found[symbol] = int(size.node.hint)
     return Symbols(found), Symbols({k: v + 1 if v == 2 else 2 * v for k, v in found.items()})
+
+
+def permutation(node: fx.Node) -> list[int]:
+    """Which axis of its input each axis of a permutation's result is."""
+    rank = len(shape(node))
+    order = list(range(rank))
+    args = arguments(node)
+    if "dims" in args:
+        return [int(d) % rank for d in args["dims"]]
+    if is_call(node, aten.t):
+        return order[::-1]
+    first, second = (a for name, a in args.items() if name != "self")
+    order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
+    return order
 
 
 def is_layout(node: fx.Node) -> bool:

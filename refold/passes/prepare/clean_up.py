@@ -10,6 +10,7 @@ Each line is an identity that holds bit for bit, written as a rule:
     reshape(reshape(x)) = reshape(x)      permute(permute(x)) = permute(x), or x
     x[:] = x, and every reshape, expand, repeat, pad that leaves the shape as it is
     expand(g) * x = g * x, likewise +, - and /, for an x of the result's shape
+    pad(pad(x)) = pad(x)                  avg_pool(pad(x)) = avg_pool(x, padding)
     slice_scatter(x, y, d, a, b) = cat([x[:a], y, x[b:]], d), for a computed y
 
 and those of :mod:`refold.passes.prepare.identities`.
@@ -49,8 +50,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from refold.graph import aliasing, constants, nodes, ops
-from refold.passes.prepare import identities
+from refold.graph import aliasing, constants, layout, nodes, ops
+from refold.passes.prepare import identities, join_pads
 from refold.rewrite.build import Builder
 from refold.rewrite.context import Context
 from refold.rewrite.driver import apply_rules
@@ -303,6 +304,7 @@ def _rules(graph: fx.Graph, *, strides_matter: bool) -> tuple[RewriteRule, ...]:
         MergeReshapes(),
         MergePermutes(),
         MergeRelus(),
+        *join_pads.RULES,
     ]  # fmt: skip
     if not strides_matter:
         # Strides of inputs may differ from call to call: with a stride reader in the graph, what
@@ -373,22 +375,9 @@ def _writable(node: fx.Node) -> bool:
     return len(symbolic) <= 1 and not any(nodes.known(s == 0) for s in nodes.shape(node))
 
 
-def _permutation(node: fx.Node) -> list[int]:
-    rank = len(nodes.shape(node))
-    order = list(range(rank))
-    args = nodes.arguments(node)
-    if "dims" in args:
-        return [int(d) % rank for d in args["dims"]]
-    if nodes.is_call(node, aten.t):
-        return order[::-1]
-    first, second = (a for name, a in args.items() if name != "self")
-    order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
-    return order
-
-
 def _composed(outer: fx.Node, inner: fx.Node) -> list[int]:
-    first = _permutation(inner)
-    return [first[d] for d in _permutation(outer)]
+    first = layout.permutation(inner)
+    return [first[d] for d in layout.permutation(outer)]
 
 
 def _identity(node: fx.Node) -> list[int]:
