@@ -412,6 +412,22 @@ def compose(outer: AffineMap, inner: AffineMap) -> AffineMap:
     return AffineMap(weight, bias, groups, stride, origin, support, reach)
 
 
+def compose_transposed(outer: AffineMap, inner: AffineMap) -> AffineMap:
+    """Two transposed convolutions one after another, where the inner one has no bias and no crop.
+
+    The transpose of a product is the product of the transposes in reverse order:
+    ``(A B)^T = B^T A^T``, where ``A`` and ``B`` are strided convolutions.
+    """
+    reverse = compose(_transpose(inner), _transpose(outer))
+    return replace(_transpose(reverse), bias=outer.bias, reach=outer.reach)
+
+
+def _transpose(base: AffineMap) -> AffineMap:
+    """The same taps from outputs to inputs, without the bias."""
+    weight = swapped(base.weight, base.groups)
+    return replace(base, weight=weight, bias=torch.zeros(weight.shape[0], dtype=torch.float64))
+
+
 def _largest(vector: torch.Tensor) -> Lazy:
     return Lazy((), lambda: vector.abs().max() if vector.numel() else vector.new_zeros(()))
 

@@ -241,6 +241,31 @@ def test_a_transposed_convolution_is_its_map(
     close(compute(m, x, expected.shape[2:]), expected)
 
 
+@given(
+    strides=st.tuples(st.integers(2, 3), st.integers(2, 3)),
+    kernels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.integers(0, 1), groups=st.tuples(*[st.sampled_from((1, 2, 4))] * 2),
+)  # fmt: skip
+@settings(max_examples=20, deadline=None)
+def test_transposed_convolutions_compose(strides, kernels, padding, groups) -> None:
+    x, none = image(4, (4, 3)), torch.zeros(4, dtype=torch.float64)
+    b = torch.randn(8).double()
+    first = torch.randn(4, 4 // groups[0], kernels[0], 2).double()
+    then = torch.randn(4, 8 // groups[1], kernels[1], 3).double()
+    middle = F.conv_transpose2d(x, first, None, (strides[0], 2), 0, 0, groups[0])
+    assume(strides[1] * (middle.shape[2] - 1) + kernels[1] > 2 * padding)
+    call = ((strides[1], 2), (padding, 0), (0, 0), groups[1])
+    expected = F.conv_transpose2d(middle, then, b, *call)
+    inner = am.transposed_convolution(
+        Lazy.of(first), none, groups[0], (strides[0], 2), (0, 0), (1, 1)
+    )
+    outer = am.transposed_convolution(
+        Lazy.of(then), b, groups[1], (strides[1], 2), (padding, 0), (1, 1)
+    )
+    both = am.compose_transposed(outer, inner)
+    close(run_transposed(both, x, expected.shape[2:]), expected)
+
+
 # --- what a map says of itself --------------------------------------------------------------------
 
 

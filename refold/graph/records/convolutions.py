@@ -95,3 +95,11 @@ def conv(node: object) -> Conv | None:
         node, x, weight_node, bias_node, weight, bias, stride, padding, dilation,
         args["groups"], transposed, output_padding,
     )  # fmt: skip
+
+
+def uneven_taps(conv: Conv) -> str:
+    """Why the same number everywhere adds no constant to what a transposed layer gives."""
+    taps = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.weight.shape[2:], strict=True)]
+    if tuple(taps) == tuple(conv.stride):
+        return f"outputs of {conv.node.name} side by side meet different kernel taps"
+    return f"the kernel taps that meet an output of {conv.node.name} differ in number"

@@ -17,10 +17,14 @@ bounds (a clamp, a tanh) and ``q`` is computed from it element by element, so th
 ``x`` is. Of another ``x`` the sum stays: at infinity it is NaN, and ``q`` need not be.
 Branches that look one way (causal convolutions) become one pad and one convolution.
 
+A layer whose result only layers read (``k(p(x))`` and ``v(p(x))``) goes into each of them, where that
+is cheaper in all.
+
 A constant matrix on the left, ``W @ x`` over tokens, is a pointwise convolution with them as its
 channels. An einsum of a tensor with constants (``btd,edh,e->bth``, ``btgi,gio->btgo``) is a matrix
 over the last axes. Transposed convolutions of one stride merge in sums likewise, and with pointwise
-layers after them, or before them if those have no bias; one of stride 1 is a convolution.
+layers after them, or before them if those have no bias, and so do two in sequence; one of stride 1
+is a convolution.
 
 Exact when: strides agree; a padded outer map meets only padding and no bias of the inner one (see
 :mod:`refold.passes.branches.maps`). Otherwise it declines.
@@ -130,6 +134,10 @@ class _BranchFolder:
                 continue
             with self.editor.candidate(node):
                 self._visit(node, result)
+        for node in list(self.gm.graph.nodes):
+            if kind(node) in _PRODUCTS and len(node.users) > 1 and not nodes.pinned(node):
+                with self.editor.candidate(node):
+                    self._into_readers(node, result)
         with self.editor.edit() as edit:
             edit.remove(n for n in self.reader.proposed if not n._erased)
         result.modified = bool(result.applied)
@@ -157,6 +165,30 @@ class _BranchFolder:
                 self.barred.add((node, choice.key))
                 self.reader.refusals.setdefault(node, str(refusal))
         return node
+
+    def _into_readers(self, node: fx.Node, result: PassResult) -> None:
+        """A layer that only layers read goes into each of them, where that is cheaper in all."""
+        readers = _layers_behind(node)
+        for key in self.reader.of(node):
+            if key[1] is node or not readers:
+                continue
+            found = [self._reads(reader, key) for reader in readers]
+            choices = [c for c in found if c is not None]
+            if len(choices) < len(readers):
+                continue
+            now = sum((c.now for c in choices), self._price(node, node))
+            then = sum((c.then for c in choices), FREE)
+            if now.over(then) > _NOTHING * now.total:
+                for reader, choice in zip(readers, choices, strict=True):
+                    self._apply(reader, choice, result)
+                return
+
+    def _reads(self, reader: fx.Node, key: Key) -> _Candidate | None:
+        """A reader over what the layer before it reads."""
+        merged = self.reader.of(reader).get(key)
+        if merged is None or (reader, key) in self.barred or not nodes.is_tensor(reader):
+            return None
+        return self._weigh(reader, key, merged, [], {reader})
 
     def _cancelled(self, node: fx.Node, result: PassResult) -> fx.Node:
         """A sum without the terms that it adds and subtracts: ``x + (q - x)`` is ``q``.
@@ -396,6 +428,23 @@ class _BranchFolder:
         for gone in edit.gone:
             self.reader.maps.pop(gone, None)
         return new
+
+
+def _layers_behind(node: fx.Node) -> list[fx.Node]:
+    """The layers that read a tensor, through layouts; none where anything else reads it."""
+    found: dict[fx.Node, None] = {}
+    stack = [node]
+    while stack:
+        for user in stack.pop().users:
+            if nodes.pinned(user) or user.op != "call_function":
+                return []
+            if kind(user) in _PRODUCTS:
+                found[user] = None
+            elif layout.is_layout(user) and nodes.is_tensor(user):
+                stack.append(user)
+            else:
+                return []
+    return sorted(found)
 
 
 @dataclass(order=False)

@@ -173,17 +173,21 @@ class MapReader:
             return self._after(outer, conv.x, conv.node, "conv")
         out: Maps = {("transposed", conv.x): outer}
         for (kind, root), inner in self.of(conv.x).items():
-            if kind != "conv" or root is conv.x or not inner.is_pointwise:
+            if root is conv.x or kind == "feature" or kind == "table":
                 continue
-            if not same(shape(root)[2:], shape(conv.x)[2:]):
+            pointwise = kind == "conv" and inner.is_pointwise
+            if not pointwise and kind != "transposed":
+                continue
+            if not same(shape(conv.x)[2:], _grown(shape(root)[2:], inner, kind)):
                 continue  # a crop: the root goes on where the layer's input has ended
             if not inner.bias_is(0.0):
                 self.refusals[conv.node] = (
-                    f"the kernel taps that meet an output of {conv.node.name} differ in number, so "
-                    f"the bias of {conv.x.name} adds no constant to it"
+                    f"{convolutions.uneven_taps(conv)}, so the bias of {conv.x.name} adds no "
+                    f"constant to it"
                 )
                 continue
-            out["transposed", root] = am.compose(outer, inner)
+            compose = am.compose if pointwise else am.compose_transposed
+            out["transposed", root] = compose(outer, inner)
         return out
 
     def _linear(self, linear: products.Linear) -> Maps:
@@ -504,6 +508,16 @@ class MapReader:
             else:
                 out[key] = inner
         return out
+
+
+def _grown(sizes: Sequence[nodes.Size], base: AffineMap, kind: str) -> list[Any]:
+    """The sizes of a map's whole result: all that its taps reach, and nothing cropped."""
+    if kind == "conv":
+        return list(sizes)
+    if any(base.origin):
+        return []
+    taps = zip(sizes, base.stride, base.kernel, strict=True)
+    return [stride * (size - 1) + kernel for size, stride, kernel in taps]
 
 
 def _order(node: fx.Node, args: Any, axis: int, size: int) -> torch.Tensor | None:

@@ -254,6 +254,38 @@ def test_nothing_is_computed_twice() -> None:
         assert not FOLD.run(gm).modified
 
 
+@pytest.mark.parametrize(
+    ("forward", "parts", "products"),
+    [
+        (lambda s, x: s.a(s.p(x)).sin() + s.b(s.p(x)).cos(),
+         {"p": conv(k=1), "a": conv(), "b": conv()}, 2),
+        (lambda s, x: s.a(s.p(x)).sin() + s.b(s.p(x).transpose(0, 1)).transpose(0, 1),
+         {"p": nn.Linear(6, 6), "a": nn.Linear(6, 6), "b": nn.Linear(6, 6)}, 3),
+        (lambda s, x: s.a(s.p(x)).sin() + s.b(s.p(x).flatten(1, 2)).unflatten(1, (4, 7)),
+         {"p": nn.Linear(6, 6), "a": nn.Linear(6, 6), "b": nn.Linear(6, 6)}, 2),
+        (lambda s, x: s.a(s.p(x)).sin() + s.p(x).exp(),
+         {"p": nn.Linear(6, 6), "a": nn.Linear(6, 6)}, 2),  # its value is needed
+        (lambda s, x: s.a(s.p(x)).sin() + s.b(s.p(x))[:, :, 1:-1, 1:-1].cos(),
+         {"p": conv(k=1), "a": conv(), "b": conv(padding=1)}, 3),  # one of them pads its bias
+    ],
+)  # fmt: skip
+def test_a_layer_that_only_layers_read_goes_into_each(forward, parts, products) -> None:
+    net = Net(forward, **parts)
+    after, _ = run((CleanUp(), FoldBranches()), net, image())
+    counts = left(after)
+    assert counts.get("conv", 0) + counts.get("linear", 0) == products
+
+
+def test_a_bottleneck_that_layers_read_stays() -> None:
+    net = Net(
+        lambda s, x: s.a(s.p(x)).sin() + s.b(s.p(x)).cos(),
+        p=nn.Linear(256, 16), a=nn.Linear(16, 256), b=nn.Linear(16, 256),
+    )  # fmt: skip
+    x = torch.randn(2, 256, 256, dtype=torch.float64)
+    after, _ = run((CleanUp(), FoldBranches()), net, x)
+    assert left(after)["linear"] == 3
+
+
 def test_dynamic_height_and_width_fold_too() -> None:
     net = Net(
         lambda s, x: F.relu(s.n(s.a(x)) + s.c(x) + x), a=conv(padding=1), c=conv(k=1), n=bn()

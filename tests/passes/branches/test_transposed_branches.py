@@ -99,7 +99,8 @@ def test_merges(forward, parts, calls) -> None:
          "share no grid"),
         (lambda s, x: s.a(x) + s.b(x.relu()), {"a": up(), "b": up()}, ""),
         (lambda s, x: s.a(s.c(x)), {"a": up(3), "c": conv(4, 3)}, "differ in number"),
-        (lambda s, x: s.a(s.c(x)), {"a": up(3, k=2, p=0), "c": conv(4, 3)}, "differ in number"),
+        (lambda s, x: s.a(s.c(x)), {"a": up(3, k=2, p=0), "c": conv(4, 3)},
+         "side by side meet different kernel taps"),
         (lambda s, x: s.a(s.n(x)), {"a": up(), "n": nn.BatchNorm2d(4)}, "differ in number"),
         (lambda s, x: s.c(s.a(x)), {"a": up(), "c": conv(6, 5, k=3)}, ""),
         (lambda s, x: s.c(s.a(x)), {"a": up(), "c": conv(6, 5, stride=2)}, ""),
@@ -191,3 +192,45 @@ def test_any_two_branches(drawn) -> None:
         return torch.add(s.c(y) if pointwise else y, z, alpha=-0.5)
 
     run(BRANCHES, Net(forward, a=a, b=b, c=c), x)  # checks the numbers, whatever merged
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    few([
+        (up(k=2, p=0, bias=False), up(6, k=2, p=0)),
+        (up(k=3, p=0, bias=False), up(6, k=4)),
+        (up(k=2, s=3, p=0, bias=False), up(6, k=3, p=0, output_padding=1)),
+        (up(o=8, k=2, p=0, bias=False, groups=2), up(8, k=2, p=0, groups=2)),
+        (up(o=8, k=2, p=0, bias=False, groups=2), up(8, 8, k=2, p=0, groups=4)),
+        (up(k=2, p=0, bias=False, dilation=2), up(6, k=2, p=0, dilation=3)),
+        (up(k=(2, 3), s=(2, 1), p=0, bias=False), up(6, k=(4, 1), s=(2, 3), p=(1, 0))),
+    ], 4),
+)  # fmt: skip
+def test_two_in_sequence_are_one(first, then) -> None:
+    net = Net(lambda s, x: s.b(s.a(x)), a=first, b=then)
+    after, _ = run(FoldBranches(prefer="nodes"), net, image())
+    assert left(after) == {"conv-transpose": 1}
+
+
+def test_three_in_sequence_are_one() -> None:
+    net = Net(
+        lambda s, x: s.c(s.b(s.a(x))),
+        a=up(o=4, k=2, p=0, bias=False), b=up(o=4, k=2, p=0, bias=False), c=up(k=2, p=0),
+    )  # fmt: skip
+    after, _ = run(BRANCHES, net, image())
+    assert left(after) == {"conv-transpose": 1}
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (up(k=4, p=1, bias=False), ""),  # crops what the second would read
+        (up(k=2, p=0), "side by side meet different kernel taps, so the bias of conv_transpose2d"),
+        (up(k=3, p=0, bias=False, output_padding=1), ""),  # zeros that the one has not
+    ],
+)
+def test_other_sequences_stay(first, reason) -> None:
+    net = Net(lambda s, x: s.b(s.a(x)), a=first, b=up(6, k=2, p=0))
+    after, declined = run(FoldBranches(prefer="nodes"), net, image())
+    assert left(after) == {"conv-transpose": 2}
+    assert not reason or any(reason in d.reason for d in declined)

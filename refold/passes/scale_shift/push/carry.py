@@ -102,7 +102,7 @@ def uneven(conv: convolutions.Conv, factor: Factor) -> str | None:
     if factor.varies() - {1}:
         return "the constant varies along another axis than the channels"
     if conv.transposed:
-        return f"the kernel taps that meet an output of {name} differ in number"
+        return convolutions.uneven_taps(conv)
     if any(conv.padding) or pads_high(conv):
         return f"{name} pads with zeros, and the shift would reach its border"
     return None
