@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -202,3 +202,19 @@ def symbolic_dims(node: fx.Node) -> list[int]:
     """The dimensions of an input that the trace left free."""
     value: Any = node.meta["val"]
     return [i for i, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
+
+
+def but_for(node: fx.Node, data: Mapping[fx.Node, object]) -> Any:
+    """A call but for its data, which has names: equal ones compute alike, of the same constants."""
+
+    def frozen(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            if value in data:
+                return data[value]
+            return value.target if value.op == "get_attr" else value
+        if isinstance(value, (list, tuple)):
+            return tuple(map(frozen, value))
+        return type(value), value
+
+    kwargs = tuple((name, frozen(value)) for name, value in sorted(node.kwargs.items()))
+    return node.target, frozen(node.args), kwargs

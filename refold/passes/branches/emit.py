@@ -47,13 +47,18 @@ class Emission:
     write: Callable[[], fx.Node]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Emitter:
-    """Writes maps into a graph, under the name of a rule, and prices them."""
+    """Writes maps into a graph, under the name of a rule, and prices them.
+
+    Attributes:
+        copies: the constants that calls alike read already, by label; what is written joins them.
+    """
 
     gm: fx.GraphModule
     rule: str
     costs: CostModel
+    copies: dict[str, fx.Node] | None = None
 
     def emission(self, node: fx.Node, key: Key, merged: AffineMap) -> Emission | str | None:
         """How to write a map over a root instead of ``node``, or why it cannot be written."""
@@ -193,7 +198,13 @@ class Emitter:
         return Emission(price, 1, emit)
 
     def _constant(self, node: fx.Node, label: str, data: Lazy, like: fx.Node) -> fx.Node:
-        return constants.add(self.gm, f"{node.name}.{label}", data, like.meta["val"])
+        held = None if self.copies is None else self.copies.get(label)
+        if held is not None and not held._erased and held < node:
+            return held
+        new = constants.add(self.gm, f"{node.name}.{label}", data, like.meta["val"])
+        if self.copies is not None:
+            self.copies[label] = new
+        return new
 
     def _call(
         self,

@@ -17,8 +17,8 @@ bounds (a clamp, a tanh) and ``q`` is computed from it element by element, so th
 ``x`` is. Of another ``x`` the sum stays: at infinity it is NaN, and ``q`` need not be.
 Branches that look one way (causal convolutions) become one pad and one convolution.
 
-A layer whose result only layers read (``k(p(x))`` and ``v(p(x))``) goes into each of them, where that
-is cheaper in all.
+A layer whose result only layers read (``k(p(x))`` and ``v(p(x))``) goes into each of them, where
+that is cheaper in all.
 
 A constant matrix on the left, ``W @ x`` over tokens, is a pointwise convolution with them as its
 channels. An einsum of a tensor with constants (``btd,edh,e->bth``, ``btgi,gio->btgo``) is a matrix
@@ -48,9 +48,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -75,6 +76,8 @@ from refold.rewrite.result import Decline, PassResult, applied, declined
 _PRODUCTS = ("conv", "conv-transpose", "linear", "matmul")
 _NOTHING = 1e-6  # a gain below this share is rounding of equal costs
 _GROWS_FROM = 1 << 20  # bytes below which a larger constant is never refused
+_OWN_FROM = 1 << 13  # likewise, where the weight that it is made of stays, for other layers
+_OWN = 0.25  # of all constants: how many bytes may be added that way
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,50 @@ class FoldBranches:
         return _BranchFolder(gm, replace(self, max_growth=growth), context.costs).run()
 
 
+@dataclass(frozen=True)
+class _Growth:
+    """Bytes of a merged weight, of the weights that go for it, and one that stays for others."""
+
+    size: int
+    freed: int
+    stays: fx.Node | None
+
+    @classmethod
+    def of(cls, merged: AffineMap, dead: list[fx.Node], node: fx.Node) -> _Growth:
+        width = node.meta["val"].element_size()
+        size = merged.out_channels * merged.weight.shape[1] * math.prod(merged.taps) * width
+        gone = set(dead)
+        read = {c for n in dead for c in n.all_input_nodes if c.op == "get_attr"}
+        stays = [c for c in read if not gone.issuperset(c.users)]
+        freed = sum(constants.size_in_bytes(c) for c in read if c not in stays)
+        return cls(size, freed, max(stays, key=constants.size_in_bytes, default=None))
+
+    @property
+    def unshared(self) -> int:
+        """Bytes that are added because the weight stays for other layers, too."""
+        return 0 if self.stays is None else max(self.size - self.freed, 0)
+
+    def refusal(self, most: float, spare: float) -> str | None:
+        """Why the merged weight is too large for what it saves, or ``None``."""
+        if self.stays is not None and self.unshared > max(spare, _OWN_FROM):
+            return (
+                f"{self.stays.name} is shared by {len(self.stays.users)} layers, and a merged "
+                f"weight beside it would grow the constants too far"
+            )
+        if self.size > _GROWS_FROM and self.size > most * self.freed:
+            return (
+                f"the merged weight would be more than {most}x larger than the weights it replaces"
+            )
+        return None
+
+
 @dataclass
 class _Candidate:
-    """One way to rewrite a node: a merged map on a root, the addends left over, what dies."""
+    """One way to rewrite a node: a merged map on a root, the addends left over, what dies.
+
+    Of layers whose ``weight`` stays for others ``unshared`` has the bytes that are added, ``shape``
+    what is computed: where one layer is applied often, calls of one shape read one merged weight.
+    """
 
     key: Key
     merged: AffineMap
@@ -108,6 +152,9 @@ class _Candidate:
     now: Price
     then: Price
     emit: Callable[[], fx.Node]
+    unshared: int = 0
+    weight: fx.Node | None = None
+    shape: Any = None
 
     @property
     def gain(self) -> float:
@@ -121,11 +168,14 @@ class _BranchFolder:
     costs: CostModel
     dearer: dict[fx.Node, str] = field(default_factory=dict)
     barred: set[tuple[fx.Node, Key]] = field(default_factory=set)  # what the door refused
+    alike: dict[Any, dict[str, fx.Node]] = field(default_factory=dict)  # merged weights by shape
+    follow: dict[fx.Node, Any] = field(default_factory=dict)  # the shape that all are expected of
 
     def __post_init__(self) -> None:
         self.editor = Editor(self.gm, self.options.name)
         self.emitter = Emitter(self.gm, self.options.name, self.costs)
         self.reader = MapReader(self.emitter.pad_earlier)
+        self.spare = _OWN * constants.stored_bytes(self.gm)
 
     def run(self) -> PassResult:
         result = self.editor.result
@@ -351,13 +401,26 @@ class _BranchFolder:
         ):
             self.reader.refusals[node] = "the merged weights would overflow float16"
             return None
-        if not per_node and self._grows(merged, dead, node):
-            self.dearer[node] = (
-                f"the merged weight would be more than {self.options.max_growth}x larger than the "
-                f"weights it replaces"
-            )
-            return None
-        return _Candidate(key, merged, rest, dead, now, then, emission.write)
+        growth = _Growth.of(merged, dead, node)
+        choice = _Candidate(key, merged, rest, dead, now, then, emission.write)
+        if growth.stays is not None or self.alike:
+            choice.weight, choice.shape = growth.stays, _shape(choice)
+            if self._serves_all(choice, growth.stays):
+                growth = replace(growth, stays=None)
+            choice.unshared = growth.unshared
+        if not per_node and choice.gain > _NOTHING * now.total:
+            reason = growth.refusal(self.options.max_growth, self.spare)
+            if reason is not None:
+                self.dearer[node] = reason
+                return None
+        return choice
+
+    def _serves_all(self, choice: _Candidate, weight: fx.Node | None) -> bool:
+        """True if one merged weight does for all readers of a weight, as far as can be seen."""
+        if self.alike.get(choice.shape) or weight is None:
+            return True
+        first = self.follow.get(weight, choice.shape)
+        return first == choice.shape and _all_follow(weight, set(choice.dead))
 
     def _price(self, node: fx.Node, at: fx.Node) -> Price:
         """What a node costs, by the model that holds where a merged call would stand."""
@@ -365,20 +428,6 @@ class _BranchFolder:
         if self.options.prefer == "nodes":
             return Price((float(price.total > 0),))
         return price
-
-    def _grows(self, merged: AffineMap, dead: list[fx.Node], node: fx.Node) -> bool:
-        width = node.meta["val"].element_size()
-        size = merged.out_channels * merged.weight.shape[1] * math.prod(merged.taps) * width
-        if size <= _GROWS_FROM:
-            return False
-        gone = set(dead)
-        freed = {
-            c
-            for n in dead
-            for c in n.all_input_nodes
-            if c.op == "get_attr" and gone.issuperset(c.users)
-        }
-        return size > self.options.max_growth * sum(map(constants.size_in_bytes, freed))
 
     def _dying(
         self, node: fx.Node, root: fx.Node, replaced: set[fx.Node], kept: set[fx.Node]
@@ -407,9 +456,21 @@ class _BranchFolder:
 
     # -- applying -------------------------------------------------------------------------------
 
+    @contextmanager
+    def _sharing(self, choice: _Candidate) -> Iterator[None]:
+        """Lets what is written read the constants of calls of one shape."""
+        if choice.weight is not None:
+            self.follow.setdefault(choice.weight, choice.shape)
+        if choice.shape is not None:
+            self.emitter.copies = self.alike.setdefault(choice.shape, {})
+        try:
+            yield
+        finally:
+            self.emitter.copies = None
+
     def _apply(self, node: fx.Node, choice: _Candidate, result: PassResult) -> fx.Node:
         sources = [n for n in choice.dead if n is not node] + [node]
-        with self.editor.edit() as edit:
+        with self._sharing(choice), self.editor.edit() as edit:
             with edit.before(node):
                 merged = choice.emit()
                 new = self.emitter.plus(merged, choice.rest, node)
@@ -423,11 +484,41 @@ class _BranchFolder:
             )
             edit.remove(choice.dead)
         result.applied.append(done)
+        self.spare -= choice.unshared
         self.reader.maps[merged] = {choice.key: choice.merged}
         self.reader.inherit(new, node, set(choice.dead))
         for gone in edit.gone:
             self.reader.maps.pop(gone, None)
         return new
+
+
+def _shape(choice: _Candidate) -> Any:
+    """What a candidate computes of its root and the addends left over, of which constants."""
+    names: dict[fx.Node, object] = {choice.key[1]: "root"}
+    names.update({leaf: ("rest", i) for i, (_, leaf) in enumerate(choice.rest)})
+    parts = [choice.key[0], tuple(factor for factor, _ in choice.rest)]
+    for node in sorted(choice.dead):
+        parts.append(nodes.but_for(node, names))
+        names[node] = len(names)
+    return tuple(parts)
+
+
+def _all_follow(weight: fx.Node, gone: set[fx.Node]) -> bool:
+    """True if a weight's other readers stand where those do that go: they will merge, too."""
+    ours = [user for user in weight.users if user in gone]
+    if not ours:
+        return False
+    before = any(n in gone for n in ours[0].all_input_nodes)
+    places = [_place(user, before) for user in weight.users]
+    return all(place == places[0] for place in places)
+
+
+def _place(layer: fx.Node, before: bool) -> Any:
+    """A call with those that read it, and those that it reads, but for their data."""
+    read = [n for n in layer.all_input_nodes if n.op == "call_function"] if before else []
+    calls = [*read, layer, *layer.users]
+    data = {n: "data" for call in calls for n in call.all_input_nodes if n.op != "get_attr"}
+    return [nodes.but_for(call, data) for call in calls]
 
 
 def _layers_behind(node: fx.Node) -> list[fx.Node]:

@@ -25,7 +25,7 @@ from refold.graph.records import (
 from refold.passes.scale_shift.push import carry, thresholds, weights
 from refold.passes.scale_shift.push.factor import Factor, preimage
 from refold.passes.scale_shift.push.plan import Draft, Plan, came_to
-from refold.passes.scale_shift.push.region import SMALL, Region
+from refold.passes.scale_shift.push.region import SMALL, Copies, Region
 from refold.rewrite.edit import Edit
 
 
@@ -74,8 +74,10 @@ class Downward:
         finally:
             self._draft.leave()
 
-    def _unshare(self, weight: fx.Node) -> None:
-        self._draft.spent += self._region.growth(weight, self._draft.spent)
+    def _unshare(self, weight: fx.Node, layer: fx.Node) -> Copies:
+        """Plans that a layer reads another weight; returns what alike calls of it read already."""
+        self._draft.spent += self._region.growth(weight, layer, self._draft.spent)
+        return self._region.copies(layer)
 
     def _terminal(self, c: fx.Node, n: fx.Node, factor: Factor) -> bool:
         if (conv := convolutions.conv(c)) is not None and conv.x is n:
@@ -87,7 +89,7 @@ class Downward:
                 self._map(conv, factor, reason)
                 factor = Factor(factor.scale, torch.zeros_like(factor.scale))
             scale, shift = factor.vectors(1, channels)
-            self._unshare(conv.weight_node)
+            copies = self._unshare(conv.weight_node, c)
 
             def scaled(w: torch.Tensor) -> torch.Tensor:
                 ones = (1,) * (w.dim() - 2)
@@ -109,10 +111,10 @@ class Downward:
                 bias = Lazy((conv.out_channels,), moved, parents=parents)
             weights.check_range(c, weight)
             weights.check_range(c, bias)
-            self._draft.later(lambda edit: weights.set_conv(edit, conv, weight, bias))
+            self._draft.later(lambda edit: weights.set_conv(edit, conv, weight, bias, copies))
         elif (linear := products.linear(c)) is not None and linear.x is n:
             scale, shift = factor.vectors(-1, linear.weight.shape[1])
-            self._unshare(linear.weight_node)
+            copies = self._unshare(linear.weight_node, c)
             weight = linear.weight.times(scale)
 
             def total() -> torch.Tensor:
@@ -125,7 +127,7 @@ class Downward:
                 bias = Lazy((weight.shape[0],), total, parents=parents)
             weights.check_range(c, weight)
             weights.check_range(c, bias)
-            self._draft.later(lambda edit: weights.set_linear(edit, linear, weight, bias))
+            self._draft.later(lambda edit: weights.set_linear(edit, linear, weight, bias, copies))
         elif (layer := recurrences.recurrence(c)) is not None and layer.x is n:
             self._recurrence(layer, factor)
         else:
@@ -141,7 +143,7 @@ class Downward:
             scale, shift = factor.vectors(-1, weight.shape[1])
             if factor.shifts and bias is None:
                 raise Declined(f"{c.name} has no bias to take the shift")
-            self._unshare(weight_node)
+            self._unshare(weight_node, c)
             if bias is not None and factor.shifts:
                 bias = _biased(weight, bias, shift)
             scaled = weight.times(scale)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -29,7 +30,7 @@ from refold.passes.scale_shift.push import carry, weights
 from refold.passes.scale_shift.push.down import Downward
 from refold.passes.scale_shift.push.factor import Factor
 from refold.passes.scale_shift.push.plan import Plan
-from refold.passes.scale_shift.push.region import Region
+from refold.passes.scale_shift.push.region import Copies, Region
 from refold.passes.scale_shift.push.up import Upward
 from refold.rewrite.cost import CostModel
 from refold.rewrite.edit import Editor
@@ -66,6 +67,7 @@ class Pusher:
         self._editor = Editor(gm, rule)
         self._budget = (max_growth - 1.0) * constants.stored_bytes(gm)
         self._refusals: dict[fx.Node, Declined] = {}
+        self._folded: dict[Any, Copies] = {}
 
     def run(self) -> PassResult:
         result = self._editor.result
@@ -120,8 +122,9 @@ class Pusher:
                 hint="if that is not meant, check the weights and statistics of this layer",
             )
         region = Region.of(
-            self._graph, record, factor, self._budget, self._costs, border_maps=self._border_maps
-        )
+            self._graph, record, factor, self._budget, self._costs,
+            border_maps=self._border_maps, folded=self._folded,
+        )  # fmt: skip
         if record.ends is not None:
             return self._commit(record, Downward(region).plan())
         try:

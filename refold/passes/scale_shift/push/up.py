@@ -26,7 +26,7 @@ from refold.graph.records import (
 from refold.passes.scale_shift.push import carry, weights
 from refold.passes.scale_shift.push.factor import Factor, aligned, narrow
 from refold.passes.scale_shift.push.plan import Draft, Plan, came_to
-from refold.passes.scale_shift.push.region import Region
+from refold.passes.scale_shift.push.region import Copies, Region
 from refold.rewrite.edit import Edit
 
 _LARGEST = 32  # calls between a producer and what is pushed into it along several paths
@@ -133,13 +133,15 @@ class Upward:
                 raise Declined(f"{u.name} has other users")
             self._into(u, first)
 
-    def _unshare(self, weight: fx.Node) -> None:
-        self._draft.spent += self._region.growth(weight, self._draft.spent)
+    def _unshare(self, weight: fx.Node, layer: fx.Node) -> Copies:
+        """Plans that a layer reads another weight; returns what alike calls of it read already."""
+        self._draft.spent += self._region.growth(weight, layer, self._draft.spent)
+        return self._region.copies(layer)
 
     def _terminal(self, u: fx.Node, factor: Factor) -> bool:
         if (conv := convolutions.conv(u)) is not None:
             scale, shift = factor.vectors(1, conv.out_channels)
-            self._unshare(conv.weight_node)
+            copies = self._unshare(conv.weight_node, u)
 
             if conv.transposed:
                 turned = partial(weights.scale_outputs, conv=conv, scale=scale)
@@ -149,15 +151,15 @@ class Upward:
             bias = weights.shifted(conv.bias, scale, shift)
             weights.check_range(u, weight)
             weights.check_range(u, bias)
-            self._draft.later(lambda edit: weights.set_conv(edit, conv, weight, bias))
+            self._draft.later(lambda edit: weights.set_conv(edit, conv, weight, bias, copies))
         elif (linear := products.linear(u)) is not None:
             scale, shift = factor.vectors(-1, linear.weight.shape[0])
-            self._unshare(linear.weight_node)
+            copies = self._unshare(linear.weight_node, u)
             weight = linear.weight.times(scale[:, None])
             bias = weights.shifted(linear.bias, scale, shift)
             weights.check_range(u, weight)
             weights.check_range(u, bias)
-            self._draft.later(lambda edit: weights.set_linear(edit, linear, weight, bias))
+            self._draft.later(lambda edit: weights.set_linear(edit, linear, weight, bias, copies))
         elif (norm := scale_shifts.norm_affine(u)) is not None:
             self._norm(norm, factor)
         elif (layer := quantised.quantised(u)) is not None:
@@ -166,7 +168,7 @@ class Upward:
             table = carry.embedding_table(u)
             assert table is not None
             scale, shift = factor.vectors(-1, table.shape[1])
-            self._unshare(u.args[0])  # type: ignore[arg-type]
+            self._unshare(u.args[0], u)  # type: ignore[arg-type]
             new = table.map(table.shape, lambda w: w * scale + shift)
             self._draft.later(lambda edit: weights.set_weights(edit, u, 0, u.args[0], new))
         else:

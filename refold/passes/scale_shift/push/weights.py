@@ -18,6 +18,7 @@ from refold.graph.records.scale_shifts import NormAffine
 from refold.passes.scale_shift.push import carry
 from refold.passes.scale_shift.push.factor import Factor
 from refold.passes.scale_shift.push.plan import Draft
+from refold.passes.scale_shift.push.region import Copies
 from refold.rewrite.edit import Edit
 
 
@@ -53,20 +54,36 @@ def into_constant(draft: Draft, u: fx.Node, consumer: fx.Node, factor: Factor) -
 def set_weights(
     edit: Edit, node: fx.Node, weight_index: int, weight_node: Any, weight: Lazy,
     bias_index: int = -1, bias_node: Any = None, bias: Lazy | None = None,
+    copies: Copies | None = None,
 ) -> None:  # fmt: skip
-    """Lets a layer read other weights: at which place of its arguments, and what it read there."""
-    like = next(n for n in (weight_node, bias_node, node) if n is not None)
-    base = constant_name(like) if like.op == "get_attr" else node.name
-    new = constant(edit, node, base, weight, like)
-    values: dict[int, Any] = {weight_index: new}
-    if bias is not None and bias_index >= 0:
-        stem = base.removesuffix("weight").rstrip("._")
-        values[bias_index] = constant(edit, node, f"{stem}.bias", bias, like)
+    """Lets a layer read other weights: at which place of its arguments, and what it read there.
+
+    ``copies`` has those that another call of the layer reads already, or comes to have them.
+    """
+    values: dict[int, Any] = _usable(copies, node)
+    if not values:
+        like = next(n for n in (weight_node, bias_node, node) if n is not None)
+        base = constant_name(like) if like.op == "get_attr" else node.name
+        values[weight_index] = constant(edit, node, base, weight, like)
+        if bias is not None and bias_index >= 0:
+            stem = base.removesuffix("weight").rstrip("._")
+            values[bias_index] = constant(edit, node, f"{stem}.bias", bias, like)
+    if copies is not None:
+        copies.update(values)
     edit.set_arguments(node, values)
 
 
-def set_conv(edit: Edit, conv: convolutions.Conv, weight: Lazy, bias: Lazy | None) -> None:
-    set_weights(edit, conv.node, 1, conv.weight_node, weight, 2, conv.bias_node, bias)
+def _usable(copies: Copies | None, node: fx.Node) -> dict[int, Any]:
+    """The constants of another call, where they are still there, and stand in front of this."""
+    held = dict(copies or {})
+    return held if all(not n._erased and n < node for n in held.values()) else {}
+
+
+def set_conv(
+    edit: Edit, conv: convolutions.Conv, weight: Lazy, bias: Lazy | None, copies: Copies
+) -> None:
+    places = (1, conv.weight_node, weight, 2, conv.bias_node, bias)
+    set_weights(edit, conv.node, *places, copies)
 
 
 def set_norm(edit: Edit, norm: NormAffine, weight: Lazy, bias: Lazy | None) -> None:
@@ -91,15 +108,20 @@ def set_recurrence(edit: Edit, layer: Recurrence, pairs: list[tuple[Lazy, Lazy |
     edit.set(layer.node, args=args, kwargs=kwargs)
 
 
-def set_linear(edit: Edit, linear: products.Linear, weight: Lazy, bias: Lazy | None) -> None:
+def set_linear(
+    edit: Edit, linear: products.Linear, weight: Lazy, bias: Lazy | None, copies: Copies
+) -> None:
     node = linear.node
-    base = constant_name(linear.weight_node) if linear.weight_node.op == "get_attr" else node.name
-    new = constant(edit, node, base, weight, linear.weight_node)
-    bias_node = None
-    if bias is not None:
-        stem = base.removesuffix("weight").rstrip("._")
-        bias_node = constant(edit, node, f"{stem}.bias", bias, linear.weight_node)
-    args = (linear.x, new, bias_node)
+    values = _usable(copies, node)
+    if not values:
+        old = linear.weight_node
+        base = constant_name(old) if old.op == "get_attr" else node.name
+        values = {1: constant(edit, node, base, weight, old)}
+        if bias is not None:
+            stem = base.removesuffix("weight").rstrip("._")
+            values[2] = constant(edit, node, f"{stem}.bias", bias, old)
+    copies.update(values)
+    args = (linear.x, values[1], values.get(2))
     edit.set(node, target=aten.linear.default, args=args, kwargs={})
 
 

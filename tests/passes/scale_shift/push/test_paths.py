@@ -45,7 +45,9 @@ def region(gm: fx.GraphModule, name: str) -> Region:
     record = scale_and_shift(node)
     assert record is not None
     factor = Factor(record.scale.get(), record.shift.get())
-    return Region.of(gm.graph, record, factor, math.inf, Context().costs, border_maps=False)
+    return Region.of(
+        gm.graph, record, factor, math.inf, Context().costs, border_maps=False, folded={}
+    )
 
 
 # --- plans ----------------------------------------------------------------------------------------
