@@ -17,7 +17,7 @@ from torch.export import Dim
 
 from refold.backends import base, flat
 from refold.backends.base import LEFT_ALONE, Artifact
-from refold.backends.onnx import initializers, pools, quantised
+from refold.backends.onnx import initializers, pools, quantised, resizes
 from refold.backends.onnx.mend import keep_pads_before_max_pool
 from refold.backends.onnx.shift_add import choice as shift_add
 from refold.backends.onnx.shift_add import rewrite as shift_add_layers
@@ -80,6 +80,7 @@ def lower(
     module, signature = flat.flatten(gm, program)
     quantised.spell_out(module.graph)
     pools.divide_as_asked(module.graph)
+    resizes.check(module.graph)
     module.recompile()
     layers = shift_add_layers.prepare(module, kernels)
     opset = max([asked, *(layer.choice.opset for layer in layers)])
@@ -88,7 +89,7 @@ def lower(
     exported = _re_export(module, signature.tensors(program.args, program.kwargs), wanted)
     try:
         onnx_program, raw = _to_onnx(exported, opset, keep=refits)
-    except torch.onnx.OnnxExporterError as error:
+    except Exception as error:  # of the exporter, or of the passes of another library that it runs
         raise BackendError(
             f"the ONNX exporter cannot translate the folded graph: {_root_cause(error)}"
             f"{base.places(module.graph, _translating(error))}\n  fix: {_remedy(error)}"

@@ -145,6 +145,7 @@ def _pick(d: Draw, x: Value) -> Value:
     if kind == "repeat_interleave":
         fits(size <= 6)
         return d.call(kind, x, 2, axis)
+    fits(size > 0)
     count = d.one((size, 2, 3))
     at = d.hold("given", count, dtype=torch.int64,
                 detail=[d.rng.randrange(size) for _ in range(count)])  # fmt: skip
