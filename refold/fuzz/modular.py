@@ -133,9 +133,11 @@ def run_tape(field: Residues, tape: Tape, sources: Mapping[str, Tensor]) -> dict
     """What a tape makes of residues; what Python saw while it was recorded does not count.
 
     What depends on no source (an order of elements, found by moving ``arange``) is computed as it
-    was, and read as residues where it meets one that does.
+    was, and read as residues where it meets one that does, unless a function has rounded it: the
+    graph may have computed that beside a weight, and so in residues.
     """
     values: dict[int, Any] = {}
+    rounded: set[int] = set()
     for name, slot in tape.sources.items():
         values[slot] = sources.get(name, Unknown(f"{name} has no residue"))
     steps, dependent = tape.arithmetic
@@ -143,6 +145,8 @@ def run_tape(field: Residues, tape: Tape, sources: Mapping[str, Tensor]) -> dict
         values[slot] = _read(field, literal) if slot in dependent else literal.clone()
 
     def operand(slot: int) -> Any:
+        if slot in rounded and slot not in dependent and _is_float(values[slot]):
+            return Unknown("a function of numbers alone was rounded")
         return values[slot] if slot in dependent else _read(field, values[slot])
 
     for step in steps:
@@ -150,14 +154,26 @@ def run_tape(field: Residues, tape: Tape, sources: Mapping[str, Tensor]) -> dict
             args, kwargs = filled((step.args, step.kwargs), operand)
             result = _called(field, step.op, args, kwargs)
         else:
-            args, kwargs = filled((step.args, step.kwargs), values.__getitem__)
+            read: set[int] = set()
+
+            def plain(slot: int, read: set[int] = read) -> Any:
+                read.add(slot)
+                return values[slot]
+
+            args, kwargs = filled((step.args, step.kwargs), plain)
             result = step.op(*args, **kwargs)
+            if rounded & read or ops.named(step.op.__name__.partition(".")[0], ops.NONLINEAR):
+                rounded.update(step.out)
         several = isinstance(result, (tuple, list))
         results = result if several else (result,) * len(step.out)
         values.update({s: v for s, v in zip(step.out, results, strict=False) if s >= 0})
     made = {name: operand(slot) for name, slot in tape.results.items()}
     unseen = Unknown("a constant was made where nobody recorded it")
     return {**dict.fromkeys(tape.unknown, unseen), **made}
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _called(field: Residues, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

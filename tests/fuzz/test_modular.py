@@ -120,6 +120,15 @@ def test_integers_and_single_numbers_have_residues(forward: Any) -> None:
     assert judged(Net(forward, c=nn.Conv2d(4, 4, 1)), image()) == Judgement(EQUAL)
 
 
+def test_a_function_of_numbers_alone_is_not_judged() -> None:
+    """What the tape computes apart is rounded there, and was exact beside the weight."""
+    net = Net(
+        lambda s, x: x * torch.ops.aten.rms_norm(torch.ones(4, dtype=x.dtype), [4], s.p, 1e-5),
+        p=torch.randn(4),
+    )  # fmt: skip
+    assert judged(net, torch.randn(2, 4).double()).kind == UNJUDGED
+
+
 def test_an_output_that_differs_counts_though_another_is_not_judged() -> None:
     x = image()
     model = Net(lambda s, x: (s.c(x).argmax(1), s.n(s.c(x))), c=nn.Conv2d(4, 4, 1),
