@@ -205,6 +205,14 @@ CASES: dict[str, tuple[Case, ...]] = {
         _idle(lambda s, x: x.permute(0, 2, 3, 1).permute(0, 3, 2, 1)),
     ),
     "clean-up/relu": (_idle(lambda s, x: torch.relu(x)),),
+    "clean-up/pad-chain": (
+        _on_image(lambda s, x: F.pad(F.pad(x, (1, 0, 2, 0)), (0, 1, 0, 1)), c=_conv),
+    ),
+    "clean-up/pad-pool": (_on_image(lambda s, x: F.avg_pool2d(F.pad(x, (1,) * 4), 3, 1)),),
+    "clean-up/pad-permute": (
+        _on_image(lambda s, x: s.c(F.pad(x, (0, 0, 1, 1, 1, 1)).permute(0, 3, 1, 2)),
+                  c=lambda: _conv(8, 4, 1)),
+    ),
     "clean-up/copy": (_grafted(aten.clone.default),),
     "clean-up/stored-slice": (
         _idle(lambda s, x: aten.slice_scatter(x, x[:, 1:3].cos(), 1, 1, 3)),
@@ -241,6 +249,10 @@ CASES: dict[str, tuple[Case, ...]] = {
         _on_image(lambda s, x: s.a(x + (F.silu(x) - x)), a=_conv),
     ),
     "join-scale-shifts": (_on_image(lambda s, x: s.n(x) + x * s.g, n=_norm, g=_scale),),
+    "join-scale-shifts/chain": (
+        _on_image(lambda s, x: (x + s.h) * s.g + s.h, g=_scale, h=_shift),
+        _on_image(lambda s, x: s.h - (x + 1), h=_shift),
+    ),
     "defer-resizes (conv1d, conv2d)": (
         Case(
             lambda: resizes.net(

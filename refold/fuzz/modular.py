@@ -126,6 +126,10 @@ def _drawn(call: Call, field: Residues) -> Call:
     return drawn
 
 
+# Of numbers they give fractions of them, which have residues.
+_EXACT = ("reciprocal", "square", "pow", "relu", "abs", "clamp", "clamp_min", "clamp_max")
+
+
 # --- the tape -------------------------------------------------------------------------------------
 
 
@@ -162,7 +166,8 @@ def run_tape(field: Residues, tape: Tape, sources: Mapping[str, Tensor]) -> dict
 
             args, kwargs = filled((step.args, step.kwargs), plain)
             result = step.op(*args, **kwargs)
-            if rounded & read or ops.named(step.op.__name__.partition(".")[0], ops.NONLINEAR):
+            name = step.op.__name__.partition(".")[0]
+            if rounded & read or (ops.named(name, ops.NONLINEAR) and name not in _EXACT):
                 rounded.update(step.out)
         several = isinstance(result, (tuple, list))
         results = result if several else (result,) * len(step.out)

@@ -99,7 +99,7 @@ class JoinAdded(RewriteRule):
 class JoinChained(RewriteRule):
     """Scale-shifts one after another are one, if that takes fewer calls."""
 
-    name = "join-scale-shifts"
+    name = "join-scale-shifts/chain"
     exactness = "reassociates"
     pattern = Call(_ARITHMETIC, ...).where(lambda node: _chained(node) is not None)
 
