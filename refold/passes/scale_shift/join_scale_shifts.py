@@ -32,6 +32,7 @@ Source: RepBN (Guo et al., SLAB, ICML 2024, section 3.2); RIFormer (Wang et al.,
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +145,8 @@ def _joined(root: fx.Node) -> _Chain | None:
         calls = tuple(dict.fromkeys((*left.calls, *other.calls, root)))  # two at least
         scale = left.scale + total.alpha * other.scale
         shift = left.shift + total.alpha * other.shift
-        if max(scale.numel(), shift.numel()) > max(left.widest, other.widest):
+        widest = max(t.numel() for c in (left, other) for t in (c.scale, c.shift))
+        if max(scale.numel(), shift.numel()) > widest:
             return None  # one varies along one axis, one along another
         largest = torch.finfo(nodes.dtype(root)).max  # float16 overflows where its parts did not
         fits = all(bool((t.abs() <= largest).all()) for t in (scale, shift))
@@ -159,7 +161,8 @@ def _chained(root: fx.Node) -> _Chain | None:
     found = None
     for chain in _chains(root, None)[1:]:
         fits = max(chain.scale.numel(), chain.shift.numel()) <= chain.widest
-        if fits and chain.is_finite and len(_steps(chain)) < len(chain.calls):
+        calls = sum(call.target is not operator.getitem for call in chain.calls)
+        if fits and chain.is_finite and len(_steps(chain)) < calls:
             found = chain
     return found
 
