@@ -80,8 +80,9 @@ def main() -> None:
         seeds = list(range(arguments.among))
     with multiprocessing.get_context("fork").Pool(arguments.workers, maxtasksperchild=2000) as pool:
         results = {s: (line, used) for s, line, used in pool.imap_unordered(folded, seeds, 10)}
+    seeds = [s for s in seeds if results[s][0]]  # what is drawn otherwise may not run
     if arguments.choose:
-        seeds = chosen({s: used for s, (line, used) in results.items() if line}, arguments.choose)
+        seeds = chosen({s: results[s][1] for s in seeds}, arguments.choose)
     GOLDEN.write_text("".join(f"{results[seed][0]}\n" for seed in seeds))
     print(f"{len(seeds)} lines in {GOLDEN.relative_to(ROOT)}")
 
