@@ -189,6 +189,8 @@ def _called(field: Residues, target: Any, args: tuple[Any, ...], kwargs: dict[st
         if getattr(getattr(target, "_schema", None), "is_mutable", False):
             raise  # what it was to write has other names
         return Unknown(str(reason))
+    except RuntimeError as error:  # of how many are zero: floats lose some that residues keep
+        raise Unjudged(f"a recorded size is another over residues: {error}") from error
 
 
 # --- graphs ---------------------------------------------------------------------------------------

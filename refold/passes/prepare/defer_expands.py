@@ -362,14 +362,8 @@ class _Deferral:
     # --- the rewrite ------------------------------------------------------------------------------
 
     def _is_last(self, node: fx.Node) -> bool:
-        """True for a layer's result, or a layout of it, that something else reads.
-
-        One number everywhere is such a result for those that broadcast.
-        """
-        others = [u for u in node.users if u not in self.found]
-        if op_name(node) in _FILLS:
-            return bool(others) and all(ops.has(u, ops.ELEMENTWISE) for u in others)
-        return self.found[node].computed and bool(others)
+        """True for a layer's result, or a layout of it, that something else reads."""
+        return self.found[node].computed and any(u not in self.found for u in node.users)
 
     def _replace(self, node: fx.Node) -> None:
         """Lets those that read a result read an expansion of its one copy.

@@ -7,7 +7,6 @@ Each holds bit for bit; of ``-0.0`` and ``0.0`` a bound keeps either:
     floor(round(x)) = round(x), for any two roundings
     x + zeros_like(y) = x + 0, likewise ``ones``, ``full`` ... and ``-``, ``*``, ``/``
     clamp(clamp(x, a, b), c, d) = clamp(x, clamp(a, c, d), clamp(b, c, d)), relu is a clamp
-    pad(pad(x, p), q) = pad(x, p + q)       permute(pad(x)) = pad(permute(x)) before convolutions
     x + -y = x - y, x - -y = x + y          resize(x) to its own size = x
 
 A resize to its own size spreads NaN and infinity to neighbours, which it multiplies by zero; what
@@ -33,7 +32,6 @@ aten = torch.ops.aten
 x, y = Var("x"), Var("y")
 Range = tuple[float, float]
 
-_PADS = (aten.pad.default, aten.constant_pad_nd.default)
 # The numbers of which these are full; ``None`` is an argument.
 _FILLS = {
     "zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0, "ones": 1.0, "ones_like": 1.0,
@@ -231,88 +229,6 @@ def _single(node: Any) -> float | None:
     return float(data)
 
 
-class MergePads(RewriteRule):
-    """Two pads by one number are one."""
-
-    name = "clean-up/pad-chain"
-    pattern = Call(_PADS, Call(_PADS, x, ...), ...).where(
-        lambda node: (
-            _constant_pad(node) is not None
-            and _constant_pad(node, 1) == _constant_pad(node.args[0], 1)
-        )  # type: ignore[arg-type]
-    )
-
-    def rewrite(self, match: Match, build: Builder) -> fx.Node:
-        outer, inner = (_constant_pad(n) for n in (match.root, match.root.args[0]))  # type: ignore[arg-type]
-        assert outer is not None
-        assert inner is not None
-        longest = max(len(outer[0]), len(inner[0]))
-        both = [p + [0] * (longest - len(p)) for p in (outer[0], inner[0])]
-        pads = [a + b for a, b in zip(*both, strict=True)]
-        return build(aten.pad.default, match["x"], pads, "constant", outer[1])
-
-
-class PermuteBeforePad(RewriteRule):
-    """``permute(pad(x))`` is ``pad(permute(x))``, which a convolution takes into its own border."""
-
-    name = "clean-up/pad-of-permuted"
-    pattern = Call(ops.packets(ops.PERMUTE), Call(_PADS, x, ...), ...).where(
-        lambda node: (
-            _constant_pad(node.args[0]) is not None
-            and _order(node) is not None
-            and any(_read_by_convolution(u) for u in node.users)
-        )
-    )
-
-    def rewrite(self, match: Match, build: Builder) -> fx.Node:
-        found, order = _constant_pad(match.root.args[0]), _order(match.root)  # type: ignore[arg-type]
-        assert found is not None
-        assert order is not None
-        pads, value = found
-        rank = len(order)
-        pairs = {rank - 1 - k: pads[2 * k : 2 * k + 2] for k in range(len(pads) // 2)}
-        moved = [pairs.get(order[axis], [0, 0]) for axis in reversed(range(rank))]
-        while moved and moved[-1] == [0, 0]:
-            moved.pop()
-        turned = build(aten.permute.default, match["x"], order)
-        return build(aten.pad.default, turned, [p for pair in moved for p in pair], "constant",
-                     value)  # fmt: skip
-
-
-def _constant_pad(node: Any, part: int | None = None) -> Any:
-    """Amounts, none of them negative, and the number of a pad; or one of both."""
-    if not nodes.is_call(node, *_PADS):
-        return None
-    args = nodes.arguments(node)
-    pads, value = args["pad"], args.get("value")
-    if args.get("mode", "constant") != "constant":
-        return None
-    if any(not isinstance(p, int) or p < 0 for p in pads):
-        return None
-    if value is not None and type(value) not in (int, float):
-        return None
-    found = (list(pads), float(value or 0))
-    return found if part is None else found[part]
-
-
-def _order(node: fx.Node) -> list[int] | None:
-    """The axes that a permutation reads, in the order of its result."""
-    rank = len(nodes.shape(node))
-    args = nodes.arguments(node)
-    if "dims" in args:
-        return [int(d) % rank for d in args["dims"]]
-    first, second = (args.get("dim0"), args.get("dim1"))
-    if not isinstance(first, int) or not isinstance(second, int):
-        return None
-    order = list(range(rank))
-    order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
-    return order
-
-
-def _read_by_convolution(node: fx.Node) -> bool:
-    return ops.kind(node) in ("conv", "conv-transpose")
-
-
 def rules(*, strides_matter: bool, last: bool) -> tuple[RewriteRule, ...]:
     """The rules of this module.
 
@@ -320,9 +236,9 @@ def rules(*, strides_matter: bool, last: bool) -> tuple[RewriteRule, ...]:
         strides_matter: something in the graph reads strides.
         last: nothing follows that folds into layers.
     """
-    found: list[RewriteRule] = [SwapWhere(), MergeClamps(), MergePads()]
+    found: list[RewriteRule] = [SwapWhere(), MergeClamps()]
     if last:
         found.append(SubtractNegative())
     if not strides_matter:
-        found += [ReadFilled(), PermuteBeforePad()]
+        found.append(ReadFilled())
     return tuple(found)

@@ -236,51 +236,6 @@ def test_a_filled_tensor_that_is_written_stays() -> None:
     assert ops(clean(written, T)[0])["zeros_like"] == 1
 
 
-@pytest.mark.parametrize(
-    ("pads", "merged"),
-    [
-        (((1, 2), (0, 0, 3, 4)), [1, 2, 3, 4]),
-        (((1, 2, 3, 4), (5, 0)), [6, 2, 3, 4]),
-    ],
-)
-@pytest.mark.parametrize("value", [0.0, 1.5])
-def test_pads_of_pads_are_one(pads, merged, value) -> None:
-    inner, outer = pads
-    graph, _ = clean(framed(lambda v: F.pad(F.pad(v, inner, value=value), outer, value=value)), T)
-    call = find(graph, "pad")
-    assert list(call.args[1]) == merged
-    assert call.args[3] == value
-
-
-@pytest.mark.parametrize(
-    ("turn", "pads"),
-    [
-        (lambda v: v.permute(0, 3, 1, 2), [1, 2, 3, 4]),
-        (lambda v: v.transpose(1, 3), [3, 4, 1, 2]),
-    ],
-)
-def test_a_pad_comes_behind_the_permutation_that_a_convolution_reads(turn, pads) -> None:
-    convolution = nn.Conv2d(4, 4, 3)
-    padded = lambda v: F.pad(v.permute(0, 2, 3, 1), (0, 0, 1, 2, 3, 4))
-
-    class Turned(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.convolution = convolution
-
-        def forward(self, v):
-            return self.convolution(turn(padded(v.sin()))).mean((2, 3))
-
-    model = Turned().eval()
-    graph = trace(model, T)
-    expected = graph(T)
-    CleanUp().run(graph)
-    graph.recompile()
-    call = find(graph, "pad")
-    assert list(call.args[1]) == pads
-    torch.testing.assert_close(graph(T), expected, rtol=1e-6, atol=1e-6)
-
-
 def test_a_sign_before_a_sum_goes_where_nothing_follows() -> None:
     graph = trace(framed(lambda v: v.exp() + v.neg() - v.cos().neg()), T)
     expected = graph(T)
