@@ -359,6 +359,12 @@ HEADS = {"q": nn.Linear(6, 6), "k": nn.Linear(6, 6), "v": nn.Linear(6, 6)}
         (lambda s, x: (s.q(x) @ s.k(x).transpose(2, 3)) @ s.v(x) * s.g, {"g": mixed(6)}),
         (lambda s, x: attention(s, x) * s.g, {"g": mixed(6)}),
         (lambda s, x: attention(s, x) * -0.5, {}),
+        (lambda s, x: s.c(x).sum(3) * s.g, {"g": mixed(4, 1)}),
+        (lambda s, x: s.c(x).sum((2, 3), keepdim=True) * s.g, {"g": mixed(4, 1, 1)}),
+        (lambda s, x: s.c(x).amax((2, 3)) * s.g - s.k.bias[:4], {"g": positive(4)}),
+        (lambda s, x: s.c(x).amin((1, 2, 3)) * 2, {}),
+        (lambda s, x: s.k((x * s.g).sum(2)), {"g": mixed(6)}),
+        (lambda s, x: s.k((x * s.g + 1).amax(2)), {"g": positive(6)}),
     ],
 )  # fmt: skip
 def test_what_a_scale_and_shift_crosses(forward, parts) -> None:
@@ -393,6 +399,11 @@ def test_what_a_scale_and_shift_crosses(forward, parts) -> None:
         (lambda s, x: F.scaled_dot_product_attention(s.q(x), s.k(x), s.v(x)[:, :1].expand(
             -1, 4, -1, -1)) * s.g, {"g": mixed(4, 1, 1)}, ""),
         (lambda s, x: attention(s, x) + s.g, {"g": mixed(6)}, ""),
+        (lambda s, x: s.c(x).sum(3) + s.g, {"g": mixed(4, 1)}, "adds up the shift"),
+        (lambda s, x: s.c(x).amax(3) * s.g, {"g": mixed(4, 1)}, "zero scale does not pass"),
+        (lambda s, x: s.k((x * s.g).sum(1)), {"g": mixed(4, 1, 1)}, ""),
+        (lambda s, x: s.k((x * s.g).amax(1)), {"g": positive(4, 1, 1)}, ""),
+        (lambda s, x: s.c(x).sum() * 2, {}, ""),
     ],
 )  # fmt: skip
 def test_what_a_scale_and_shift_does_not_cross(forward, parts, reason) -> None:

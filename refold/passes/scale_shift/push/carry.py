@@ -40,8 +40,8 @@ def commutes(u: fx.Node, factor: Factor) -> bool:
         return not spatial
     if ops.has(u, ops.MEAN) or (ops.has(u, ops.RESIZE) and not ops.has(u, ops.NEAREST)):
         return not spatial
-    if is_call(u, aten.mean.dim):
-        return reduced_axes(u) is not None and not (factor.varies() & (reduced_axes(u) or set()))
+    if is_call(u, *_REDUCTIONS):
+        return _reduces(u, factor)
     if (pad := windows.pad(u)) is not None and pad.mode == "constant":
         axes = range(rank - len(pad.low), rank)
         if pad.value != 0:
@@ -50,6 +50,26 @@ def commutes(u: fx.Node, factor: Factor) -> bool:
             raise Declined("a shift does not pass zero padding")
         return not (factor.varies() & set(axes))
     return False
+
+
+# Along axes that they name, with or without keeping them.
+_REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
+
+
+def _reduces(u: fx.Node, factor: Factor) -> bool:
+    """A mean takes both, a sum the scale, the largest and the smallest both if it is positive."""
+    axes = reduced_axes(u)
+    if axes is None or factor.varies() & axes:
+        return False
+    if is_call(u, aten.sum.dim_IntList):
+        if factor.shifts:
+            raise Declined(f"{u.name} adds up the shift of all its elements")
+        if nodes.dtype(u) == torch.float16:
+            raise Declined(f"{u.name} could overflow float16 before the scale")
+        return True
+    if not is_call(u, aten.mean.dim) and not factor.is_positive:
+        raise Declined(f"a negative or zero scale does not pass {op_name(u)}")
+    return True
 
 
 def first_result(part: fx.Node) -> fx.Node | None:
@@ -63,15 +83,15 @@ def first_result(part: fx.Node) -> fx.Node | None:
 def reduced_axes(u: fx.Node) -> set[int] | None:
     args = nodes.arguments(u)
     source = args["self"]
-    if args["dtype"] is not None or (not args["keepdim"] and not args["dim"]):
+    if args.get("dtype") is not None or (not args["keepdim"] and not args["dim"]):
         return None
     rank = len(nodes.shape(source))
     return {int(d) % rank for d in args["dim"] or range(rank)}
 
 
 def at_input(factor: Factor, u: fx.Node, source: fx.Node) -> Factor:
-    """The factor at ``u``'s input: a mean without ``keepdim`` has fewer axes."""
-    if not is_call(u, aten.mean.dim) or nodes.arguments(u)["keepdim"]:
+    """The factor at ``u``'s input: a reduction without ``keepdim`` has fewer axes."""
+    if not is_call(u, *_REDUCTIONS) or nodes.arguments(u)["keepdim"]:
         return factor
     gone = reduced_axes(u) or set()
     rank = len(nodes.shape(source))
@@ -87,8 +107,8 @@ def at_input(factor: Factor, u: fx.Node, source: fx.Node) -> Factor:
 
 
 def at_output(factor: Factor, c: fx.Node) -> Factor:
-    """The factor at ``c``'s output: a mean without ``keepdim`` has fewer axes."""
-    if not is_call(c, aten.mean.dim) or nodes.arguments(c)["keepdim"]:
+    """The factor at ``c``'s output: a reduction without ``keepdim`` has fewer axes."""
+    if not is_call(c, *_REDUCTIONS) or nodes.arguments(c)["keepdim"]:
         return factor
     gone = reduced_axes(c) or set()
     sizes = [[s for a, s in enumerate(t.shape) if a not in gone]
