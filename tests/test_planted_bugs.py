@@ -124,6 +124,19 @@ def _idle(forward: Callable[[Any, Tensor], Tensor], **parts: Any) -> Case:
     )
 
 
+def _gated(y: Tensor, flag: Tensor) -> Tensor:
+    gate = flag.to(y.dtype)
+    return (y * gate + (gate + 1).log()) / (gate - 3) - torch.where(flag, y, y.cos())
+
+
+def _flagged(function: Callable[[Tensor, Tensor], Tensor], value: bool) -> Case:
+    """Between two layers, a truth value."""
+    return _on_image(
+        lambda s, x: s.d(function(torch.relu(s.c(x)), torch.full((1,), value))),
+        "fold-constants", c=_conv, d=_conv,
+    )  # fmt: skip
+
+
 def _grafted(*call: Any, read: bool = True) -> Case:
     """Between two layers, a call that does nothing."""
     case = _idle(lambda s, x: x.exp())
@@ -212,6 +225,24 @@ CASES: dict[str, tuple[Case, ...]] = {
     "clean-up/pad-permute": (
         _on_image(lambda s, x: s.c(F.pad(x, (0, 0, 1, 1, 1, 1)).permute(0, 3, 1, 2)),
                   c=lambda: _conv(8, 4, 1)),
+    ),
+    "clean-up/pow-one": (_idle(lambda s, x: x**1),),
+    "clean-up/where (where)": (
+        _flagged(lambda y, flag: torch.where(flag, y, y.cos()), True),
+    ),
+    "clean-up/and-true (__and__, bitwise_and)": (
+        _flagged(lambda y, flag: _gated(y, (y > 0.1) & flag), True),
+    ),
+    "clean-up/or-false (__or__, bitwise_or)": (
+        _flagged(lambda y, flag: _gated(y, (y > 0.1) | flag), False),
+    ),
+    "clean-up/resize": (_idle(lambda s, x: F.interpolate(x, size=(8, 8))),),
+    "clean-up/rounded": (_idle(lambda s, x: torch.floor(torch.round(x * 4)) / 4),),
+    "clean-up/clamps": (_idle(lambda s, x: x.clamp(0.1, 2).clamp(0.2, 1)),),
+    "clean-up/negated-condition": (_idle(lambda s, x: torch.where(~(x > 0.5), x, x.cos())),),
+    "clean-up/filled": (_idle(lambda s, x: x * torch.full_like(x.cos(), 0.5)),),
+    "clean-up/subtract": (
+        _on_image(lambda s, x: s.c(x).sin() + (-x.cos()), instead=CleanUp(last=True), c=_conv),
     ),
     "clean-up/copy": (_grafted(aten.clone.default),),
     "clean-up/stored-slice": (

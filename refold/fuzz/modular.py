@@ -126,6 +126,8 @@ def _drawn(call: Call, field: Residues) -> Call:
     return drawn
 
 
+# Rules that an order of the numbers makes right; residues have signs, but no order.
+ORDERED = frozenset({"clean-up/clamps", "clean-up/rounded"})
 # Of numbers they give fractions of them, which have residues.
 _EXACT = ("reciprocal", "square", "pow", "relu", "abs", "clamp", "clamp_min", "clamp_max")
 

@@ -49,10 +49,10 @@ import torch
 from torch import fx
 
 from refold.errors import Declined
-from refold.graph import nodes
+from refold.graph import nodes, ops
 from refold.graph.nodes import aten, is_call
 from refold.graph.ops import op_name
-from refold.graph.records import scale_shifts
+from refold.graph.records import recurrences, scale_shifts
 from refold.graph.records.scale_shifts import Affine
 from refold.passes.scale_shift.push.pusher import Pusher
 from refold.rewrite.context import Context
@@ -100,8 +100,22 @@ def scale_and_shift(node: fx.Node) -> Affine | None:
     """
     record = scale_shifts.affine(node) or scale_shifts.widening_affine(node)
     if record is None:
-        return scale_shifts.end_of_norm(node)
+        return scale_shifts.end_of_norm(node) if _all_may_take(node) else None
     return None if record.is_norm else record
+
+
+def _all_may_take(node: fx.Node) -> bool:
+    """False where a reader shows by its operator that it takes none: no value is looked at."""
+    crossed = ops.HOMOGENEOUS | ops.ORDER
+    return all(
+        user.op == "call_function"
+        and (
+            not ops.has(user, ops.NONLINEAR)
+            or ops.has(user, crossed)
+            or recurrences.recurrence(user) is not None
+        )
+        for user in node.users
+    )
 
 
 def _no_scale(node: fx.Node) -> Declined | None:
