@@ -70,7 +70,10 @@ def test_it_is_the_product_with_the_weight(bits, rows, features, group, uniform,
     single = None if shift is None else shift.float()
     got = OP(x.float(), planes, alpha.float(), single, group)
     assert got.dtype == torch.float32
-    terms = x.abs() @ weight.abs().T + (0 if shift is None else shift.abs())  # they may cancel
+    # what is added up may cancel, within a weight, too
+    plus = pack(torch.ones_like(signs))
+    whole = dequantise(plus, alpha.abs(), features, group, torch.float64)
+    terms = x.abs() @ whole.T + (0 if shift is None else shift.abs())
     assert bool(((got - expected).abs() <= SINGLE * terms).all())
 
 

@@ -9,6 +9,7 @@ from torch import nn
 import refold
 from refold.backends.base import Target
 from refold.backends.registry import find_target, target_names
+from refold.graph import ops
 from refold.passes.branches.fold_branches import FoldBranches
 from refold.rewrite.context import Context
 from refold.rewrite.cost import FREE, CostModel, Price, Rates, reference
@@ -122,6 +123,8 @@ def last(forward, *inputs: torch.Tensor, **parts) -> torch.fx.Node:
         setattr(model, name, nn.Parameter(part) if isinstance(part, torch.Tensor) else part)
     model.forward = lambda *given: forward(model, *given)
     calls = [n for n in trace(model, *inputs).graph.nodes if n.op == "call_function"]
+    if ops.op_name(calls[-1]) == "squeeze" and len(calls) > 1:  # of a layer of one sample
+        return calls[-2]
     return calls[-1]
 
 
