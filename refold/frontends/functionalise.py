@@ -31,6 +31,7 @@ from refold.graph.constants import (
     drop_dead_code,
     is_mutation,
     is_transform,
+    written,
 )
 from refold.graph.nodes import (
     aten,
@@ -115,30 +116,16 @@ def _return_values(gm: fx.GraphModule, program: ExportedProgram, *, aliasing_kno
             _run_fake(before)
         except _NotLocal:
             return
-    written = {
-        key
-        for node in before.graph.nodes
-        if node.op == "call_function" and is_mutation(node)
-        for operand in _written(node)
-        for key in _storages(operand.meta.get("val"))
-    }
+    overwritten = {key for n in written(before.graph) for key in _storages(n.meta.get("val"))}
     models = pytree.tree_leaves(before.graph.output_node().args[0])
     new: list[Any] = []
     for ours, theirs in zip(returned, models, strict=True):
         while isinstance(theirs, fx.Node) and _returns_input(theirs):
             theirs = theirs.args[0]
-        apart = isinstance(theirs, fx.Node) and not _storages(theirs.meta.get("val")) & written
+        apart = isinstance(theirs, fx.Node) and not _storages(theirs.meta.get("val")) & overwritten
         new.append(ours.args[1] if apart and is_call(ours, aten.copy_.default) else ours)
     spec = pytree.tree_structure(gm.graph.output_node().args[0])
     gm.graph.output_node().args = (pytree.tree_unflatten(new, spec),)
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The operands that an in-place call writes."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    named = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
-    writes = [named.get(a.name) for a in schema if a.alias_info and a.alias_info.is_write]
-    return [leaf for leaf in pytree.tree_leaves(writes) if isinstance(leaf, fx.Node)]
 
 
 def _normalise(gm: fx.GraphModule, *, scatters: bool) -> None:

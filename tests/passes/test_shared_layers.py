@@ -72,6 +72,30 @@ def test_what_only_some_calls_take_does_not_grow_the_constants(rule) -> None:
     assert any("is shared by 5 layers" in d.reason for d in declined)
 
 
+def test_an_embedding_that_is_read_often_is_one_table() -> None:
+    def forward(s: Net, x: torch.Tensor) -> torch.Tensor:
+        at = x.abs().long() % 99
+        return sum((s.e(at + i) * s.g).sin() for i in range(TIMES))
+
+    net = Net(forward, e=nn.Embedding(200, 32), g=torch.randn(32))
+    after, _ = run(PIPELINES["default"].passes, net, torch.randn(2, 5).double() * 50)
+    assert "mul" not in left(after)
+    assert weights(after) == 1
+
+
+def test_a_recurrence_that_runs_often_keeps_its_weights() -> None:
+    """It shares no copies, so each is counted."""
+
+    def forward(s: Net, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = s.r(s.n(x))[0].tanh()
+        return x
+
+    net = Net(forward, n=nn.LayerNorm(32), r=nn.GRU(32, 32, batch_first=True))
+    after, _ = run(PIPELINES["default"].passes, net, torch.randn(2, 5, 32).double())
+    assert weights(after) == 2
+
+
 def test_calls_with_other_constants_have_other_weights() -> None:
     """Small ones, which are never refused: what looks alike is not taken for the same."""
     net = Net(

@@ -56,16 +56,12 @@ from refold.graph.nodes import (
     shape,
 )
 from refold.graph.ops import op_name
+from refold.graph.records import fills
 from refold.rewrite.context import Context
 from refold.rewrite.edit import Editor
 from refold.rewrite.result import PassResult, applied
 
 _ANYWHERE = ops.ELEMENTWISE | ops.CAST | ops.PERMUTE | ops.UNIT_AXES | ops.ALIAS | ops.COPY
-# One number everywhere, whatever the sizes; ``None`` where an argument says which.
-_FILLS: dict[str, int | None] = {
-    "zeros": 0, "ones": 1, "full": None, "new_zeros": 0, "new_ones": 1, "new_full": None,
-    "zeros_like": 0, "ones_like": 1, "full_like": None,
-}  # fmt: skip
 _ALONG_DIM = frozenset({  # which act along their ``dim`` or ``dims``, and no other
     "softmax", "_softmax", "log_softmax", "cumsum", "cumprod", "sum", "mean", "prod", "amax",
     "amin", "any", "all", "argmax", "argmin", "var", "std", "logsumexp", "logcumsumexp", "flip",
@@ -139,13 +135,9 @@ class _Deferral:
 
     def _fill(self, node: fx.Node) -> _Spread | None:
         """One number everywhere, in a tensor whose sizes are symbolic: ``ones(batch, 8)``."""
-        name, value = op_name(node), node.meta["val"]
+        value, number = node.meta["val"], fills.filled(node)
         axes = [a for a, size in enumerate(value.shape) if not isinstance(size, int)]
-        if name not in _FILLS or not axes:
-            return None
-        args = arguments(node)
-        number = args["fill_value"] if _FILLS[name] is None else _FILLS[name]
-        if not isinstance(number, (int, float)):
+        if number is None or not axes:
             return None
         extents = {a: self._extent(node, a) for a in axes}
         sizes = [1 if a in axes else size for a, size in enumerate(value.shape)]

@@ -23,6 +23,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from refold.graph import constants, nodes, ops
+from refold.graph.records import fills
 from refold.rewrite.build import Builder
 from refold.rewrite.pattern import Call, Match, Var
 from refold.rewrite.rule import RewriteRule
@@ -32,11 +33,6 @@ aten = torch.ops.aten
 x, y = Var("x"), Var("y")
 Range = tuple[float, float]
 
-# The numbers of which these are full; ``None`` is an argument.
-_FILLS = {
-    "zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0, "ones": 1.0, "ones_like": 1.0,
-    "new_ones": 1.0, "full": None, "full_like": None, "new_full": None,
-}  # fmt: skip
 # Arithmetic that takes a number for its second operand.
 _ARITHMETIC = (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor)
 # Bounds by numbers; ``maximum`` and ``minimum`` beside a constant of one element.
@@ -132,14 +128,10 @@ def _filled(node: fx.Node) -> tuple[fx.Node, float] | None:
 
 def _number(node: Any) -> float | None:
     """The number that a call fills its result with, as the result's dtype holds it."""
-    if not isinstance(node, fx.Node) or ops.op_name(node) not in _FILLS:
+    number = fills.filled(node)
+    if number is None or type(number) is bool or not nodes.dtype(node).is_floating_point:
         return None
     if any(constants.is_mutation(u) or u.target not in _ARITHMETIC for u in node.users):
-        return None
-    number = _FILLS[ops.op_name(node)]
-    if number is None:
-        number = nodes.arguments(node).get("fill_value")
-    if type(number) not in (int, float) or not nodes.dtype(node).is_floating_point:
         return None
     return float(torch.full((), number, dtype=nodes.dtype(node)))  # type: ignore[arg-type]
 

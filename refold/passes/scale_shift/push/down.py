@@ -74,10 +74,10 @@ class Downward:
         finally:
             self._draft.leave()
 
-    def _unshare(self, weight: fx.Node, layer: fx.Node) -> Copies:
+    def _unshare(self, weight: fx.Node, layer: fx.Node, factor: Factor) -> Copies:
         """Plans that a layer reads another weight; returns what alike calls of it read already."""
-        self._draft.spent += self._region.growth(weight, layer, self._draft.spent)
-        return self._region.copies(layer)
+        self._draft.spent += self._region.growth(weight, factor, self._draft.spent, layer)
+        return self._region.copies(layer, factor)
 
     def _terminal(self, c: fx.Node, n: fx.Node, factor: Factor) -> bool:
         if (conv := convolutions.conv(c)) is not None and conv.x is n:
@@ -89,7 +89,7 @@ class Downward:
                 self._map(conv, factor, reason)
                 factor = Factor(factor.scale, torch.zeros_like(factor.scale))
             scale, shift = factor.vectors(1, channels)
-            copies = self._unshare(conv.weight_node, c)
+            copies = self._unshare(conv.weight_node, c, factor)
 
             def scaled(w: torch.Tensor) -> torch.Tensor:
                 ones = (1,) * (w.dim() - 2)
@@ -114,7 +114,7 @@ class Downward:
             self._draft.later(lambda edit: weights.set_conv(edit, conv, weight, bias, copies))
         elif (linear := products.linear(c)) is not None and linear.x is n:
             scale, shift = factor.vectors(-1, linear.weight.shape[1])
-            copies = self._unshare(linear.weight_node, c)
+            copies = self._unshare(linear.weight_node, c, factor)
             weight = linear.weight.times(scale)
 
             def total() -> torch.Tensor:
@@ -143,7 +143,7 @@ class Downward:
             scale, shift = factor.vectors(-1, weight.shape[1])
             if factor.shifts and bias is None:
                 raise Declined(f"{c.name} has no bias to take the shift")
-            self._unshare(weight_node, c)
+            self._draft.spent += self._region.growth(weight_node, factor, self._draft.spent)
             if bias is not None and factor.shifts:
                 bias = _biased(weight, bias, shift)
             scaled = weight.times(scale)

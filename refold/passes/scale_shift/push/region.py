@@ -63,13 +63,13 @@ class Region:
         """True if the scale-shift casts integers, too."""
         return nodes.dtype(self.record.x) != nodes.dtype(self.record.node)
 
-    def copies(self, layer: fx.Node) -> Copies:
-        """What other calls of one layer read since they took the same scale and shift.
+    def copies(self, layer: fx.Node, factor: Factor) -> Copies:
+        """What other calls of one layer read since they took the same part of a scale and shift.
 
         By the position of the argument; what this call makes of it belongs there, too.
         """
-        key = self._pair(layer)
-        return {} if key is None else self.folded.setdefault(key, {})
+        pair = self._pair(layer)
+        return {} if pair is None else self.folded.setdefault((pair, factor.shifts), {})
 
     def _pair(self, layer: fx.Node) -> Any:
         """The layer and the scale-shift beside it, but for the data; ``None`` at a distance."""
@@ -86,8 +86,12 @@ class Region:
             pair[1:] == found for user in weight.users for found in _pairs(user, pair[0])
         )
 
-    def growth(self, weight: fx.Node, layer: fx.Node, spent: float) -> int:
+    def growth(
+        self, weight: fx.Node, factor: Factor, spent: float, layer: fx.Node | None = None
+    ) -> int:
         """Bytes that another copy of a weight adds, after a plan spent some already.
+
+        None where one copy serves all calls of a ``layer``, which shares its copies.
 
         Raises:
             Declined: they are more than may be added.
@@ -98,8 +102,9 @@ class Region:
         repeats = held is not None and held.numel() < weight.meta["val"].numel()
         if (readers < 2 and not repeats) or size <= SMALL:
             return 0
-        if not repeats and (self.copies(layer) or self._all_take_it(weight, layer)):
-            return 0
+        if layer is not None and not repeats:
+            if self.copies(layer, factor) or self._all_take_it(weight, layer):
+                return 0
         if size > self.budget - spent:
             why = f"is shared by {readers} layers, and storing it once more"
             if readers < 2:

@@ -133,15 +133,15 @@ class Upward:
                 raise Declined(f"{u.name} has other users")
             self._into(u, first)
 
-    def _unshare(self, weight: fx.Node, layer: fx.Node) -> Copies:
+    def _unshare(self, weight: fx.Node, layer: fx.Node, factor: Factor) -> Copies:
         """Plans that a layer reads another weight; returns what alike calls of it read already."""
-        self._draft.spent += self._region.growth(weight, layer, self._draft.spent)
-        return self._region.copies(layer)
+        self._draft.spent += self._region.growth(weight, factor, self._draft.spent, layer)
+        return self._region.copies(layer, factor)
 
     def _terminal(self, u: fx.Node, factor: Factor) -> bool:
         if (conv := convolutions.conv(u)) is not None:
             scale, shift = factor.vectors(1, conv.out_channels)
-            copies = self._unshare(conv.weight_node, u)
+            copies = self._unshare(conv.weight_node, u, factor)
 
             if conv.transposed:
                 turned = partial(weights.scale_outputs, conv=conv, scale=scale)
@@ -154,7 +154,7 @@ class Upward:
             self._draft.later(lambda edit: weights.set_conv(edit, conv, weight, bias, copies))
         elif (linear := products.linear(u)) is not None:
             scale, shift = factor.vectors(-1, linear.weight.shape[0])
-            copies = self._unshare(linear.weight_node, u)
+            copies = self._unshare(linear.weight_node, u, factor)
             weight = linear.weight.times(scale[:, None])
             bias = weights.shifted(linear.bias, scale, shift)
             weights.check_range(u, weight)
@@ -168,9 +168,11 @@ class Upward:
             table = carry.embedding_table(u)
             assert table is not None
             scale, shift = factor.vectors(-1, table.shape[1])
-            self._unshare(u.args[0], u)  # type: ignore[arg-type]
+            copies = self._unshare(u.args[0], u, factor)  # type: ignore[arg-type]
             new = table.map(table.shape, lambda w: w * scale + shift)
-            self._draft.later(lambda edit: weights.set_weights(edit, u, 0, u.args[0], new))
+            self._draft.later(
+                lambda edit: weights.set_weights(edit, u, 0, u.args[0], new, copies=copies)
+            )
         else:
             return False
         self._draft.take(u)
