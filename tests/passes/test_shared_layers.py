@@ -72,6 +72,21 @@ def test_what_only_some_calls_take_does_not_grow_the_constants(rule) -> None:
     assert any("is shared by 5 layers" in d.reason for d in declined)
 
 
+def test_calls_beside_other_layers_do_not_merge_with_each() -> None:
+    """The merged weights would be as many as the calls, and each as large as the shared one."""
+
+    def forward(s: Net, x: torch.Tensor) -> torch.Tensor:
+        for layer in s.own:
+            x = (s.c(x) + layer(x)).tanh()
+        return x
+
+    own = nn.ModuleList(nn.Conv2d(32, 32, 1) for _ in range(TIMES))
+    net = Net(forward, c=nn.Conv2d(32, 32, 3, padding=1), own=own)
+    after, declined = run(FoldBranches(), net, torch.randn(2, 32, 6, 5).double())
+    assert weights(after) == 1 + TIMES
+    assert any("is shared by" in d.reason for d in declined)
+
+
 def test_an_embedding_that_is_read_often_is_one_table() -> None:
     def forward(s: Net, x: torch.Tensor) -> torch.Tensor:
         at = x.abs().long() % 99

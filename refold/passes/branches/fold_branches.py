@@ -141,7 +141,7 @@ class _Growth:
 class _Candidate:
     """One way to rewrite a node: a merged map on a root, the addends left over, what dies.
 
-    Of layers whose ``weight`` stays for others ``unshared`` has the bytes that are added, ``shape``
+    Of layers whose weight stays for others ``unshared`` has the bytes that are added, and ``shape``
     what is computed: where one layer is applied often, calls of one shape read one merged weight.
     """
 
@@ -153,7 +153,6 @@ class _Candidate:
     then: Price
     emit: Callable[[], fx.Node]
     unshared: int = 0
-    weight: fx.Node | None = None
     shape: Any = None
 
     @property
@@ -169,7 +168,6 @@ class _BranchFolder:
     dearer: dict[fx.Node, str] = field(default_factory=dict)
     barred: set[tuple[fx.Node, Key]] = field(default_factory=set)  # what the door refused
     alike: dict[Any, dict[str, fx.Node]] = field(default_factory=dict)  # merged weights by shape
-    follow: dict[fx.Node, Any] = field(default_factory=dict)  # the shape that all are expected of
 
     def __post_init__(self) -> None:
         self.editor = Editor(self.gm, self.options.name)
@@ -404,7 +402,7 @@ class _BranchFolder:
         growth = _Growth.of(merged, dead, node)
         choice = _Candidate(key, merged, rest, dead, now, then, emission.write)
         if growth.stays is not None or self.alike:
-            choice.weight, choice.shape = growth.stays, _shape(choice)
+            choice.shape = _shape(choice)
             if self._serves_all(choice, growth.stays):
                 growth = replace(growth, stays=None)
             choice.unshared = growth.unshared
@@ -417,10 +415,10 @@ class _BranchFolder:
 
     def _serves_all(self, choice: _Candidate, weight: fx.Node | None) -> bool:
         """True if one merged weight does for all readers of a weight, as far as can be seen."""
-        if self.alike.get(choice.shape) or weight is None:
+        copies = self.alike.get(choice.shape, {})
+        if weight is None or (copies and not any(node._erased for node in copies.values())):
             return True
-        first = self.follow.get(weight, choice.shape)
-        return first == choice.shape and _all_follow(weight, set(choice.dead))
+        return _all_follow(weight, set(choice.dead))
 
     def _price(self, node: fx.Node, at: fx.Node) -> Price:
         """What a node costs, by the model that holds where a merged call would stand."""
@@ -459,8 +457,6 @@ class _BranchFolder:
     @contextmanager
     def _sharing(self, choice: _Candidate) -> Iterator[None]:
         """Lets what is written read the constants of calls of one shape."""
-        if choice.weight is not None:
-            self.follow.setdefault(choice.weight, choice.shape)
         if choice.shape is not None:
             self.emitter.copies = self.alike.setdefault(choice.shape, {})
         try:
@@ -514,9 +510,10 @@ def _all_follow(weight: fx.Node, gone: set[fx.Node]) -> bool:
 
 
 def _place(layer: fx.Node, before: bool) -> Any:
-    """A call with those that read it, and those that it reads, but for their data."""
-    read = [n for n in layer.all_input_nodes if n.op == "call_function"] if before else []
-    calls = [*read, layer, *layer.users]
+    """A call with those that it reads, those that read it and what they read beside it."""
+    read = list(layer.all_input_nodes) if before else []
+    beside = [n for user in layer.users for n in user.all_input_nodes if n is not layer]
+    calls = [layer, *layer.users, *(n for n in (*read, *beside) if n.op == "call_function")]
     data = {n: "data" for call in calls for n in call.all_input_nodes if n.op != "get_attr"}
     return [nodes.but_for(call, data) for call in calls]
 

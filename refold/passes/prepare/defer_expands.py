@@ -252,7 +252,7 @@ class _Deferral:
             return True
         args = arguments(node)
         if name in ("cat", "stack"):
-            return self._joins(name, args)
+            return True  # copies of parts that are spread otherwise do not fit together
         if name == "einsum":
             return self._sums_products(args)
         spread = {k: axes for k, v in args.items() if (axes := self._axes(v))}
@@ -296,14 +296,6 @@ class _Deferral:
         if any(i is not None and dtype(i) in (torch.bool, torch.uint8) for i in indices):
             return False
         return not any(i is not None for a, i in enumerate(indices) if a in axes)
-
-    def _joins(self, name: str, args: Mapping[str, Any]) -> bool:
-        """Parts that are all spread alike, and put side by side along another axis."""
-        parts = args["tensors"]
-        axes = self._axes(parts[0])
-        rank = len(shape(parts[0])) + (name == "stack")
-        alike = all(self._axes(part) == axes for part in parts)
-        return alike and (name == "stack" or args["dim"] % rank not in axes)
 
     def _sums_products(self, args: Mapping[str, Any]) -> bool:
         """An einsum that keeps the axes: each operand that has one is spread along it."""

@@ -225,6 +225,7 @@ def test_three_in_sequence_are_one() -> None:
     ("first", "reason"),
     [
         (up(k=4, p=1, bias=False), ""),  # crops what the second would read
+        (up(k=3, s=3, p=1, bias=False, output_padding=2), ""),  # likewise, of the same size
         (up(k=2, p=0), "side by side meet different kernel taps, so the bias of conv_transpose2d"),
         (up(k=3, p=0, bias=False, output_padding=1), ""),  # zeros that the one has not
     ],

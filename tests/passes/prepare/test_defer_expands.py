@@ -116,16 +116,22 @@ def test_what_depends_on_the_batch_alone_is_a_constant(forward) -> None:
         (lambda s, x: s.f(torch.ones_like(x).sum(0)), "sum"),
         (lambda s, x: s.f(torch.ones_like(x).cumsum(0)), "cumsum"),
         (lambda s, x: s.f(torch.cat([expanded(s, x), expanded(s, x)])[: x.shape[0]]), "linear"),
+        (lambda s, x: torch.einsum("bij->ij", s.one.expand(x.shape[0], 5, 8)), "matmul"),
         (lambda s, x: torch.einsum("bij,bkj->ik", expanded(s, x), expanded(s, x)), "matmul"),
         (lambda s, x: s.f(torch.einsum("bij,ckj->bik", expanded(s, x), expanded(s, x)) @ s.mix),
          "matmul"),
         (lambda s, x: s.f(F.pad(expanded(s, x), (0, 0, 0, 0, 1, 0))), "linear"),
+        (lambda s, x: s.f(F.pad(s.f(expanded(s, x)), (0, 0, 0, 0, 1, -1))), "linear"),
         (lambda s, x: s.f(expanded(s, x)[[0, 0]]), "linear"),
+        (lambda s, x: s.f(s.one.expand(x.shape[0], 5, 8).sin()[:, [2, 3]]), "linear"),
         (lambda s, x: s.f(expanded(s, x).expand(x.shape[0], 5, 8).roll(1)), "linear"),
     ],
 )  # fmt: skip
 def test_what_mixes_the_samples_keeps_its_size(forward, kept) -> None:
-    model = Net(forward, f=nn.Linear(8, 8), q=torch.randn(1, 5, 8), mix=torch.randn(5, 8))
+    model = Net(
+        lambda s, x: forward(s, x) * x.mean(), f=nn.Linear(8, 8), q=torch.randn(1, 5, 8),
+        mix=torch.randn(5, 8), one=torch.randn(1, 1, 8),
+    )  # fmt: skip
     before = trace(model, tokens(), dynamic=True)
     after, _ = run(DEFER, model, tokens())
     assert left(after)[kept] == left(before)[kept]

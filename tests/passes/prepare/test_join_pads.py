@@ -45,6 +45,7 @@ def test_one_call_pads(forward, calls) -> None:
         lambda s, x: F.pad(F.pad(x, (1, 1)), (1, 1), value=1.0),
         lambda s, x: F.pad(F.pad(x, (1, 1)), (1, 1, 1, 1), "reflect"),
         lambda s, x: F.pad(F.pad(x, (1, 1)), (-2, 1)),  # cuts what was put
+        lambda s, x: F.pad(F.pad(x, (-1, 2)), (1, 1)),  # puts zeros where it cut
         lambda s, x: (lambda y: F.avg_pool2d(y, 3) + y.sum())(F.pad(x, (1, 1))),
     ],
 )

@@ -102,9 +102,9 @@ class Region:
         repeats = held is not None and held.numel() < weight.meta["val"].numel()
         if (readers < 2 and not repeats) or size <= SMALL:
             return 0
-        if layer is not None and not repeats:
-            if self.copies(layer, factor) or self._all_take_it(weight, layer):
-                return 0
+        shares = layer is not None and not repeats
+        if shares and (self.copies(layer, factor) or self._all_take_it(weight, layer)):  # type: ignore[arg-type]
+            return 0
         if size > self.budget - spent:
             why = f"is shared by {readers} layers, and storing it once more"
             if readers < 2:
